@@ -1,0 +1,1 @@
+"""A result -> a plotly Figure."""

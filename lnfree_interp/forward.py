@@ -1,0 +1,415 @@
+"""A lean forward pass on a model's packed weights, under TransformerLens' hook names.
+
+`run` is TransformerLens' `run_with_hooks` with three differences: it starts from tokens or from the residual
+stream at any layer, it ends at the final residual stream (nothing is unembedded that was not asked for), and
+the last layer can be computed at chosen positions only. Models whose blocks the packed forward covers
+(GPT-2's kind: see `covers`) take a fast path: q, k and v in one product, fused layer norm, GELU and attention,
+no copies of weights per call. All others go through TransformerLens' own forward with the same hooks and give
+the same results.
+
+The pieces of the fast path (`layer_qkv`, `attend`, `layer_attn_out`, `layer_mlp`) work on any number of rows,
+so that callers who keep keys and values of earlier positions can run a layer on the rows that changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Hook = Callable[[Tensor], "Tensor | None"]
+"""Reads an activation; what it returns, if not None, takes the activation's place."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_fast": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+NORMALIZATIONS = (None, "LN", "LNPre", "RMS", "RMSPre")
+
+# cfg fields that change the forward, with the only values under which the packed forward is the model's own.
+_COVERED = {
+    "positional_embedding_type": ("standard",),
+    "attention_dir": ("causal",),
+    "parallel_attn_mlp": (False,),
+    "gated_mlp": (False,),
+    "num_experts": (None,),
+    "use_local_attn": (False,),
+    "n_key_value_heads": (None,),
+    "use_qk_norm": (False,),
+    "clip_qkv": (None,),
+    "use_logn_attn": (False,),
+    "use_attention_sinks": (False,),
+    "use_normalization_before_and_after": (False,),
+    "post_embedding_ln": (False,),
+    "attn_scores_soft_cap": (-1.0, 0.0, None),
+    "load_in_4bit": (False,),
+    "n_devices": (1, None),
+    "use_attn_in": (False,),
+    "use_split_qkv_input": (False,),
+    "use_attn_result": (False,),
+    "use_hook_mlp_in": (False,),
+    "final_rms": (False,),
+    "original_architecture": (None, "GPT2LMHeadModel", "neel", "neel-solu-old"),
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One normalisation of the residual stream: kind, its weights if it still has them, and epsilon."""
+
+    kind: str | None
+    eps: float
+    w: Tensor | None = None
+    b: Tensor | None = None
+
+    def __call__(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+        if self.kind is None:
+            return x
+        if self.kind.startswith("RMS"):
+            return F.rms_norm(x, x.shape[-1:], self.w, self.eps)
+        return F.layer_norm(x, x.shape[-1:], self.w, self.b, self.eps)
+
+    @property
+    def centres(self) -> bool:
+        """Whether it subtracts the mean over d_model."""
+        return self.kind is not None and self.kind.startswith("LN")
+
+    def scale(self, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows 1"]:
+        """What x is divided by: its standard deviation (LN) or root mean square (RMS); 1 without a norm."""
+        if self.kind is None:
+            return torch.ones_like(x[..., :1])
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.centres:
+            x = x - x.mean(-1, keepdim=True)
+        return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One block's weights, two-dimensional: `x @ W + b` throughout."""
+
+    ln1: Norm
+    W_QKV: Float[Tensor, "d_model three_heads_d_head"]
+    b_QKV: Float[Tensor, " three_heads_d_head"]
+    W_O: Float[Tensor, "heads_d_head d_model"]
+    b_O: Float[Tensor, " d_model"]
+    attn_scale: float
+    ln2: Norm | None = None
+    W_in: Float[Tensor, "d_model d_mlp"] | None = None
+    b_in: Float[Tensor, " d_mlp"] | None = None
+    W_out: Float[Tensor, "d_mlp d_model"] | None = None
+    b_out: Float[Tensor, " d_model"] | None = None
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """A model's weights as the fast path reads them. Only q, k and v are copies; the rest are views."""
+
+    layers: tuple[Layer, ...]
+    ln_final: Norm
+    W_E: Float[Tensor, "d_vocab d_model"]
+    W_pos: Float[Tensor, "n_ctx d_model"]
+    W_U: Float[Tensor, "d_model d_vocab"]
+    b_U: Float[Tensor, " d_vocab"]
+    n_heads: int
+    act: Callable[[Tensor], Tensor]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Packing
+
+
+def norm_of(module: Any, kind: str | None, eps: float) -> Norm:
+    """The `Norm` of a TransformerLens normalisation module."""
+    return Norm(kind, eps, getattr(module, "w", None), getattr(module, "b", None))
+
+
+def final_norm(model) -> Norm:
+    """The normalisation before the unembedding, by `cfg.normalization_type`.
+
+    Raises:
+        ValueError: a normalisation TransformerLens does not have.
+    """
+    kind = model.cfg.normalization_type
+    if kind not in NORMALIZATIONS:
+        known = ", ".join(map(str, NORMALIZATIONS))
+        raise ValueError(f"normalization_type {kind!r} is unknown; known are {known}")
+    if kind is not None and getattr(model.cfg, "final_rms", False):
+        kind = kind.replace("LN", "RMS")
+    return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
+
+
+def covers(model) -> bool:
+    """Whether the packed forward computes exactly what the model's own forward computes.
+
+    False for blocks of another kind (rotary, gated, grouped, ...) and while the model carries hooks of its own,
+    which only its own forward runs.
+    """
+    cfg = model.cfg
+    if any(getattr(cfg, field, allowed[0]) not in allowed for field, allowed in _COVERED.items()):
+        return False
+    if not getattr(cfg, "attn_only", False) and cfg.act_fn not in ACTIVATIONS:
+        return False
+    if cfg.normalization_type not in NORMALIZATIONS or not hasattr(model, "blocks"):
+        return False
+    if model.training and any(m.p > 0 for m in model.modules() if isinstance(m, torch.nn.Dropout)):
+        return False
+    return not any(point._forward_hooks or point._backward_hooks for point in model.hook_dict.values())
+
+
+_packed: WeakKeyDictionary[Any, tuple[tuple, PackedWeights]] = WeakKeyDictionary()
+
+
+def packed_weights(model) -> PackedWeights | None:
+    """The model's weights in two dimensions, made once per model and again when its weights change.
+
+    Returns None for a model that `covers` says the fast path does not serve.
+    """
+    if not covers(model):
+        return None
+    state = tuple((p.data_ptr(), p._version) for p in model.parameters()), model.cfg.normalization_type
+    if model in _packed and _packed[model][0] == state:
+        return _packed[model][1]
+    with torch.no_grad():
+        packed = _pack(model)
+    _packed[model] = state, packed
+    return packed
+
+
+def _pack(model) -> PackedWeights:
+    cfg, layers = model.cfg, []
+    norm = partial(norm_of, kind=cfg.normalization_type, eps=cfg.eps)
+    for block in model.blocks:
+        attn = block.attn
+        weights = {}
+        if not getattr(cfg, "attn_only", False):
+            mlp = block.mlp
+            weights = {
+                "ln2": norm(block.ln2), "W_in": mlp.W_in, "b_in": mlp.b_in, "W_out": mlp.W_out, "b_out": mlp.b_out,
+            }  # fmt: skip
+        layers.append(
+            Layer(
+                ln1=norm(block.ln1),
+                W_QKV=torch.cat([W.transpose(0, 1).flatten(1) for W in (attn.W_Q, attn.W_K, attn.W_V)], 1),
+                b_QKV=torch.cat([b.flatten() for b in (attn.b_Q, attn.b_K, attn.b_V)]),
+                W_O=attn.W_O.flatten(0, 1),
+                b_O=attn.b_O,
+                attn_scale=float(attn.attn_scale),
+                **weights,
+            )
+        )
+    return PackedWeights(
+        layers=tuple(layers), ln_final=final_norm(model), W_E=model.embed.W_E, W_pos=model.pos_embed.W_pos,
+        W_U=model.unembed.W_U, b_U=model.unembed.b_U, n_heads=cfg.n_heads, act=ACTIVATIONS.get(cfg.act_fn, F.gelu),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The pieces of a block, on any rows
+
+
+def layer_qkv(
+    packed: PackedWeights, layer: Layer, resid: Float[Tensor, "*rows d_model"]
+) -> tuple[Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"]]:
+    """Queries, keys and values of the rows given."""
+    qkv = F.linear(layer.ln1(resid), layer.W_QKV.T, layer.b_QKV)
+    q, k, v = qkv.unflatten(-1, (3, packed.n_heads, -1)).unbind(-3)
+    return q, k, v
+
+
+def attend(
+    layer: Layer,
+    q: Float[Tensor, "batch query head d_head"],
+    k: Float[Tensor, "batch key head d_head"],
+    v: Float[Tensor, "batch key head d_head"],
+    mask: Bool[Tensor, "query key"] | None = None,
+) -> Float[Tensor, "batch query head d_head"]:
+    """z of the queries, through PyTorch's fused attention. Without a mask: causal, the queries at the end."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    n_query, n_key = q.shape[2], k.shape[2]
+    causal = mask is None and n_query == n_key > 1
+    if mask is None and not causal and n_query > 1:
+        mask = causal_mask(n_query, n_key, q.device)
+    z = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=1 / layer.attn_scale)
+    return z.transpose(1, 2)
+
+
+def causal_mask(n_query: int, n_key: int, device=None) -> Bool[Tensor, "query key"]:
+    """True where a query may look, the queries being the last of the keys' positions."""
+    return torch.ones(n_query, n_key, dtype=torch.bool, device=device).tril(n_key - n_query)
+
+
+def layer_attn_out(layer: Layer, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows d_model"]:
+    return F.linear(z.flatten(-2), layer.W_O.T, layer.b_O)
+
+
+def layer_mlp_post(
+    packed: PackedWeights, layer: Layer, resid_mid: Float[Tensor, "*rows d_model"]
+) -> Float[Tensor, "*rows d_mlp"]:
+    return packed.act(F.linear(layer.ln2(resid_mid), layer.W_in.T, layer.b_in))
+
+
+def layer_mlp_out(layer: Layer, post: Float[Tensor, "*rows d_mlp"]) -> Float[Tensor, "*rows d_model"]:
+    return F.linear(post, layer.W_out.T, layer.b_out)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Whole passes
+
+
+def run(
+    model,
+    tokens: Int[Tensor, "batch pos"] | None = None,
+    *,
+    resid: Float[Tensor, "batch pos d_model"] | None = None,
+    start_layer: int = 0,
+    hooks: Mapping[str, Hook] | None = None,
+    positions: Sequence[int] | None = None,
+) -> Float[Tensor, "batch kept_pos d_model"]:
+    """The final residual stream (before the final norm), with hooks along the way.
+
+    Args:
+        tokens: Int[Tensor, "batch pos"]; or instead
+        resid: Float[Tensor, "batch pos d_model"], the residual stream that enters `start_layer`.
+        hooks: hook name -> function of the activation; what it returns, if not None, replaces it. Names and
+            shapes are TransformerLens' (`blocks.0.attn.hook_z`); each must be a hook of the model.
+        positions: compute and return the last block's residual stream at these positions only. Queries, z, and
+            all that comes after are then at these positions, keys and values at all.
+
+    Raises:
+        ValueError: a hook name the model does not have.
+    """
+    hooks = dict(hooks or {})
+    for name in hooks:
+        if name not in model.hook_dict:
+            raise ValueError(f"the model has no hook {name!r}")
+    packed = packed_weights(model)
+    if packed is not None and _served(hooks):
+        return _run_packed(packed, tokens, resid, start_layer, hooks, positions)
+    return _run_hooked(model, tokens, resid, start_layer, hooks, positions)
+
+
+_SERVED = (
+    "hook_embed", "hook_pos_embed", "hook_resid_pre", "hook_q", "hook_k", "hook_v", "hook_pattern", "hook_z",
+    "hook_attn_out", "hook_resid_mid", "mlp.hook_pre", "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
+)  # fmt: skip
+
+
+def _served(hooks: Mapping[str, Hook]) -> bool:
+    return all(name.endswith(_SERVED) for name in hooks)
+
+
+def _run_packed(packed, tokens, resid, start_layer, hooks, positions) -> Tensor:
+    def at(name: str, x: Tensor) -> Tensor:
+        hook = hooks.get(name)
+        new = hook(x) if hook is not None else None
+        return x if new is None else new
+
+    if resid is None:
+        embed = at("hook_embed", packed.W_E[tokens])
+        pos_embed = packed.W_pos[: tokens.shape[1]]
+        if "hook_pos_embed" in hooks:
+            pos_embed = at("hook_pos_embed", pos_embed.expand_as(embed))
+        resid = embed + pos_embed
+    for i in range(start_layer, len(packed.layers)):
+        layer, name = packed.layers[i], f"blocks.{i}."
+        resid = at(name + "hook_resid_pre", resid)
+        q, k, v = layer_qkv(packed, layer, resid)
+        mask = None
+        if positions is not None and i == len(packed.layers) - 1:
+            n_pos = resid.shape[1]
+            resid, q = resid[:, positions], q[:, positions]
+            mask = causal_mask(n_pos, n_pos, resid.device)[positions]
+        q, k, v = at(name + "attn.hook_q", q), at(name + "attn.hook_k", k), at(name + "attn.hook_v", v)
+        if name + "attn.hook_pattern" in hooks:
+            z = _attend_by_pattern(layer, q, k, v, mask, partial(at, name + "attn.hook_pattern"))
+        else:
+            z = attend(layer, q, k, v, mask)
+        attn_out = at(name + "hook_attn_out", layer_attn_out(layer, at(name + "attn.hook_z", z)))
+        resid = resid + attn_out
+        if layer.W_in is not None:
+            resid = at(name + "hook_resid_mid", resid)
+            if name + "mlp.hook_pre" in hooks:
+                pre = F.linear(layer.ln2(resid), layer.W_in.T, layer.b_in)
+                post = packed.act(at(name + "mlp.hook_pre", pre))
+            else:
+                post = layer_mlp_post(packed, layer, resid)
+            mlp_out = at(name + "hook_mlp_out", layer_mlp_out(layer, at(name + "mlp.hook_post", post)))
+            resid = resid + mlp_out
+        resid = at(name + "hook_resid_post", resid)
+    return resid
+
+
+def attention_pattern(layer: Layer, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The attention probabilities, Float[Tensor, "batch head query key"], in plain differentiable operations."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / layer.attn_scale
+    mask = causal_mask(q.shape[1], k.shape[1], q.device) if mask is None else mask
+    return scores.masked_fill(~mask, -math.inf).softmax(-1)
+
+
+def _attend_by_pattern(layer, q, k, v, mask, at_pattern) -> Tensor:
+    return torch.einsum("bhqk,bkhd->bqhd", at_pattern(attention_pattern(layer, q, k, mask)), v)
+
+
+def _run_hooked(model, tokens, resid, start_layer, hooks, positions) -> Tensor:
+    """The same through TransformerLens' own forward: all positions, then the chosen ones."""
+    final: list[Tensor] = []
+
+    def keep(x: Tensor) -> None:
+        final.append(x)
+
+    last = f"blocks.{model.cfg.n_layers - 1}."
+    chosen = None if positions is None else torch.as_tensor(positions, device=model.cfg.device)
+    # The last block's per-query activations are seen by hooks at the chosen positions only, as on the fast path.
+    per_query = ("hook_attn_out", "hook_resid_mid", "hook_pre", "hook_post", "hook_mlp_out", "hook_q", "hook_z")
+
+    def adapt(name: str, hook: Hook):
+        narrow = chosen is not None and name.startswith(last) and name.endswith((*per_query, "hook_resid_post"))
+        pattern = chosen is not None and name.startswith(last) and name.endswith("hook_pattern")
+
+        def call(x: Tensor, hook=hook, **_: Any):
+            if pattern:
+                new = hook(x[:, :, chosen])
+                return None if new is None else x.index_copy(2, chosen, new)
+            if not narrow:
+                return hook(x)
+            new = hook(x[:, chosen])
+            return None if new is None else x.index_copy(1, chosen, new)
+
+        return name, lambda x, hook: call(x)
+
+    fwd_hooks = [adapt(name, hook) for name, hook in hooks.items()]
+    fwd_hooks.append((last + "hook_resid_post", lambda x, hook: keep(x)))
+    inputs = tokens if resid is None else resid
+    extra = {} if resid is None else {"start_at_layer": start_layer}
+    model.run_with_hooks(inputs, return_type=None, fwd_hooks=fwd_hooks, **extra)
+    return final[0] if chosen is None else final[0][:, chosen]
+
+
+def unembed(
+    model, resid: Float[Tensor, "*rows d_model"], tokens: Int[Tensor, "*rows k"] | None = None
+) -> Float[Tensor, "*rows d_vocab_or_k"]:
+    """Logits of a final residual stream: of the whole vocabulary, or of k tokens for each row.
+
+    Asking for a few tokens costs k columns of W_U per row in place of all of them.
+    """
+    x = final_norm(model)(resid)
+    W_U, b_U = model.unembed.W_U, model.unembed.b_U
+    if tokens is None:
+        logits = F.linear(x, W_U.T, b_U)
+        cap = getattr(model.cfg, "output_logits_soft_cap", -1.0)
+        return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
+    columns = W_U.T[tokens]
+    return torch.einsum("...d,...kd->...k", x, columns) + b_U[tokens]

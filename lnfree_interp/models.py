@@ -1,0 +1,394 @@
+"""Names -> checkpoints -> TransformerLens models, with or without LayerNorm.
+
+Whether a checkpoint is LN-free is read from its epsilon and its weights, never from its name. Both kinds end up
+in the same centred coordinates: normalisation weights folded into what reads them, the residual stream and the
+unembedding centred, value biases folded into b_O (TransformerLens' usual processing), all in fp64, one matrix
+at a time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .folding import fold_layernorm
+from .layernorm import is_ln_free
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+EMBEDDED = ("tiny", "tiny-vanilla", "tiny-noLN")
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_SIZES = {"gpt2": ("small", 300), "gpt2-medium": ("medium", 500), "gpt2-large": ("large", 600), "gpt2-xl": ("xl", 800)}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint is: a directory, or a hub id with an optional revision."""
+
+    hub_id: str | None = None
+    revision: str | None = None
+    directory: Path | None = None
+    kind: str = ""
+
+
+def _known() -> dict[str, Source]:
+    known = {name: Source(directory=CHECKPOINTS / name, kind="embedded") for name in EMBEDDED}
+    for name, (size, steps) in _SIZES.items():
+        known[name] = Source(f"openai-community/{name}", kind="original")
+        known[f"{name}-vanilla"] = Source(f"schaeff/gpt2-{size}_vanilla{steps}", kind="fine-tuned control")
+        known[f"{name}-noLN"] = Source(f"schaeff/gpt2-{size}_LNFree{steps}", kind="LN-free")
+    for version in range(1, 6):
+        known[f"gpt2-noLN-v{version}"] = Source("apollo-research/gpt2_noLN", f"v{version}", kind="LN-free")
+    return known
+
+
+def available_models():
+    """The names `load_model` knows besides hub ids and directories.
+
+    Returns:
+        DataFrame with columns name, kind (embedded, original, fine-tuned control, LN-free), source, revision.
+    """
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {"name": name, "kind": s.kind, "source": s.hub_id or "in the package", "revision": s.revision or ""}
+            for name, s in _known().items()
+        ]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Names -> a directory of files
+
+
+def locate_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The directory that holds a checkpoint's files, fetched into the hub's cache if it must be.
+
+    Raises:
+        ValueError: an unknown name (the nearest known ones are named), a directory without a GPT-2 checkpoint,
+            a hub model that is neither in the cache nor reachable.
+    """
+    name = str(name_or_path)
+    source = _known().get(name)
+    if source is None and Path(name).is_dir():
+        source = Source(directory=Path(name))
+    if source is None and not _is_hub_id(name):
+        near = difflib.get_close_matches(name, _known(), n=3, cutoff=0.4) or list(EMBEDDED)
+        raise ValueError(f"unknown model {name!r}; nearest known: {', '.join(near)} (or a hub id, or a directory)")
+    source = source or Source(name)
+    if source.directory is not None:
+        if revision is not None:
+            raise ValueError(f"revision {revision!r} given for {name!r}, which is no hub model")
+        if not (source.directory / "config.json").is_file():
+            raise ValueError(f"{name} is no GPT-2 checkpoint: it holds no config.json")
+        return source.directory
+    return _from_hub(name, source.hub_id, revision or source.revision)
+
+
+def _is_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
+
+
+_MODEL_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+_TOKENIZER_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json"]
+
+
+def _from_hub(name: str, hub_id: str, revision: str | None) -> Path:
+    """The hub's cache first, with no look-up; the hub itself for what the cache does not hold."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    where = f"{hub_id}" + (f" at revision {revision}" if revision else "")
+    try:
+        cached = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+        if (cached / "config.json").is_file() and _weight_files(cached):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        patterns = _MODEL_FILES + _TOKENIZER_FILES
+        fetched = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, etag_timeout=5))
+    except RevisionNotFoundError:
+        raise ValueError(f"model {name!r}: {hub_id} has no revision {revision!r}") from None
+    except RepositoryNotFoundError:
+        raise ValueError(f"model {name!r}: the hub has no model {hub_id} open to you") from None
+    except Exception as error:
+        raise ValueError(
+            f"model {name!r} ({where}) is neither in the cache {HF_HUB_CACHE} nor reachable on the hub "
+            f"({type(error).__name__})"
+        ) from None
+    if not _weight_files(fetched):
+        raise ValueError(f"model {name!r} ({where}) has no .safetensors weights; other formats are not read")
+    return fetched
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Files -> config and weights
+
+
+def read_config(directory: Path):
+    """The GPT2Config of a checkpoint directory.
+
+    Raises:
+        ValueError: config.json is not readable, or is another architecture's, or asks for what GPT-2 has not.
+    """
+    from transformers import GPT2Config
+
+    try:
+        raw = json.loads((directory / "config.json").read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{directory}: config.json is not readable ({error})") from None
+    if not isinstance(raw, dict) or raw.get("model_type") != "gpt2":
+        kind = raw.get("model_type") if isinstance(raw, dict) else raw
+        raise ValueError(f"{directory} is no GPT-2 checkpoint: config.json has model_type {kind!r}, not 'gpt2'")
+    config = GPT2Config.from_dict(raw)
+    if config.n_embd % config.n_head:
+        raise ValueError(f"{directory}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
+    if config.add_cross_attention:
+        raise ValueError(f"{directory}: cross-attention is not GPT-2's")
+    return config
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files a checkpoint consists of; empty if it has none or a shard is missing."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [directory / shard for shard in shards]
+        return files if all(f.is_file() for f in files) else []
+    single = directory / "model.safetensors"
+    return [single] if single.is_file() else []
+
+
+class Weights(Mapping[str, Tensor]):
+    """A checkpoint's tensors under GPT2LMHeadModel's names, read from disk one at a time when asked for.
+
+    Names are without the leading "transformer."; mask buffers of old checkpoints are left out.
+
+    Raises:
+        ValueError: no or unreadable weight files; weights missing, extra, of the wrong shape; on reading: one
+            that is not finite.
+    """
+
+    def __init__(self, directory: Path, config):
+        files = _weight_files(directory)
+        if not files:
+            raise ValueError(f"{directory} is no GPT-2 checkpoint: it lacks model.safetensors or a part of it")
+        self.directory, self._at = directory, {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} is no readable safetensors file ({error})") from None
+            for stored in handle.keys():  # noqa: SIM118  (a safetensors handle is no dict)
+                name = stored.removeprefix("transformer.")
+                if name.endswith((".attn.bias", ".attn.masked_bias")):
+                    continue
+                self._at[name] = (handle, stored)
+                shapes[name] = tuple(handle.get_slice(stored).get_shape())
+        expected = expected_shapes(config)
+        if "lm_head.weight" in shapes or not config.tie_word_embeddings:
+            expected["lm_head.weight"] = expected["wte.weight"]
+        for problem, names in (
+            ("lacks weights", [n for n in expected if n not in shapes]),
+            ("has weights GPT-2 has not", [n for n in shapes if n not in expected]),
+        ):
+            if names:
+                raise ValueError(f"{directory} {problem}: {_some(names)}")
+        for name, shape in expected.items():
+            if shapes[name] != shape:
+                raise ValueError(f"{directory}: {name} has shape {list(shapes[name])}, the config wants {list(shape)}")
+
+    def __getitem__(self, name: str) -> Tensor:
+        handle, stored = self._at[name]
+        tensor = handle.get_tensor(stored)
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{self.directory}: {name} holds values that are not finite")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._at)
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def expected_shapes(config) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight of a GPT2LMHeadModel but the tied head, without "transformer."."""
+    d, mlp = config.n_embd, config.n_inner or 4 * config.n_embd
+    shapes = {"wte.weight": (config.vocab_size, d), "wpe.weight": (config.n_positions, d)}
+    block = {
+        "ln_1.weight": (d,), "ln_1.bias": (d,), "attn.c_attn.weight": (d, 3 * d), "attn.c_attn.bias": (3 * d,),
+        "attn.c_proj.weight": (d, d), "attn.c_proj.bias": (d,), "ln_2.weight": (d,), "ln_2.bias": (d,),
+        "mlp.c_fc.weight": (d, mlp), "mlp.c_fc.bias": (mlp,), "mlp.c_proj.weight": (mlp, d), "mlp.c_proj.bias": (d,),
+    }  # fmt: skip
+    for i in range(config.n_layer):
+        shapes |= {f"h.{i}.{name}": shape for name, shape in block.items()}
+    return shapes | {"ln_f.weight": (d,), "ln_f.bias": (d,)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def load_tokenizer(directory: Path, config):
+    """The checkpoint's tokenizer, TransformerLens-ready; GPT-2's own for its vocabulary; else None.
+
+    Raises:
+        ValueError: the tokenizer's size disagrees with the model's vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    if not any((directory / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        if config.vocab_size != 50257:
+            return None
+        try:
+            directory = _tokenizer_of_gpt2()
+        except ValueError:
+            return None
+    # add_bos_token spares TransformerLens a second look-up by name, which would go to the hub.
+    tokenizer = AutoTokenizer.from_pretrained(directory, add_bos_token=True, local_files_only=True)
+    if len(tokenizer) != config.vocab_size:
+        raise ValueError(
+            f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}"
+        )
+    return tokenizer
+
+
+def _tokenizer_of_gpt2() -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download("openai-community/gpt2", allow_patterns=_TOKENIZER_FILES, etag_timeout=5))
+    except Exception:
+        raise ValueError("GPT-2's tokenizer is neither in the cache nor reachable on the hub") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The model
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for; without one a GPU if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; allowed are cpu, cuda, cuda:N, mps") from None
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= here.get(device.type, 0):
+        present = [kind for kind, n in here.items() if n]
+        raise ValueError(f"device {str(device)!r} is not there; present: {', '.join(present)}")
+    return device
+
+
+def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A torch dtype from itself or its name.
+
+    Raises:
+        ValueError: not one of float32, float64, bfloat16, float16.
+    """
+    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in DTYPES.values():
+        raise ValueError(f"unknown dtype {str(dtype)!r}; allowed are {', '.join(DTYPES)}")
+    return dtype
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    revision: str | None = None,
+):
+    """A GPT-2 checkpoint as a HookedTransformer in eval mode, parameters frozen.
+
+    LN-free checkpoints (see `layernorm.is_ln_free`) get `cfg.normalization_type = None`; the others "LNPre".
+    log-probabilities are the HF model's; logits differ from it by a constant per position, the unembedding
+    being centred.
+
+    Args:
+        name_or_path: a name of `available_models()`, a hub id, or a directory with a GPT2LMHeadModel in
+            safetensors format. Embedded models and directories never touch the network.
+        device: default a GPU if there is one.
+        dtype: of the weights. Folding is done in fp64 whatever it is.
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        ValueError: unknown name, no GPT-2 checkpoint, weights missing, extra, misshapen or not finite, a
+            tokenizer of the wrong size, a device or dtype that is not there.
+
+    Example:
+        >>> from lnfree_interp import load_model
+        >>> model = load_model("tiny-noLN")
+        >>> print(model.cfg.normalization_type, model.cfg.n_layers)
+        None 4
+    """
+    device, dtype = resolve_device(device), resolve_dtype(dtype)
+    directory = locate_checkpoint(name_or_path, revision)
+    config = read_config(directory)
+    weights = Weights(directory, config)
+    try:
+        ln_free = is_ln_free(config, weights)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+    tokenizer = load_tokenizer(directory, config)
+    name = name_or_path if str(name_or_path) in _known() else directory.name
+    model = build_model(config, ln_free, tokenizer, device=device, dtype=dtype, name=str(name))
+    with torch.no_grad():
+        missing = dict(model.named_parameters())
+        for key, value in fold_layernorm(config, weights, ln_free=ln_free):
+            missing.pop(key).copy_(value)
+    # init_weights=False left every parameter empty memory: none may have been passed over.
+    assert not missing, f"never filled: {sorted(missing)}"
+    return model.eval().requires_grad_(False)
+
+
+def build_model(config, ln_free: bool, tokenizer, *, device, dtype, name: str):
+    """A HookedTransformer of a GPT2Config's shape with uninitialised weights."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    cfg = HookedTransformerConfig(
+        n_layers=config.n_layer,
+        d_model=config.n_embd,
+        n_heads=config.n_head,
+        d_head=config.n_embd // config.n_head,
+        d_mlp=config.n_inner or 4 * config.n_embd,
+        n_ctx=config.n_positions,
+        d_vocab=config.vocab_size,
+        act_fn="gelu_new" if config.activation_function == "gelu_pytorch_tanh" else config.activation_function,
+        eps=1e-5 if ln_free else config.layer_norm_epsilon,
+        use_attn_scale=config.scale_attn_weights,
+        scale_attn_by_inverse_layer_idx=config.scale_attn_by_inverse_layer_idx,
+        normalization_type=None if ln_free else "LNPre",
+        original_architecture="GPT2LMHeadModel",
+        model_name=name,
+        init_weights=False,
+        dtype=dtype,
+        device=str(device),
+        seed=None,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
+        return HookedTransformer(cfg, tokenizer=tokenizer)
