@@ -222,7 +222,9 @@ def _pack(model) -> PackedWeights:
 
 def layer_qkv(
     packed: PackedWeights, layer: Layer, resid: Float[Tensor, "*rows d_model"]
-) -> tuple[Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"]]:
+) -> tuple[
+    Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"]
+]:
     """Queries, keys and values of the rows given."""
     qkv = F.linear(layer.ln1(resid), layer.W_QKV.T, layer.b_QKV)
     q, k, v = qkv.unflatten(-1, (3, packed.n_heads, -1)).unbind(-3)
@@ -276,7 +278,7 @@ def run(
     resid: Float[Tensor, "batch pos d_model"] | None = None,
     start_layer: int = 0,
     hooks: Mapping[str, Hook] | None = None,
-    positions: Sequence[int] | None = None,
+    positions: Sequence[int] | slice | None = None,
 ) -> Float[Tensor, "batch kept_pos d_model"]:
     """The final residual stream (before the final norm), with hooks along the way.
 
@@ -371,12 +373,23 @@ def _run_hooked(model, tokens, resid, start_layer, hooks, positions) -> Tensor:
         final.append(x)
 
     last = f"blocks.{model.cfg.n_layers - 1}."
-    chosen = None if positions is None else torch.as_tensor(positions, device=model.cfg.device)
+    n_pos = (tokens if resid is None else resid).shape[1]
+    chosen = None if positions is None else torch.arange(n_pos, device=model.cfg.device)[positions]
     # The last block's per-query activations are seen by hooks at the chosen positions only, as on the fast path.
-    per_query = ("hook_attn_out", "hook_resid_mid", "hook_pre", "hook_post", "hook_mlp_out", "hook_q", "hook_z")
+    per_query = (
+        "hook_attn_out",
+        "hook_resid_mid",
+        "hook_pre",
+        "hook_post",
+        "hook_mlp_out",
+        "hook_q",
+        "hook_z",
+    )
 
     def adapt(name: str, hook: Hook):
-        narrow = chosen is not None and name.startswith(last) and name.endswith((*per_query, "hook_resid_post"))
+        narrow = (
+            chosen is not None and name.startswith(last) and name.endswith((*per_query, "hook_resid_post"))
+        )
         pattern = chosen is not None and name.startswith(last) and name.endswith("hook_pattern")
 
         def call(x: Tensor, hook=hook, **_: Any):
@@ -399,17 +412,24 @@ def _run_hooked(model, tokens, resid, start_layer, hooks, positions) -> Tensor:
 
 
 def unembed(
-    model, resid: Float[Tensor, "*rows d_model"], tokens: Int[Tensor, "*rows k"] | None = None
+    model,
+    resid: Float[Tensor, "*rows d_model"],
+    tokens: Int[Tensor, "*rows k"] | None = None,
+    *,
+    norm: Norm | None = None,
 ) -> Float[Tensor, "*rows d_vocab_or_k"]:
     """Logits of a final residual stream: of the whole vocabulary, or of k tokens for each row.
 
     Asking for a few tokens costs k columns of W_U per row in place of all of them.
+
+    Args:
+        norm: in place of the model's final norm.
     """
-    x = final_norm(model)(resid)
+    x = (norm or final_norm(model))(resid)
     W_U, b_U = model.unembed.W_U, model.unembed.b_U
     if tokens is None:
         logits = F.linear(x, W_U.T, b_U)
-        cap = getattr(model.cfg, "output_logits_soft_cap", -1.0)
-        return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
-    columns = W_U.T[tokens]
-    return torch.einsum("...d,...kd->...k", x, columns) + b_U[tokens]
+    else:
+        logits = torch.einsum("...d,...kd->...k", x, W_U.T[tokens]) + b_U[tokens]
+    cap = getattr(model.cfg, "output_logits_soft_cap", -1.0)
+    return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits

@@ -1,0 +1,62 @@
+"""Shared fixtures. Shapes in signatures are checked by beartype for the whole package while tests run."""
+
+import os
+import warnings
+
+# Tests must never wait for a hub that may not be there.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+from jaxtyping import install_import_hook
+
+_hook = install_import_hook("lnfree_interp", "beartype.beartype")
+
+import pytest
+import torch
+
+NORMALIZATIONS = (None, "LNPre", "LN", "RMSPre", "RMS")
+
+
+def make_model(normalization_type, *, seed=0, dtype=torch.float64, **overrides):
+    """A small HookedTransformer with random weights, biases and norms included."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    fields = {
+        "n_layers": 2, "d_model": 24, "n_heads": 3, "d_head": 8, "d_mlp": 40, "n_ctx": 32, "d_vocab": 61,
+        "act_fn": "gelu_new", "normalization_type": normalization_type, "init_weights": False, "device": "cpu",
+        "dtype": dtype, "seed": None,
+    } | overrides  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        model = HookedTransformer(HookedTransformerConfig(**fields))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            around = 1.0 if name.endswith(".w") else 0.0
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3 + around)
+    return model.eval().requires_grad_(False)
+
+
+def random_tokens(model, batch=3, pos=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.cfg.d_vocab, (batch, pos), generator=generator)
+
+
+@pytest.fixture(scope="session")
+def random_model():
+    """Factory of small random models, one of each configuration per session."""
+    made = {}
+
+    def factory(normalization_type, **fields):
+        key = (normalization_type, *sorted(fields.items()))
+        if key not in made:
+            made[key] = make_model(normalization_type, **fields)
+        return made[key]
+
+    return factory
+
+
+@pytest.fixture(params=NORMALIZATIONS, ids=str)
+def any_model(request, random_model):
+    """One model of each kind of normalisation, none included."""
+    return random_model(request.param)

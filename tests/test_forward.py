@@ -1,0 +1,139 @@
+"""The packed forward is TransformerLens' forward: same activations, same effect of hooks, at any positions."""
+
+import pytest
+import torch
+from conftest import NORMALIZATIONS, make_model, random_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lnfree_interp import forward
+
+TOLERANCE = 1e-10
+SITES = (
+    "hook_resid_pre", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_pattern", "attn.hook_z",
+    "hook_attn_out", "hook_resid_mid", "mlp.hook_pre", "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
+)  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    normalization=st.sampled_from(NORMALIZATIONS),
+    n_layers=st.integers(1, 3),
+    n_heads=st.integers(1, 3),
+    d_head=st.sampled_from([1, 4, 6]),
+    act_fn=st.sampled_from(["gelu", "gelu_new", "relu", "silu"]),
+    attn_only=st.booleans(),
+    inverse=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_logits_are_the_models_own(
+    normalization, n_layers, n_heads, d_head, act_fn, attn_only, inverse, seed
+):
+    model = make_model(
+        normalization, n_layers=n_layers, n_heads=n_heads, d_head=d_head, act_fn=act_fn, attn_only=attn_only,
+        scale_attn_by_inverse_layer_idx=inverse, seed=seed,
+    )  # fmt: skip
+    assert forward.covers(model)
+    tokens = random_tokens(model, seed=seed)
+    logits = forward.unembed(model, forward.run(model, tokens))
+    torch.testing.assert_close(logits, model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_hooks_see_and_change_what_transformer_lens_hooks_do(any_model, site):
+    tokens, name = random_tokens(any_model), f"blocks.0.{site}"
+    seen = {}
+
+    def hook(where):
+        def call(x):
+            seen[where] = x.clone()
+            return x * 1.5
+
+        return call
+
+    ours = forward.run(any_model, tokens, hooks={name: hook("packed")})
+    other = hook("hooked")
+    theirs = any_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: other(x))])
+    torch.testing.assert_close(seen["packed"], seen["hooked"], atol=TOLERANCE, rtol=TOLERANCE)
+    logits = forward.unembed(any_model, ours)
+    torch.testing.assert_close(logits, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("positions", [[0], [2, 5], slice(1, 6), [6]])
+def test_positions_give_the_rows_of_the_whole_pass_on_both_paths(any_model, positions):
+    tokens = random_tokens(any_model)
+    whole = forward.run(any_model, tokens)
+    ours = forward.run(any_model, tokens, positions=positions)
+    theirs = forward._run_hooked(any_model, tokens, None, 0, {}, positions)
+    for rows in (ours, theirs):
+        torch.testing.assert_close(rows, whole[:, positions], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_hooks_at_positions_are_the_same_on_both_paths(any_model, site):
+    tokens, name, positions = random_tokens(any_model), f"blocks.1.{site}", [2, 5]
+    hooks = {name: lambda x: x * 1.5}
+    ours = forward.run(any_model, tokens, hooks=hooks, positions=positions)
+    theirs = forward._run_hooked(any_model, tokens, None, 0, hooks, positions)
+    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_starting_from_a_layer_continues_the_run(any_model):
+    tokens, kept = random_tokens(any_model), {}
+    whole = forward.run(any_model, tokens, hooks={"blocks.1.hook_resid_pre": lambda x: kept.update(x=x)})
+    for run in (forward.run(any_model, resid=kept["x"], start_layer=1),
+                forward._run_hooked(any_model, None, kept["x"], 1, {}, None)):  # fmt: skip
+        torch.testing.assert_close(run, whole, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_few_columns_of_the_unembedding(any_model):
+    tokens = random_tokens(any_model)
+    resid = forward.run(any_model, tokens)
+    columns = torch.randint(any_model.cfg.d_vocab, (*tokens.shape, 2))
+    few = forward.unembed(any_model, resid, columns)
+    torch.testing.assert_close(few, any_model(tokens).gather(-1, columns), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_packed_weights_follow_edits(random_model):
+    model = make_model(None)
+    tokens = random_tokens(model)
+    before = forward.run(model, tokens)
+    with torch.no_grad():
+        model.blocks[0].attn.W_Q.mul_(2)
+    after = forward.unembed(model, forward.run(model, tokens))
+    assert not torch.allclose(before, forward.run(model, tokens))
+    torch.testing.assert_close(after, model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_models_own_hooks_are_run(any_model):
+    tokens = random_tokens(any_model)
+    any_model.add_hook("blocks.0.hook_attn_out", lambda x, hook: x * 0)
+    try:
+        assert not forward.covers(any_model)
+        logits = forward.unembed(any_model, forward.run(any_model, tokens))
+        torch.testing.assert_close(logits, any_model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
+    finally:
+        any_model.reset_hooks()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"positional_embedding_type": "rotary", "rotary_dim": 8},
+        {"gated_mlp": True},
+        {"n_key_value_heads": 1},
+        {"parallel_attn_mlp": True},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_other_blocks_go_through_transformer_lens(fields):
+    model = make_model("LNPre", **fields)
+    assert not forward.covers(model)
+    tokens = random_tokens(model)
+    logits = forward.unembed(model, forward.run(model, tokens))
+    torch.testing.assert_close(logits, model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_an_unknown_hook_is_an_error(any_model):
+    with pytest.raises(ValueError, match=r"no hook 'blocks\.9\.hook_z'"):
+        forward.run(any_model, random_tokens(any_model), hooks={"blocks.9.hook_z": lambda x: x})
