@@ -23,12 +23,14 @@ def read_documents(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8")
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
-    except OSError as error:
-        raise ValueError(f"cannot read text file {path}: {error.strerror or error}") from None
+    except (OSError, EOFError) as error:
+        raise ValueError(
+            f"cannot read text file {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     documents = [document for block in text.split("\n\n") if (document := block.strip("\n"))]
     if not any(document.strip() for document in documents):
         raise ValueError(f"text file {path} is empty")
@@ -42,7 +44,7 @@ def token_stream(tokenizer, documents: Iterable[str], *, batch: int = 256) -> It
 
     def encode() -> Iterator[list[int]]:
         ids = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
-        return (document + [eot] for document in ids)
+        return ([*document, eot] for document in ids)
 
     for document in documents:
         chunk.append(document)
@@ -79,3 +81,101 @@ def token_blocks(
     if n_blocks == 0:
         raise ValueError(f"text has {len(ids)} tokens, too few for one block of {block_size}")
     return torch.tensor(ids[: n_blocks * block_size]).view(n_blocks, block_size)
+
+
+def hub_documents(name: str, *, split: str = "train") -> Iterator[str]:
+    """The documents of a hub dataset's text column, streamed. Datasets of token ids: see `hub_token_blocks`.
+
+    Raises:
+        ValueError: no such dataset or split, not reachable, or no column named text, content or document.
+    """
+    for row in _stream(name, split):
+        column = next((c for c in ("text", "content", "document") if c in row), None)
+        if column is None:
+            raise ValueError(f"dataset {name!r} has no text column; it has {', '.join(row)}")
+        if row[column]:
+            yield row[column]
+
+
+def _stream(name: str, split: str) -> Iterator[dict]:
+    from datasets import load_dataset
+
+    try:
+        yield from load_dataset(name, split=split, streaming=True)
+    except GeneratorExit:
+        raise
+    except Exception as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read dataset {name!r} (split {split!r}): {first}") from None
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Token blocks as the items a Trainer reads."""
+
+    def __init__(self, blocks: Int[Tensor, "batch pos"]):
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, i: int) -> dict[str, Int[Tensor, " pos"]]:
+        return {"input_ids": self.blocks[i]}
+
+
+class StreamedBlocks(torch.utils.data.IterableDataset):
+    """Token blocks of a hub dataset of texts, or of the same tokenizer's ids ("input_ids"), as they come.
+
+    Raises, when iterated:
+        ValueError: as hub_documents; token ids beyond the tokenizer's.
+    """
+
+    def __init__(self, name: str, tokenizer, block_size: int, *, split: str = "train"):
+        self.name, self.tokenizer, self.block_size, self.split = name, tokenizer, block_size, split
+
+    def __iter__(self) -> Iterator[dict[str, Int[Tensor, " pos"]]]:
+        buffer: list[int] = []
+        for ids in self._ids():
+            buffer.extend(ids)
+            start = 0
+            while len(buffer) - start >= self.block_size:
+                yield {"input_ids": torch.tensor(buffer[start : start + self.block_size])}
+                start += self.block_size
+            del buffer[:start]
+
+    def _ids(self) -> Iterator[list[int]]:
+        first = next(_stream(self.name, self.split), {})
+        if "input_ids" not in first:
+            yield from token_stream(self.tokenizer, hub_documents(self.name, split=self.split))
+            return
+        for row in _stream(self.name, self.split):
+            if max(row["input_ids"], default=0) >= len(self.tokenizer):
+                raise ValueError(f"dataset {self.name!r} holds token ids of another tokenizer")
+            yield row["input_ids"]
+
+
+def check_tokens(tokens: Tensor, cfg) -> Int[Tensor, "batch pos"]:
+    """The tokens as int64 on the model's device.
+
+    Args:
+        cfg: the model's, of which d_vocab, n_ctx and device are read.
+
+    Raises:
+        ValueError: not whole numbers [batch, pos], outside the vocabulary, none, or more than the context.
+    """
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
+        raise ValueError(
+            f"tokens must be whole numbers [batch, pos], got {tokens.dtype} {list(tokens.shape)}"
+        )
+    if tokens.shape[1] > cfg.n_ctx:
+        raise ValueError(f"{tokens.shape[1]} tokens exceed the model's context of {cfg.n_ctx}")
+    check_ids(tokens, cfg.d_vocab, "tokens")
+    return tokens.to(cfg.device, torch.long)
+
+
+def check_ids(ids: Tensor, d_vocab: int, what: str) -> None:
+    """Raise ValueError unless all token ids are in the vocabulary."""
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= d_vocab:
+        raise ValueError(
+            f"{what} hold the id {low if low < 0 else high}; the vocabulary has 0 to {d_vocab - 1}"
+        )
