@@ -26,15 +26,23 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parser(module: str, description: str, *, tokens: int = 16384, out: str = "out") -> argparse.ArgumentParser:
+def parser(
+    module: str, description: str, *, tokens: int = 16384, out: str = "out"
+) -> argparse.ArgumentParser:
     """The flags every command has: --model, --text, --data, --tokens, --device, --dtype, --seed, --out."""
     p = OneLineParser(prog=f"python -m lnfree_interp.{module}", description=description)
     p.add_argument("--model", nargs="+", default=list(EMBEDDED), metavar="NAME",
-                   help="names of available_models(), hub ids or directories (default: the embedded models)")  # fmt: skip
+def parser(
+    module: str, description: str | None, *, tokens: int = 16384, out: str = "out"
+) -> argparse.ArgumentParser:
     source = p.add_mutually_exclusive_group()
     source.add_argument("--text", metavar="FILE", help="text file, plain or .gz (default: the embedded one)")
-    source.add_argument("--data", metavar="DATASET", help="hub dataset, streamed, e.g. Skylion007/openwebtext")
-    p.add_argument("--tokens", type=positive_int, default=tokens, metavar="N", help=f"tokens to use ({tokens:,})")
+    source.add_argument(
+        "--data", metavar="DATASET", help="hub dataset, streamed, e.g. Skylion007/openwebtext"
+    )
+    p.add_argument(
+        "--tokens", type=positive_int, default=tokens, metavar="N", help=f"tokens to use ({tokens:,})"
+    )
     p.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: a GPU if there is one)")
     p.add_argument("--dtype", default="float32", help="float32, float64, bfloat16 or float16")
     p.add_argument("--seed", type=int, default=0)

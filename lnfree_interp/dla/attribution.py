@@ -1,0 +1,380 @@
+"""Direct logit attribution, and the true direct effect it approximates.
+
+The final residual stream x is a sum of component outputs c. With the final LayerNorm's scale s taken as it is,
+the logit of a token t is linear in them: the attribution of c is <c, u> / s, u the token's column of W_U as the
+norm lets it be read. The true direct effect removes c and normalises again:
+
+    DE(c) = logit(x) - logit(x - c)            (P2 = arXiv 2507.02559, section 4)
+
+which differs wherever removing c changes s. Both follow from three numbers per component, <c, u>, <x, c> and
+|c|^2, and those from z and W_O: no [head, batch, pos, d_model] tensor and no x - c is ever made. Without
+LayerNorm the two are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..data import check_ids, check_tokens
+from ..forward import final_norm, run
+
+DECOMPOSITIONS = ("component", "head", "neuron")
+# Tokens per pass: what bounds the memory held for z, whatever the number of sequences.
+TOKENS_PER_PASS = 2048
+
+
+@dataclass(frozen=True)
+class LogitAttribution:
+    """What each component contributes to a logit, or to the difference of two.
+
+    Attributes:
+        values: Float[Tensor, "component batch pos"], in logits.
+        labels: one name per component: "embed", "pos_embed", "L3.attn", "L3.mlp", "L3H7", "L3N1021", and "L3.b_O",
+            "L3.b_out" for biases where heads or neurons are listed without them.
+        bias: Float[Tensor, "batch pos"], the part no component owns (b_U, and the final norm's own bias).
+            `values.sum(0) + bias` is the model's logit (for `direct_effect` only without LayerNorm).
+        positions: the position in the prompt of each entry along pos.
+    """
+
+    values: Float[Tensor, "component batch pos"]
+    labels: tuple[str, ...]
+    bias: Float[Tensor, "batch pos"]
+    positions: tuple[int, ...]
+
+    def table(self):
+        """One row per component: mean, mean absolute value and standard deviation in logits, largest first."""
+        import pandas as pd
+
+        flat = self.values.flatten(1).double().cpu()
+        table = pd.DataFrame(
+            {
+                "component": self.labels,
+                "mean": flat.mean(1).numpy(),
+                "mean_abs": flat.abs().mean(1).numpy(),
+                "std": flat.std(1, unbiased=False).numpy(),
+            }
+        )
+        return table.sort_values("mean_abs", ascending=False, ignore_index=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Public functions
+
+
+def direct_logit_attribution(
+    model,
+    tokens: Int[Tensor, "batch pos"],
+    targets: Int[Tensor, ...] | None = None,
+    *,
+    versus: Int[Tensor, ...] | None = None,
+    positions: int | slice | Sequence[int] | None = None,
+    by: str = "component",
+) -> LogitAttribution:
+    """Each component's part in a logit with the final norm's scale as it is: <c, u> / scale.
+
+    Args:
+        model: any HookedTransformer; normalization_type None, "LN", "LNPre", "RMS" or "RMSPre".
+        tokens: Int[Tensor, "batch pos"].
+        targets: None: at every position that has one, the next token; [batch]: at the last position;
+            [batch pos]: at every position. Token ids.
+        versus: second token ids, of targets' shape: everything is then about the logit difference.
+        positions: only these (of those that targets gives); negative ones count from the end.
+        by: "component" (embed, pos_embed, attn and mlp of each layer with their biases), "head" (attention by
+            heads, b_O apart) or "neuron" (MLPs by neurons, b_out apart).
+
+    Returns:
+        LogitAttribution in logits; values and bias sum to the model's own logit.
+
+    Raises:
+        ValueError: tokens, targets or positions out of range or of the wrong shape, an unknown `by`, a model whose
+            logits are not a sum over components.
+
+    Example:
+        >>> from lnfree_interp import direct_logit_attribution, load_model
+        >>> model = load_model("tiny-noLN", device="cpu")
+        >>> tokens = model.to_tokens("It was a dark and stormy")
+        >>> result = direct_logit_attribution(model, tokens, by="head")
+        >>> logits = result.values.sum(0) + result.bias
+        >>> logits.shape == tokens[:, 1:].shape
+        True
+    """
+    return logit_attributions(model, tokens, targets, versus=versus, positions=positions, by=by, exact=False)[
+        0
+    ]
+
+
+def direct_effect(
+    model,
+    tokens: Int[Tensor, "batch pos"],
+    targets: Int[Tensor, ...] | None = None,
+    *,
+    versus: Int[Tensor, ...] | None = None,
+    positions: int | slice | Sequence[int] | None = None,
+    by: str = "component",
+) -> LogitAttribution:
+    """How much a logit falls when a component is taken out of the final residual stream and the rest normalised.
+
+    DE(c) = logit(x) - logit(x - c), the scale computed anew for x - c, in closed form (P2, section 4). Later
+    layers do not see the removal: it is the direct path's effect. Arguments and errors are
+    `direct_logit_attribution`'s.
+
+    Example:
+        >>> from lnfree_interp import direct_effect, direct_logit_attribution, load_model
+        >>> model = load_model("tiny-noLN", device="cpu")
+        >>> tokens = model.to_tokens("It was a dark and stormy")
+        >>> exact, linear = direct_effect(model, tokens), direct_logit_attribution(model, tokens)
+        >>> bool((exact.values - linear.values).abs().max() < 1e-4)
+        True
+    """
+    return logit_attributions(model, tokens, targets, versus=versus, positions=positions, by=by, exact=True)[
+        1
+    ]
+
+
+@torch.no_grad()
+def logit_attributions(
+    model,
+    tokens: Int[Tensor, "batch pos"],
+    targets: Int[Tensor, ...] | None = None,
+    *,
+    versus: Int[Tensor, ...] | None = None,
+    positions: int | slice | Sequence[int] | None = None,
+    by: str = "component",
+    exact: bool = True,
+) -> tuple[LogitAttribution, LogitAttribution | None]:
+    """`direct_logit_attribution` and, if `exact`, `direct_effect`, from one forward pass."""
+    check_model(model, by)
+    tokens = check_tokens(tokens, model.cfg)
+    kept, targets, versus = align_targets(model, tokens, targets, versus, positions)
+    labels = component_labels(model.cfg, by)
+    parts = []
+    for rows in tokens.new_tensor(range(len(tokens))).split(max(1, TOKENS_PER_PASS // tokens.shape[1])):
+        other = None if versus is None else versus[rows]
+        parts.append(_attribute(model, tokens[rows], targets[rows], other, kept, by, exact))
+    linear, effect, bias = (None if p[0] is None else torch.cat(p, dim=-2) for p in zip(*parts))
+    where = tuple(kept)
+    approximate = LogitAttribution(linear, labels, bias, where)
+    return approximate, LogitAttribution(effect, labels, bias, where) if exact else None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Checks and alignment
+
+
+def check_model(model, by: str) -> None:
+    """Raise ValueError unless the model's logits are a sum over its components."""
+    cfg = model.cfg
+    if by not in DECOMPOSITIONS:
+        raise ValueError(f"by={by!r} is unknown; allowed are {', '.join(DECOMPOSITIONS)}")
+    if (getattr(cfg, "output_logits_soft_cap", -1.0) or -1.0) > 0:
+        raise ValueError("this model caps its logits with tanh, so they are not a sum over components")
+    if by != "component" and getattr(cfg, "use_normalization_before_and_after", False):
+        raise ValueError(f"this model normalises what its blocks write, so by={by!r} is undefined")
+    if by == "neuron" and (getattr(cfg, "attn_only", False) or getattr(cfg, "num_experts", None)):
+        raise ValueError("by='neuron' wants a model with plain MLPs")
+
+
+def align_targets(
+    model, tokens: Int[Tensor, "batch pos"], targets: Tensor | None, versus: Tensor | None, positions
+) -> tuple[list[int], Int[Tensor, "batch kept"], Int[Tensor, "batch kept"] | None]:
+    """The positions asked for and the target (and second) token ids there. The only place that aligns them.
+
+    Raises:
+        ValueError: targets or versus of the wrong shape or out of the vocabulary, a position out of range.
+    """
+    n_batch, n_pos = tokens.shape
+    if targets is None:
+        if n_pos < 2:
+            raise ValueError("one token has no next token: give targets")
+        targets, available = tokens[:, 1:], range(n_pos - 1)
+    elif targets.shape == (n_batch,):
+        targets, available = targets[:, None], range(n_pos - 1, n_pos)
+    elif targets.shape == (n_batch, n_pos):
+        available = range(n_pos)
+    else:
+        raise ValueError(
+            f"targets have shape {list(targets.shape)}; allowed are [{n_batch}] (last position) and "
+            f"[{n_batch}, {n_pos}] (every position)"
+        )
+    if versus is not None:
+        versus = versus[:, None] if versus.ndim == 1 else versus
+        if versus.shape != targets.shape:
+            raise ValueError(
+                f"versus has shape {list(versus.shape)}, the targets {list(targets.shape)}: they must agree"
+            )
+        versus = versus.to(tokens.device, torch.long)
+        check_ids(versus, model.cfg.d_vocab, "versus")
+    targets = targets.to(tokens.device, torch.long)
+    check_ids(targets, model.cfg.d_vocab, "targets")
+    kept = _resolve_positions(positions, n_pos, available)
+    index = torch.tensor(kept, device=tokens.device) - available.start
+    return kept, targets[:, index], None if versus is None else versus[:, index]
+
+
+def _resolve_positions(positions, n_pos: int, available: range) -> list[int]:
+    if positions is None:
+        return list(available)
+    if isinstance(positions, slice):
+        wanted = list(range(n_pos)[positions])
+    else:
+        wanted = [int(p) for p in ([positions] if isinstance(positions, int) else positions)]
+    kept = []
+    for p in wanted:
+        at = p + n_pos if p < 0 else p
+        if at not in available:
+            raise ValueError(
+                f"position {p} is out of range: targets reach from {available[0]} to {available[-1]}"
+            )
+        kept.append(at)
+    if not kept:
+        raise ValueError(f"positions {positions} name none of 0 to {n_pos - 1}")
+    return kept
+
+
+def component_labels(cfg, by: str) -> tuple[str, ...]:
+    """The components' names in the order of the values."""
+    labels = ["embed"] + ["pos_embed"] * (cfg.positional_embedding_type == "standard")
+    for i in range(cfg.n_layers):
+        labels += (
+            [f"L{i}H{h}" for h in range(cfg.n_heads)] + [f"L{i}.b_O"] if by == "head" else [f"L{i}.attn"]
+        )
+        if not getattr(cfg, "attn_only", False):
+            labels += (
+                [f"L{i}N{n}" for n in range(cfg.d_mlp)] + [f"L{i}.b_out"] if by == "neuron" else [f"L{i}.mlp"]
+            )
+    return tuple(labels)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The computation
+
+
+def _attribute(model, tokens, targets, versus, kept: list[int], by: str, exact: bool):
+    """(attribution, direct effect or None, bias) of a few sequences: [component, batch, kept] and [batch, kept]."""
+    activations, x = _record(model, tokens, kept, by)
+    x = x.flatten(0, 1)  # [n, d_model]; n runs over batch and kept positions
+    norm = final_norm(model)
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    direction, bias = _directions(model, norm, targets, versus)
+    scale = norm.scale(x)[:, 0]
+    read = [direction] + [_centred(x, norm)] * exact  # what components are projected on: u, and x itself
+    dots, squares = _project(model, activations, read, norm, by, with_squares=exact)
+    linear = dots[0].to(wide) / scale
+    shape = (-1, *targets.shape)
+    if not exact:
+        return linear.view(shape), None, bias.view(targets.shape)
+    if norm.kind is None:
+        return linear.view(shape), linear.clone().view(shape), bias.view(targets.shape)
+    logit = torch.einsum("nd,nd->n", x, direction).to(wide)
+    # |x - c|^2 / d + eps, with x and c centred where the norm centres; rounding must not make it negative.
+    variance = (scale**2 - norm.eps).expand(1, -1) + (squares - 2 * dots[1]).to(wide) / x.shape[-1]
+    effect = logit / scale - (logit - dots[0].to(wide)) / (variance.clamp(min=0) + norm.eps).sqrt()
+    return linear.view(shape), effect.view(shape), bias.view(targets.shape)
+
+
+def _centred(x: Float[Tensor, "*rows d_model"], norm) -> Float[Tensor, "*rows d_model"]:
+    """x as the norm sees it: without its mean, if the norm centres."""
+    return x - x.mean(-1, keepdim=True) if norm.centres else x
+
+
+def _directions(model, norm, targets, versus) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, " n"]]:
+    """u with logit = <x, u> / scale + bias, and that bias: W_U through the norm's own weights and centring."""
+    columns, b_U = model.unembed.W_U.T, model.unembed.b_U
+    direction, bias = columns[targets].flatten(0, 1), b_U[targets].flatten()
+    if versus is not None:
+        direction = direction - columns[versus].flatten(0, 1)
+        bias = bias - b_U[versus].flatten()
+    if norm.b is not None:
+        bias = bias + direction @ norm.b
+    if norm.w is not None:
+        direction = direction * norm.w
+    return _centred(direction, norm), bias
+
+
+def _record(model, tokens, kept: list[int], by: str) -> tuple[dict[str, Tensor], Tensor]:
+    """The activations a decomposition is made of, at the kept positions, and the final residual stream there."""
+    cfg = model.cfg
+    names = ["hook_embed"] + ["hook_pos_embed"] * (cfg.positional_embedding_type == "standard")
+    for i in range(cfg.n_layers):
+        names.append(f"blocks.{i}." + ("attn.hook_z" if by == "head" else "hook_attn_out"))
+        if not getattr(cfg, "attn_only", False):
+            names.append(f"blocks.{i}." + ("mlp.hook_post" if by == "neuron" else "hook_mlp_out"))
+    activations: dict[str, Tensor] = {}
+    every = len(kept) == tokens.shape[1]
+    # A slice where there is one: a view in place of a copy.
+    where = slice(kept[0], kept[-1] + 1) if kept == list(range(kept[0], kept[-1] + 1)) else kept
+    last = f"blocks.{cfg.n_layers - 1}."
+
+    def keep(name: str):
+        def hook(x: Tensor) -> None:
+            # The last block runs at the kept positions alone. Copies: later hooks may change x in place.
+            chosen = x if every or name.startswith(last) else x[:, where]
+            activations[name] = chosen.expand(len(tokens), *chosen.shape[1:]).flatten(0, 1)
+
+        return hook
+
+    x = run(model, tokens, hooks={name: keep(name) for name in names}, positions=None if every else where)
+    return activations, x
+
+
+def _project(model, activations, read, norm, by: str, *, with_squares: bool):
+    """<c, r> for each r of `read` and |c|^2, of every component, c centred where the norm centres.
+
+    Returns:
+        ([component, n] per r, [component, n] or None). Each r must be centred itself where the norm centres.
+    """
+    dots: list[list[Tensor]] = [[] for _ in read]
+    squares: list[Tensor] = []
+
+    def add(products: list[Tensor], square: Tensor | None) -> None:
+        for i, product in enumerate(products):
+            dots[i].append(product)
+        if square is not None:
+            squares.append(square)
+
+    def whole(c: Float[Tensor, "n_or_1 d_model"]) -> None:
+        """A component given by its output."""
+        c, n = _centred(c, norm), len(read[0])
+        products = [torch.einsum("nd,nd->n", c.expand(n, -1), r)[None] for r in read]
+        add(products, c.pow(2).sum(-1).expand(n)[None] if with_squares else None)
+
+    for name, activation in activations.items():
+        if not name.endswith(("hook_z", "hook_post")):
+            whole(activation)
+            continue
+        block = model.blocks[int(name.split(".")[1])]
+        if name.endswith("hook_z"):
+            add(*_project_heads(activation, _centred(block.attn.W_O, norm), read, with_squares))
+            whole(block.attn.b_O[None])
+        else:
+            add(*_project_neurons(activation, _centred(block.mlp.W_out, norm), read, with_squares))
+            whole(block.mlp.b_out[None])
+    return [torch.cat(parts) for parts in dots], torch.cat(squares) if with_squares else None
+
+
+def _project_heads(
+    z: Float[Tensor, "n head d_head"], W_O: Float[Tensor, "head d_head d_model"], read, with_squares: bool
+):
+    """For c = z W_O of each head: <c, r> = <z, W_O r>, |c|^2 = z (W_O W_O^T) z, each [head, n]."""
+    n_heads = len(W_O)
+    flat = W_O.flatten(0, 1)
+    products = [torch.einsum("nhe,nhe->hn", z, (r @ flat.T).unflatten(1, (n_heads, -1))) for r in read]
+    if not with_squares:
+        return products, None
+    gram = W_O @ W_O.transpose(1, 2)  # [head, d_head, d_head]
+    turned = torch.einsum("nhe,hef->nhf", z, gram)
+    return products, torch.einsum("nhf,nhf->hn", turned, z)
+
+
+def _project_neurons(
+    post: Float[Tensor, "n d_mlp"], W_out: Float[Tensor, "d_mlp d_model"], read, with_squares: bool
+):
+    """For c = post_i W_out[i] of each neuron: <c, r> = post_i <W_out[i], r>, |c|^2 = post_i^2 |W_out[i]|^2."""
+    products = [(post * (r @ W_out.T)).T for r in read]
+    return products, (post.pow(2) * W_out.pow(2).sum(-1)).T if with_squares else None
