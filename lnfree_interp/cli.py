@@ -27,26 +27,22 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def parser(
-    module: str, description: str, *, tokens: int = 16384, out: str = "out"
+    module: str, description: str | None, *, tokens: int = 16384, out: str = "out"
 ) -> argparse.ArgumentParser:
     """The flags every command has: --model, --text, --data, --tokens, --device, --dtype, --seed, --out."""
     p = OneLineParser(prog=f"python -m lnfree_interp.{module}", description=description)
-    p.add_argument("--model", nargs="+", default=list(EMBEDDED), metavar="NAME",
-def parser(
-    module: str, description: str | None, *, tokens: int = 16384, out: str = "out"
-) -> argparse.ArgumentParser:
+    add = p.add_argument
+    models_help = "names of available_models(), hub ids or directories (default: the embedded models)"
+    add("--model", nargs="+", default=list(EMBEDDED), metavar="NAME", help=models_help)
     source = p.add_mutually_exclusive_group()
     source.add_argument("--text", metavar="FILE", help="text file, plain or .gz (default: the embedded one)")
-    source.add_argument(
-        "--data", metavar="DATASET", help="hub dataset, streamed, e.g. Skylion007/openwebtext"
-    )
-    p.add_argument(
-        "--tokens", type=positive_int, default=tokens, metavar="N", help=f"tokens to use ({tokens:,})"
-    )
-    p.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: a GPU if there is one)")
-    p.add_argument("--dtype", default="float32", help="float32, float64, bfloat16 or float16")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help=f"where files go ({out})")
+    data_help = "hub dataset, streamed, e.g. Skylion007/openwebtext"
+    source.add_argument("--data", metavar="DATASET", help=data_help)
+    add("--tokens", type=positive_int, default=tokens, metavar="N", help=f"tokens to use ({tokens:,})")
+    add("--device", help="cpu, cuda, cuda:N or mps (default: a GPU if there is one)")
+    add("--dtype", default="float32", help="float32, float64, bfloat16 or float16")
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path(out), metavar="DIR", help=f"where files go ({out})")
     return p
 
 
