@@ -151,31 +151,3 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
             if max(row["input_ids"], default=0) >= len(self.tokenizer):
                 raise ValueError(f"dataset {self.name!r} holds token ids of another tokenizer")
             yield row["input_ids"]
-
-
-def check_tokens(tokens: Tensor, cfg) -> Int[Tensor, "batch pos"]:
-    """The tokens as int64 on the model's device.
-
-    Args:
-        cfg: the model's, of which d_vocab, n_ctx and device are read.
-
-    Raises:
-        ValueError: not whole numbers [batch, pos], outside the vocabulary, none, or more than the context.
-    """
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.numel() == 0:
-        raise ValueError(
-            f"tokens must be whole numbers [batch, pos], got {tokens.dtype} {list(tokens.shape)}"
-        )
-    if tokens.shape[1] > cfg.n_ctx:
-        raise ValueError(f"{tokens.shape[1]} tokens exceed the model's context of {cfg.n_ctx}")
-    check_ids(tokens, cfg.d_vocab, "tokens")
-    return tokens.to(cfg.device, torch.long)
-
-
-def check_ids(ids: Tensor, d_vocab: int, what: str) -> None:
-    """Raise ValueError unless all token ids are in the vocabulary."""
-    low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= d_vocab:
-        raise ValueError(
-            f"{what} hold the id {low if low < 0 else high}; the vocabulary has 0 to {d_vocab - 1}"
-        )

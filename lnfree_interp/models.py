@@ -241,6 +241,9 @@ class Weights(Mapping[str, Tensor]):
             raise ValueError(f"{self.directory}: {name} holds values that are not finite")
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._at  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._at)
 

@@ -54,7 +54,7 @@ BAD = [
     (["--tokens", "0"], "'0' is not a positive whole number"),
     (["--tokens", "many"], "'many' is not a positive whole number"),
     (["--prompt", ""], "--prompt is empty"),
-    (["--prompt", "word " * 300], "exceed the model's context of 256"),
+    (["--prompt", "word " * 300], "the model's context holds 256"),
     (["--positions", "first"], "invalid choice: 'first'"),
     (["--verbose"], "unrecognized arguments: --verbose"),
     (["--out", "SHORT"], "is not a directory"),

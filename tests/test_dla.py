@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lnfree_interp import dla
-from lnfree_interp.data import check_tokens
+from lnfree_interp.batching import check_tokens
 from lnfree_interp.dla import (
     attribution,
     attribution_error,
@@ -259,16 +259,16 @@ def test_tables(random_model):
 
 
 BAD = [
-    ({"tokens": torch.zeros(2, 0, dtype=torch.long)}, "whole numbers"),
-    ({"tokens": torch.full((2, 7), 61)}, "id 61; the vocabulary has 0 to 60"),
-    ({"tokens": torch.full((2, 7), -1)}, "id -1"),
-    ({"tokens": torch.zeros(1, 33, dtype=torch.long)}, "33 tokens exceed the model's context of 32"),
+    ({"tokens": torch.zeros(2, 0, dtype=torch.long)}, "neither of them empty"),
+    ({"tokens": torch.full((2, 7), 61)}, "token id 61 is outside the model's vocabulary of 61"),
+    ({"tokens": torch.full((2, 7), -1)}, "token id -1 is outside"),
+    ({"tokens": torch.zeros(1, 33, dtype=torch.long)}, "33 tokens, the model's context holds 32"),
     ({"tokens": torch.zeros(1, 1, dtype=torch.long)}, "no next token"),
     ({"targets": torch.zeros(4, dtype=torch.long)}, r"shape \[4\]; allowed are \[3\]"),
     ({"targets": torch.zeros(3, 6, dtype=torch.long)}, r"allowed are \[3\] \(last position\) and \[3, 7\]"),
-    ({"targets": torch.full((3,), 61)}, "targets hold the id 61"),
+    ({"targets": torch.full((3,), 61)}, "targets: token id 61"),
     ({"versus": torch.zeros(3, dtype=torch.long)}, "versus has shape"),
-    ({"versus": torch.full((3, 6), 99)}, "versus hold the id 99"),
+    ({"versus": torch.full((3, 6), 99)}, "versus: token id 99"),
     ({"positions": 7}, "position 7 is out of range"),
     ({"positions": [0, -8]}, "position -8 is out of range"),
     ({"positions": -1}, "position -1 is out of range: targets reach from 0 to 5"),
@@ -290,8 +290,8 @@ def test_bad_input_is_one_line_that_names_it(random_model, function, arguments, 
 @pytest.mark.parametrize("tokens", [torch.zeros(2, 3), torch.zeros(5, dtype=torch.long)])
 def test_tokens_of_another_type_or_rank(random_model, tokens):
     # Under test beartype refuses these before the public functions do, so their check is called by itself.
-    with pytest.raises(ValueError, match=r"whole numbers \[batch, pos\]"):
-        check_tokens(tokens, random_model("LNPre").cfg)
+    with pytest.raises(ValueError, match=r"tokens (must be a tensor of token ids|have shape \[5\])"):
+        check_tokens(random_model("LNPre"), tokens)
 
 
 def test_errors_of_what_does_not_align(random_model):

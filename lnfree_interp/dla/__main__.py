@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 
 from .. import cli
-from ..data import check_tokens
+from ..batching import check_tokens
 from ..figures.dla import head_heatmaps, heads_of
 from .attribution import TOKENS_PER_PASS, LogitAttribution, logit_attributions
 from .error import HEADS, attribution_error
@@ -106,7 +106,7 @@ def _sample(model, prompt: str, top: int):
     if not prompt:
         raise ValueError("--prompt is empty")
     tokens = model.to_tokens(prompt)
-    check_tokens(tokens, model.cfg)
+    check_tokens(model, tokens)
     target = model(tokens)[:, -1].argmax(-1)
     linear, exact = logit_attributions(model, tokens, target, by="head")
     largest = linear.values[:, 0, 0].abs().topk(min(top, len(linear.labels))).indices.tolist()

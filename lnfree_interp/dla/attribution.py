@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..data import check_ids, check_tokens
+from ..batching import check_ids, check_tokens
 from ..forward import final_norm, run
 
 DECOMPOSITIONS = ("component", "head", "neuron")
@@ -149,7 +149,7 @@ def logit_attributions(
 ) -> tuple[LogitAttribution, LogitAttribution | None]:
     """`direct_logit_attribution` and, if `exact`, `direct_effect`, from one forward pass."""
     check_model(model, by)
-    tokens = check_tokens(tokens, model.cfg)
+    tokens = check_tokens(model, tokens)
     kept, targets, versus = align_targets(model, tokens, targets, versus, positions)
     labels = component_labels(model.cfg, by)
     parts = []
