@@ -206,19 +206,19 @@ class Weights(Mapping[str, Tensor]):
             raise ValueError(
                 f"{directory} is no GPT-2 checkpoint: it lacks model.safetensors or a part of it"
             )
-        self.directory, self._at = directory, {}
+        self.directory: Path = directory
+        self._at: dict[str, tuple[Path, str]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
             try:
-                handle = safe_open(file, framework="pt")
+                with safe_open(file, framework="pt") as handle:
+                    stored_shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file} is no readable safetensors file ({error})") from None
-            for stored in handle.keys():  # noqa: SIM118  (a safetensors handle is no dict)
+            for stored, shape in stored_shapes.items():
                 name = stored.removeprefix("transformer.")
-                if name.endswith((".attn.bias", ".attn.masked_bias")):
-                    continue
-                self._at[name] = (handle, stored)
-                shapes[name] = tuple(handle.get_slice(stored).get_shape())
+                if not name.endswith((".attn.bias", ".attn.masked_bias")):
+                    self._at[name], shapes[name] = (file, stored), shape
         expected = expected_shapes(config)
         if "lm_head.weight" in shapes or not config.tie_word_embeddings:
             expected["lm_head.weight"] = expected["wte.weight"]
@@ -235,8 +235,10 @@ class Weights(Mapping[str, Tensor]):
                 )
 
     def __getitem__(self, name: str) -> Tensor:
-        handle, stored = self._at[name]
-        tensor = handle.get_tensor(stored)
+        file, stored = self._at[name]
+        # Opened anew for each tensor: a handle that stays open keeps all pages read so far in memory.
+        with safe_open(file, framework="pt") as handle:
+            tensor = handle.get_tensor(stored)
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{self.directory}: {name} holds values that are not finite")
         return tensor
