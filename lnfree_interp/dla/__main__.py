@@ -14,7 +14,7 @@ from .error import HEADS, attribution_error
 
 def main(argv: list[str] | None = None) -> int:
     """How far direct logit attribution is from the direct effect, model by model."""
-    parser = cli.parser("dla", main.__doc__)
+    parser = cli.parser("dla", main.__doc__, tokens=8192)
     parser.add_argument("--positions", choices=("all", "last"), default="all", help="where to measure (all)")
     parser.add_argument(
         "--context", type=cli.positive_int, default=512, help="tokens per sequence at most (512)"
