@@ -1,15 +1,19 @@
-"""Train the embedded models from a text file: tokenizer, tiny, tiny-vanilla, tiny-noLN.
+"""Train the embedded models from a text file: tokenizer, tiny, tiny-vanilla, tiny-noLN; embed and score them.
 
     python analyses/train_tiny.py --train train.txt.gz --val val.txt.gz --out DIR
 
-Each stage is skipped when DIR already holds its result, so an interrupted run goes on where it was.
+Each stage is skipped when DIR already holds its result, so an interrupted run goes on where it was. The last two
+write into the package: the models, rounded to half precision, and figures/tiny_losses.csv, their losses.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 from pathlib import Path
 
+import pandas as pd
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -22,9 +26,16 @@ from transformers import (
     set_seed,
 )
 
-from lnfree_interp.data import EOT, read_documents, token_blocks
+from lnfree_interp.data import EOT, Blocks, read_documents, token_blocks
+from lnfree_interp.finetune import StatusLine, last_checkpoint, load_trainable, remove_layernorm
+from lnfree_interp.schedule import RemovalSchedule
 
+ROOT = Path(__file__).parents[1]
+CHECKPOINTS = ROOT / "lnfree_interp" / "checkpoints"
 CONTEXT, VOCAB = 256, 4096
+MODELS = ("tiny", "tiny-vanilla", "tiny-noLN")
+# How the second and third book of the validation text begin.
+OPENINGS = ("On a January evening of the early seventies", "It is a truth universally acknowledged")
 
 
 def train_tokenizer(documents: list[str], out: Path) -> None:
@@ -39,19 +50,6 @@ def train_tokenizer(documents: list[str], out: Path) -> None:
         tokenizer_object=tokenizer, bos_token=EOT, eos_token=EOT, unk_token=EOT, model_max_length=CONTEXT
     )
     wrapped.save_pretrained(out)
-
-
-class Blocks(torch.utils.data.Dataset):
-    """Token blocks as the items a Trainer reads."""
-
-    def __init__(self, blocks: torch.Tensor):
-        self.blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, i: int) -> dict:
-        return {"input_ids": self.blocks[i], "labels": self.blocks[i]}
 
 
 def pretrain(train: torch.Tensor, val: torch.Tensor, tokenizer, out: Path, steps: int) -> None:
@@ -71,20 +69,86 @@ def pretrain(train: torch.Tensor, val: torch.Tensor, tokenizer, out: Path, steps
         max_grad_norm=1.0, eval_strategy="steps", eval_steps=250, logging_steps=50, save_steps=500,
         save_total_limit=1, report_to=[], optim="adamw_torch_fused", seed=0,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=Blocks(train), eval_dataset=Blocks(val))
-    runs = Path(arguments.output_dir)
-    trainer.train(resume_from_checkpoint=any(runs.glob("checkpoint-*")) if runs.exists() else None)
+    trainer = Trainer(model, arguments, train_dataset=Labelled(train), eval_dataset=Labelled(val))
+    kept = last_checkpoint(arguments.output_dir)
+    trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
     model.config.activation_function, model.config.use_cache = "gelu_new", True
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
+class Labelled(Blocks):
+    def __getitem__(self, i: int) -> dict:
+        return {"input_ids": self.blocks[i], "labels": self.blocks[i]}
+
+
+def remove(source: Path, train: torch.Tensor, out: Path, schedule: RemovalSchedule) -> None:
+    model, tokenizer = load_trainable(str(source))
+    print(f"{out.name}: {schedule.describe(model.config.n_layer)}", flush=True)
+    remove_layernorm(
+        model, tokenizer, Blocks(train), schedule, out, resume=last_checkpoint(out) is not None,
+        callbacks=[StatusLine(schedule)], logging_steps=10, save_steps=100, batch_size=32,
+    )  # fmt: skip
+
+
+def embed(source: Path, target: Path) -> None:
+    """Rounded to float16, but the LayerNorms: 1e6 is not to be had there. Loads as float32."""
+    model, tokenizer = GPT2LMHeadModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    state = {name: w if ".ln_" in name else w.half() for name, w in model.state_dict().items()}
+    del state["lm_head.weight"]  # tied
+    beside = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside, state_dict=state)
+    (beside / "generation_config.json").unlink()
+    tokenizer.save_pretrained(beside)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(beside, target)
+
+
+def excerpt(documents: list[str], characters: int) -> str:
+    """The first chapters of each validation book, up to so many characters each, whole paragraphs."""
+    starts = [0] + [i for i, text in enumerate(documents) if text.startswith(OPENINGS)]
+    chapters = []
+    for start in starts:
+        left = characters
+        for document in documents[start:]:
+            paragraphs = []
+            for paragraph in document.split("\n"):
+                if left < len(paragraph):
+                    break
+                paragraphs.append(paragraph)
+                left -= len(paragraph) + 1
+            chapters.append("\n".join(paragraphs))
+            if len(paragraphs) < len(document.split("\n")):
+                break
+    return "\n\n".join(filter(None, chapters)) + "\n"
+
+
+@torch.no_grad()
+def losses(name: str, blocks: torch.Tensor) -> dict:
+    """Cross-entropy per token of an embedded model as it is stored: mean, median, 99.9th percentile (nats)."""
+    model = GPT2LMHeadModel.from_pretrained(CHECKPOINTS / name).eval()
+    assert model.dtype == torch.float32
+    ce = torch.cat([
+        torch.nn.functional.cross_entropy(model(batch).logits[:, :-1].mT, batch[:, 1:], reduction="none").flatten()
+        for batch in blocks.split(16)
+    ]).double()  # fmt: skip
+    rank = torch.tensor([0.5, 0.999], dtype=torch.float64)
+    median, high = torch.quantile(ce, rank).tolist()
+    return {"model": name, "tokens": len(ce), "mean": ce.mean().item(), "median": median, "p99.9": high}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--train", type=Path, required=True, help="text to train on")
     parser.add_argument("--val", type=Path, required=True, help="text to validate on")
     parser.add_argument("--out", type=Path, required=True, help="directory for the models")
-    parser.add_argument("--pretrain-steps", type=int, default=4000)
+    parser.add_argument("--pretrain-steps", type=int, default=3000)
+    parser.add_argument(
+        "--only", choices=["pretrain", "vanilla", "noLN", "embed"], help="one stage (default: all)"
+    )
     args = parser.parse_args()
 
     documents = read_documents(args.train)
@@ -97,8 +161,21 @@ def main() -> None:
         torch.save((token_blocks(tokenizer, documents, CONTEXT), val), args.out / "tokens.pt")
     train, val = torch.load(args.out / "tokens.pt")
     print(f"{train.numel():,} training tokens, {val.numel():,} validation tokens")
-    if not (args.out / "tiny" / "model.safetensors").exists():
-        pretrain(train, val[:128], tokenizer, args.out / "tiny", args.pretrain_steps)
+
+    tiny, schedule = args.out / "tiny", RemovalSchedule.preset("tiny")
+    if args.only in (None, "pretrain") and not (tiny / "model.safetensors").exists():
+        pretrain(train, val[:128], tokenizer, tiny, args.pretrain_steps)
+    for name, plan in (("vanilla", schedule.vanilla()), ("noLN", schedule)):
+        out = args.out / f"tiny-{name}"
+        if args.only in (None, name) and not (out / "final").exists():
+            remove(tiny, train, out, plan)
+    if args.only in (None, "embed"):
+        for name in MODELS:
+            embed(args.out / name if name == "tiny" else args.out / name / "final", CHECKPOINTS / name)
+        (CHECKPOINTS / "validation.txt").write_text(excerpt(read_documents(args.val), 20_000))
+        table = pd.DataFrame([losses(name, val) for name in MODELS])
+        table.to_csv(ROOT / "figures" / "tiny_losses.csv", index=False, float_format="%.5f")
+        print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
 
 if __name__ == "__main__":

@@ -9,26 +9,30 @@ Sources: P1 = arXiv 2409.13710, P2 = arXiv 2507.02559.
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import copy
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
 
 # The published LN-free format: plain GPT-2 with an epsilon so large that every std is sqrt(eps) = 1e6.
 LN_FREE_EPS = 1e12
-# A variance of 1e4 (a residual norm of 3,000 at d_model 1024) is 5e-6 off at this epsilon; below it LN is alive.
+# A variance of 1e4 (a residual norm of 3,200 at d_model 1024) shifts a std by 5e-6 at this epsilon.
 HUGE_EPS = 1e9
 # Loose enough for 1e6 stored in bfloat16 (999,424), far from any trained gamma.
 NEUTRAL_TOLERANCE = 1e-2
 
 
-def _find(state: MutableMapping[str, Tensor], name: str) -> str:
+def _find(state: Mapping[str, Tensor], name: str) -> str:
     """The key of a GPT-2 weight, with or without HF's "transformer." prefix."""
     return name if name in state else "transformer." + name
 
 
-def is_ln_free(config, state: MutableMapping[str, Tensor]) -> bool:
+def is_ln_free(config, state: Mapping[str, Tensor]) -> bool:
     """Whether a GPT-2 checkpoint is LN-free, read from its epsilon and LayerNorm weights alone.
 
     Args:
@@ -84,70 +88,300 @@ def fold_reader(
     return folded - folded.mean(0), bias + beta @ weight
 
 
-def fold_ln_free(
-    config, state: MutableMapping[str, Tensor], dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """An LN-free GPT-2 checkpoint as a HookedTransformer state dict without any normalisation.
+class TokenClasses:
+    """Where position 0 and the end-of-text tokens of the running batch are: what the treatments go by."""
 
-    Every LayerNorm, ln_f included, is folded into what reads it. As every reader subtracts the mean, what writes
-    to the residual stream is centred over d_model, and W_U and b_U over the vocabulary; log-probabilities do not
-    change. Folds in float64, one matrix at a time, and empties `state` as it goes, so that the peak stays near
-    the size of source and result together.
+    def __init__(self, eot: int):
+        self.eot = eot
+        self.position0_mask: Bool[Tensor, "1 pos 1"] | None = None
+        self.eot_mask: Bool[Tensor, "batch pos 1"] | None = None
+        self.wanted = False
+
+    def read(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of GPT2Model: note the classes of its input_ids."""
+        if not self.wanted:
+            return
+        tokens: Int[Tensor, "batch pos"] | None = args[0] if args else kwargs.get("input_ids")
+        cache = kwargs.get("past_key_values")
+        if tokens is None or (cache is not None and cache.get_seq_length()):
+            raise ValueError("while a treatment is on, the model reads input_ids, whole sequences at a time")
+        self.position0_mask = (torch.arange(tokens.shape[1], device=tokens.device) == 0)[None, :, None]
+        self.eot_mask = (tokens == self.eot)[:, :, None]
+
+
+class StdSite(nn.Module):
+    """One place that divides by a std: its running average per position class and, once frozen, its constant.
+
+    `average` holds the mean std over positions > 0 and at position 0. It is a buffer, so it is saved with the
+    model and resumed exactly; whether the site is frozen is the schedule's to say.
+    """
+
+    average: Float[Tensor, " 2"]
+
+    def __init__(self, kind: str, layer: int | None, columns: slice, classes: TokenClasses, like: Tensor):
+        super().__init__()
+        self.kind, self.layer, self.columns, self.classes = kind, layer, columns, classes
+        self.frozen = self.position0 = self.eot = False
+        self.latest: Tensor | None = None
+        self.pending: list[Tensor] = []
+        self.register_buffer("average", torch.full_like(like[:2], float("nan")))
+
+    @property
+    def name(self) -> str:
+        return self.kind if self.layer is None else f"h.{self.layer} {self.kind}"
+
+    def observe(self, std: Float[Tensor, "batch pos 1"]) -> None:
+        """Keep this forward's mean std per class; gradient checkpointing's second forward overwrites it."""
+        self.latest = torch.stack((std[:, 1:].mean(), std[:, 0].mean()))
+
+    def inverse(self) -> Tensor:
+        """1 / std: one number, or [batch or 1, pos, 1] while a treatment is on."""
+        inverse = self.average.reciprocal()
+        masks = [self.classes.position0_mask] * self.position0 + [self.classes.eot_mask] * self.eot
+        if not masks:
+            return inverse[0]
+        return torch.where(masks[0] if len(masks) == 1 else masks[0] | masks[1], inverse[1], inverse[0])
+
+
+def _layer_norm(ln: nn.LayerNorm, x: Tensor, sites: list[StdSite], *, measure: bool) -> Tensor:
+    """F.layer_norm, whose kernel has the std for the asking."""
+    out, _, rstd = torch.native_layer_norm(x, ln.normalized_shape, ln.weight, ln.bias, ln.eps)
+    if measure and sites:
+        std = rstd.detach().reciprocal()
+        for site in sites:
+            site.observe(std)
+    return out
+
+
+class RemovableReader(nn.Module):
+    """A LayerNorm and the Conv1D that reads it, in one: the Conv1D's columns may lose the LayerNorm in parts.
+
+    Stands where the Conv1D stood and reads the residual stream; the LayerNorm's own place passes it on. Once
+    frozen, what is left of the LayerNorm goes into the weights, not the activations: a d_model x out matrix
+    instead of batch x pos x d_model.
+    """
+
+    def __init__(self, ln: nn.LayerNorm, linear: nn.Module, sites: list[StdSite]):
+        super().__init__()
+        self.ln, self.linear, self.sites = ln, linear, nn.ModuleList(sites)
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos out"]:
+        live = [site for site in self.sites if not site.frozen]
+        normed = _layer_norm(self.ln, x, live, measure=self.training) if live else None
+        if len(live) == len(self.sites):
+            return self.linear(normed)
+        weight, bias = self.linear.weight, self.linear.bias
+        inverses = [site.inverse() for site in self.sites if site.frozen]
+        if not live and all(inverse.ndim == 0 for inverse in inverses):
+            weight, bias = fold_reader(weight, bias, self.ln.weight, self.ln.bias)
+            if len(inverses) == 1:
+                scale = inverses[0]
+            else:
+                widths = [len(range(*site.columns.indices(len(bias)))) for site in self.sites]
+                scale = torch.cat([i.expand(width) for i, width in zip(inverses, widths, strict=True)])
+            return F.linear(x, (weight * scale).T, bias)
+        parts = []
+        for site in self.sites:
+            w, b = weight[:, site.columns], bias[site.columns]
+            if site.frozen:
+                w, b = fold_reader(w, b, self.ln.weight, self.ln.bias)
+                parts.append(F.linear(x * inverses.pop(0), w.T, b))
+            else:
+                parts.append(F.linear(normed, w.T, b))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+class RemovableLayerNorm(nn.LayerNorm):
+    """ln_f: its reader, the tied unembedding, is too large to fold into at every step, so it stays a module.
+
+    With `keep_std` on, a training forward leaves its std, with gradient, in `std` for the auxiliary loss.
+    """
+
+    def __init__(self, ln: nn.LayerNorm, site: StdSite):
+        super().__init__(ln.normalized_shape, eps=ln.eps, device="meta")
+        self.weight, self.bias, self.site = ln.weight, ln.bias, site
+        self.keep_std = False
+        self.std: Float[Tensor, "batch pos"] | None = None
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        if self.keep_std and self.training:
+            self.std = (x.var(-1, correction=0) + self.eps).sqrt()
+        if not self.site.frozen:
+            return _layer_norm(self, x, [self.site], measure=self.training)
+        centred = x - x.mean(-1, keepdim=True)
+        return torch.addcmul(self.bias, centred, self.weight * self.site.inverse())
+
+
+def make_removable(model: GPT2LMHeadModel, *, eot: int | None = None) -> GPT2LMHeadModel:
+    """Give a GPT-2, in place, LayerNorms whose std can be frozen site by site; its function stays the same.
+
+    No forward is replaced: modules are swapped where ln_1, ln_2 and ln_f are read, and a forward pre-hook
+    notes where position 0 and end-of-text tokens are. Sites: "ln_2", "qk", "v" of each layer, and "ln_f".
 
     Args:
-        config: GPT2Config.
-        state: HF state dict, names with or without "transformer."; consumed. lm_head.weight may be absent (tied).
-        dtype: of the result.
+        eot: id of the end-of-text token; None: the model config's eos_token_id.
 
-    Returns:
-        embed.W_E, pos_embed.W_pos, blocks.{l}.attn.{W,b}_{Q,K,V,O}, blocks.{l}.mlp.{W,b}_{in,out},
-        unembed.{W,b}_U: W_Q, W_K, W_V [head, d_model, d_head], W_O [head, d_head, d_model].
+    Raises:
+        ValueError: the model has cross-attention, or is removable or LN-free already.
     """
-    root_eps = float(config.layer_norm_epsilon) ** 0.5
-    d_model, n_heads = config.n_embd, config.n_head
-    folded: dict[str, Tensor] = {}
+    if removal_sites(model):
+        raise ValueError("model is removable already")
+    if model.config.add_cross_attention:
+        raise ValueError("model has cross-attention: its LayerNorms are not GPT-2's")
+    if is_ln_free(model.config, model.state_dict()):
+        raise ValueError("model is LN-free already")
+    transformer, d_model = model.transformer, model.config.n_embd
+    classes = TokenClasses(model.config.eos_token_id if eot is None else eot)
+    for layer, block in enumerate(transformer.h):
 
-    def take(name: str) -> Tensor:
-        return state.pop(_find(state, name)).detach().double()
+        def site(kind: str, columns: slice, layer=layer, block=block) -> StdSite:
+            return StdSite(kind, layer, columns, classes, block.ln_1.bias.detach())
 
-    def layer_norm(site: str) -> tuple[Tensor, Tensor]:
-        return take(f"{site}.weight") / root_eps, take(f"{site}.bias")
+        qk, v = site("qk", slice(0, 2 * d_model)), site("v", slice(2 * d_model, 3 * d_model))
+        ln_2 = site("ln_2", slice(None))
+        block.attn.c_attn = RemovableReader(block.ln_1, block.attn.c_attn, [qk, v])
+        block.mlp.c_fc = RemovableReader(block.ln_2, block.mlp.c_fc, [ln_2])
+        block.ln_1, block.ln_2 = nn.Identity(), nn.Identity()
+    ln_f = transformer.ln_f
+    site_f = StdSite("ln_f", None, slice(None), classes, ln_f.bias.detach())
+    transformer.ln_f = RemovableLayerNorm(ln_f, site_f)
+    transformer.register_forward_pre_hook(classes.read, with_kwargs=True)
+    return model
 
-    def put(name: str, value: Tensor) -> None:
-        # clone: a view would keep the whole fp64 matrix alive
-        folded[name] = value.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
-    def centred(value: Tensor) -> Tensor:
-        return value - value.mean(-1, keepdim=True)
+def removal_sites(model: nn.Module) -> dict[tuple[str, int | None], StdSite]:
+    """The sites of a removable model by kind and layer; layer is None for ln_f."""
+    return {(m.kind, m.layer): m for m in model.modules() if isinstance(m, StdSite)}
 
-    for layer in range(config.n_layer):
-        source, target = f"h.{layer}", f"blocks.{layer}"
-        weight, bias = fold_reader(
-            take(f"{source}.attn.c_attn.weight"), take(f"{source}.attn.c_attn.bias"),
-            *layer_norm(f"{source}.ln_1"),
-        )  # fmt: skip
-        for i, name in enumerate("QKV"):
-            part = slice(i * d_model, (i + 1) * d_model)
-            put(f"{target}.attn.W_{name}", weight[:, part].unflatten(1, (n_heads, -1)).transpose(0, 1))
-            put(f"{target}.attn.b_{name}", bias[part].unflatten(0, (n_heads, -1)))
-        weight = centred(take(f"{source}.attn.c_proj.weight"))
-        put(f"{target}.attn.W_O", weight.unflatten(0, (n_heads, -1)))
-        put(f"{target}.attn.b_O", centred(take(f"{source}.attn.c_proj.bias")))
-        weight, bias = fold_reader(
-            take(f"{source}.mlp.c_fc.weight"), take(f"{source}.mlp.c_fc.bias"), *layer_norm(f"{source}.ln_2")
-        )
-        put(f"{target}.mlp.W_in", weight)
-        put(f"{target}.mlp.b_in", bias)
-        put(f"{target}.mlp.W_out", centred(take(f"{source}.mlp.c_proj.weight")))
-        put(f"{target}.mlp.b_out", centred(take(f"{source}.mlp.c_proj.bias")))
-        del weight, bias
 
-    put("pos_embed.W_pos", centred(take("wpe.weight")))
-    embedding = take("wte.weight")
-    put("embed.W_E", centred(embedding))
-    head = state.pop("lm_head.weight", None)
-    head = (embedding if head is None else head.detach().double()).T
-    weight, bias = fold_reader(head, 0.0, *layer_norm("ln_f"))
-    put("unembed.W_U", centred(weight))
-    put("unembed.b_U", bias - bias.mean())
-    return folded
+def freeze(
+    model: nn.Module,
+    frozen: Collection[tuple[str, int | None]],
+    *,
+    position0: bool = False,
+    eot: bool = False,
+) -> None:
+    """Set which sites divide by their running average from now on; all others divide by their own std.
+
+    Args:
+        frozen: (kind, layer) of each such site.
+        position0: they use the average of position 0 there.
+        eot: "v" sites use the average of position 0 at end-of-text tokens too.
+
+    Raises:
+        ValueError: a site that does not exist, or that has no average yet.
+    """
+    sites = removal_sites(model)
+    for name in frozen:
+        if name not in sites:
+            raise ValueError(f"model has no site {name}")
+        if not sites[name].frozen and not sites[name].average.isfinite().all():
+            average = sites[name].average.tolist()
+            raise ValueError(f"{sites[name].name} has no finite average std to freeze at: {average}")
+    for name, site in sites.items():
+        site.frozen = name in frozen
+        site.position0, site.eot = site.frozen and position0, site.frozen and eot and site.kind == "v"
+        site.classes.wanted = bool(frozen) and (position0 or eot)
+
+
+def collect_std(model: nn.Module) -> None:
+    """Note the stds of the last forward; call once per micro-batch."""
+    for site in removal_sites(model).values():
+        if site.latest is not None:
+            site.pending.append(site.latest)
+            site.latest = None
+
+
+@torch.no_grad()
+def update_averages(model: nn.Module, momentum: float = 0.9) -> None:
+    """Move the running averages towards the collected stds; call once per optimiser step. (P2: momentum 0.9)
+
+    Micro-batches, and processes if there are several, count equally. The first update sets the average.
+    """
+    sites = [site for site in removal_sites(model).values() if site.pending]
+    if not sites:
+        return
+    batch = torch.stack([torch.stack(site.pending).mean(0) for site in sites])
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(batch)
+        batch /= dist.get_world_size()
+    for site, new in zip(sites, batch, strict=True):
+        old = site.average
+        old.copy_(torch.where(old.isnan(), new.to(old), momentum * old + (1 - momentum) * new.to(old)))
+        site.pending = []
+
+
+def auxiliary_loss(
+    std: Float[Tensor, "batch pos"], tokens: Int[Tensor, "batch pos"], eot: int
+) -> Float[Tensor, ""]:
+    """mean((std - target)^2) over all positions, target: the mean std of ordinary tokens, detached. (P2)
+
+    Ordinary tokens are neither at position 0 nor end-of-text; a batch without any has no target and loss 0.
+    """
+    ordinary = tokens != eot
+    ordinary[:, 0] = False
+    count = ordinary.sum()
+    target = (std.detach() * ordinary).sum() / count.clamp(min=1)
+    return (std - target).square().mean() * (count > 0)
+
+
+def _named_weights(model: GPT2LMHeadModel) -> Iterator[tuple[str, Tensor]]:
+    """Copies of a removable model's weights that are the same in a plain GPT-2."""
+    for name, weight in model.state_dict().items():
+        if not any(part in name for part in (".ln.", ".linear.", ".sites.", "ln_f.")):
+            yield name, weight.clone()
+
+
+@torch.no_grad()
+def export_ln_free(model: GPT2LMHeadModel, config=None) -> GPT2LMHeadModel:
+    """A removable model whose sites are all frozen, as a plain GPT2LMHeadModel in the published format. (P1)
+
+    gamma / std, beta and the centring are folded in float64; layer_norm_epsilon is 1e12, ln_1 and ln_2 have
+    weight 1e6 and bias 0. ln_f keeps its bias, and weight gamma / std * 1e6, as the tied head has no bias.
+
+    Args:
+        config: what the result's config is copied from; None: the model's own.
+
+    Raises:
+        ValueError: a site is not frozen, or a treatment is still on.
+    """
+    sites = removal_sites(model)
+    if not sites:
+        raise ValueError("model is not removable: make_removable and freeze come first")
+    for site in sites.values():
+        if not site.frozen:
+            raise ValueError(f"model is not LN-free: {site.name} is not frozen")
+        if site.position0 or site.eot:
+            raise ValueError(f"model is not LN-free: {site.name} treats position 0 or end-of-text apart")
+    state, root_eps = dict(_named_weights(model)), LN_FREE_EPS**0.5
+    for layer, block in enumerate(model.transformer.h):
+        for i, owner, name in ((1, block.attn, "c_attn"), (2, block.mlp, "c_fc")):
+            reader: RemovableReader = getattr(owner, name)
+            gamma, beta = reader.ln.weight.double(), reader.ln.bias.double()
+            weight, bias = reader.linear.weight.double(), reader.linear.bias.double()
+            parts = [
+                fold_reader(weight[:, s.columns], bias[s.columns], gamma * s.inverse().double(), beta)
+                for s in reader.sites
+            ]
+            key = f"transformer.h.{layer}.{'attn' if i == 1 else 'mlp'}.{name}"
+            state[f"{key}.weight"] = torch.cat([w for w, _ in parts], dim=1).to(reader.linear.weight)
+            state[f"{key}.bias"] = torch.cat([b for _, b in parts]).to(reader.linear.bias)
+            state[f"transformer.h.{layer}.ln_{i}.weight"] = torch.full_like(reader.ln.weight, root_eps)
+            state[f"transformer.h.{layer}.ln_{i}.bias"] = torch.zeros_like(reader.ln.bias)
+    ln_f = model.transformer.ln_f
+    state["transformer.ln_f.weight"] = (ln_f.weight.double() * ln_f.site.inverse().double() * root_eps).to(
+        ln_f.weight
+    )
+    state["transformer.ln_f.bias"] = ln_f.bias.clone()
+    config = copy.deepcopy(model.config if config is None else config)
+    config.layer_norm_epsilon = LN_FREE_EPS
+    return plain_model(config, state)
+
+
+def plain_model(config, state: dict[str, Tensor]) -> GPT2LMHeadModel:
+    """A GPT2LMHeadModel in eval mode of exactly these tensors: nothing is initialised, nothing copied."""
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(copy.deepcopy(config))
+    model.load_state_dict({name: w.detach() for name, w in state.items()}, assign=True)
+    model.tie_weights()
+    return model.eval()

@@ -1,0 +1,210 @@
+"""Which LayerNorm goes at which step: a schedule as data, to print and test without training anything.
+
+Sources: P1 = arXiv 2409.13710 (the order, the treatments), P2 = arXiv 2507.02559 (the presets).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+KINDS = ("ln_2", "qk", "v", "ln_f")
+
+
+class Event(NamedTuple):
+    """At `step`, before its forward: a site is frozen, or the treatment of "eot" or "position0" ends."""
+
+    step: int
+    site: str
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class RemovalState:
+    """What a schedule says of one step; the arguments of `freeze`, and whether the auxiliary loss is on."""
+
+    frozen: frozenset[tuple[str, int | None]]
+    position0: bool
+    eot: bool
+    auxiliary: bool
+
+    def summary(self, n_layer: int) -> str:
+        """One line, such as "ln_2 12/12  qk 3/12  v 0/12  ln_f -  eot on  position0 on"."""
+        counts = {kind: sum(site == kind for site, _ in self.frozen) for kind in KINDS}
+        parts = [f"{kind} {counts[kind]}/{n_layer}" for kind in KINDS[:3]]
+        parts.append(f"ln_f {'frozen' if counts['ln_f'] else '-'}")
+        treatments = [name for name in ("eot", "position0") if getattr(self, name)]
+        return "  ".join(parts + [f"{name} on" for name in treatments])
+
+
+@dataclass(frozen=True)
+class RemovalSchedule:
+    """When which LayerNorm goes, and how the model is trained meanwhile. Steps are optimiser steps.
+
+    Removals follow each other from `start` on in `order`, each the `gaps` of its kind before the next; then
+    the end-of-text treatment ends, and `position0_gap` steps later that of position 0. Gaps may be fractions:
+    the step of an event is rounded down. An empty `order` removes nothing: the vanilla control.
+
+    Raises:
+        ValueError: a value that makes no schedule.
+    """
+
+    steps: int
+    start: int
+    gaps: Mapping[str, float | int]
+    tokens_per_step: int
+    learning_rate: float | int
+    min_learning_rate: float | int
+    warmup_steps: int
+    auxiliary_weight: float | int
+    # A step. None: until the last treatment has ended, so that a step after it computes no std at all; the
+    # reference implementation keeps the loss on (auxiliary_until=steps).
+    auxiliary_until: int | None = None
+    order: Sequence[str] = KINDS
+    by: str = "kind"  # all layers of a kind, then the next kind; or "layer": all kinds of a layer
+    layers: str = "forward"  # or "backward"
+    position0_gap: float | int = 10
+    block_size: int = 1024
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    momentum: float = 0.9  # of the running averages of std
+
+    def __post_init__(self):
+        object.__setattr__(self, "order", tuple(self.order))  # a list, when it comes from JSON
+        if self.order and sorted(self.order) != sorted(KINDS):
+            raise ValueError(f"order {self.order} does not name each of {KINDS} once")
+        if self.by not in ("kind", "layer"):
+            raise ValueError(f"by is {self.by!r}, not 'kind' or 'layer'")
+        if self.by == "layer" and self.order and "ln_f" not in (self.order[0], self.order[-1]):
+            raise ValueError(f"order {self.order}: layer by layer, ln_f comes first or last")
+        if self.layers not in ("forward", "backward"):
+            raise ValueError(f"layers is {self.layers!r}, not 'forward' or 'backward'")
+        if sorted(self.gaps) != sorted(KINDS) or min(*self.gaps.values(), self.position0_gap) < 0:
+            raise ValueError(f"gaps {self.gaps}, {self.position0_gap}: one per kind is needed, none negative")
+        for name in ("steps", "start", "tokens_per_step", "block_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, not at least 1")
+        if self.tokens_per_step % self.block_size:
+            raise ValueError(f"{self.tokens_per_step} tokens per step are no multiple of {self.block_size}")
+        if not 0 <= self.min_learning_rate <= self.learning_rate or not self.learning_rate > 0:
+            raise ValueError(f"learning rate {self.learning_rate:g} -> {self.min_learning_rate:g} is none")
+
+    @classmethod
+    def preset(cls, name: str) -> RemovalSchedule:
+        """The published schedule of a GPT-2 size (P2), or the embedded models': "tiny".
+
+        Raises:
+            ValueError: no such preset.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
+        return PRESETS[name]
+
+    def scaled(self, steps: int) -> RemovalSchedule:
+        """The same schedule over another number of steps; tokens per step and learning rate stay."""
+        factor = steps / self.steps
+        until = self.auxiliary_until
+        return replace(
+            self,
+            steps=steps,
+            start=max(1, round(self.start * factor)),
+            gaps={kind: gap * factor for kind, gap in self.gaps.items()},
+            position0_gap=self.position0_gap * factor,
+            warmup_steps=round(self.warmup_steps * factor),
+            auxiliary_until=None if until is None else round(until * factor),
+        )
+
+    def vanilla(self) -> RemovalSchedule:
+        """The control: the same training with nothing removed and no auxiliary loss."""
+        return replace(self, order=(), auxiliary_weight=0.0)
+
+    def events(self, n_layer: int) -> list[Event]:
+        """What happens at which step to a model of n_layer layers, in order.
+
+        Raises:
+            ValueError: the last of it would not come before the last step.
+        """
+        if not self.order:
+            return []
+        layers = range(n_layer) if self.layers == "forward" else range(n_layer - 1, -1, -1)
+        if self.by == "kind":
+            sites = [(k, layer) for k in self.order for layer in (layers if k != "ln_f" else [None])]
+        else:
+            sites = [(k, layer) for layer in layers for k in self.order if k != "ln_f"]
+            sites.insert(0 if self.order[0] == "ln_f" else len(sites), ("ln_f", None))
+        events, step = [], float(self.start)
+        for kind, layer in sites:
+            events.append(Event(math.floor(step + 1e-6), kind, layer))
+            step += self.gaps[kind]
+        events.append(Event(math.floor(step + 1e-6), "eot", None))
+        events.append(Event(math.floor(step + self.position0_gap + 1e-6), "position0", None))
+        if events[-1].step >= self.steps:
+            raise ValueError(
+                f"schedule is done with {n_layer} layers at step {events[-1].step}, "
+                f"which is not before the end of its {self.steps} steps"
+            )
+        return events
+
+    def state(self, step: int, n_layer: int) -> RemovalState:
+        """What is frozen and which treatments are on in step `step`, counted from 0."""
+        events = self.events(n_layer)
+        happened = {event[1:] for event in events if event.step <= step}
+        if not events:
+            return RemovalState(frozenset(), position0=False, eot=False, auxiliary=False)
+        until = events[-1].step if self.auxiliary_until is None else self.auxiliary_until
+        return RemovalState(
+            frozen=frozenset((site, layer) for site, layer in happened if site in KINDS),
+            position0=("position0", None) not in happened,
+            eot=("eot", None) not in happened,
+            auxiliary=self.auxiliary_weight > 0 and step < until,
+        )
+
+    def table(self, n_layer: int):
+        """DataFrame of the events: step, site, layer."""
+        import pandas as pd
+
+        table = pd.DataFrame(self.events(n_layer), columns=Event._fields)
+        return table.astype({"layer": "Int64"})
+
+    def describe(self, n_layer: int) -> str:
+        """The schedule in a few lines to read."""
+        lines = [
+            f"{self.steps} steps of {self.tokens_per_step:,} tokens, learning rate {self.learning_rate:g} -> "
+            f"{self.min_learning_rate:g} after {self.warmup_steps} steps of warm-up"
+        ]
+        steps: dict[str, list[int]] = {}
+        for event in self.events(n_layer):
+            steps.setdefault(event.site, []).append(event.step)
+        for site, at in steps.items():
+            layers = "" if len(at) == 1 else f" to {at[-1]}, {self.layers}"
+            lines.append(f"  {site + ('' if site in KINDS else ' treatment off'):24}step {at[0]}{layers}")
+        if not steps:
+            lines.append("  nothing is removed: vanilla control")
+        elif self.auxiliary_weight:
+            until = self.auxiliary_until or max(at[-1] for at in steps.values())
+            lines.append(f"  {f'auxiliary loss x {self.auxiliary_weight:g}':24}until step {until}")
+        return "\n".join(lines)
+
+
+def _preset(steps, tokens, lr, min_lr, warmup, aux, start, ln_2, qk, v) -> RemovalSchedule:
+    gaps = {"ln_2": ln_2, "qk": qk, "v": v, "ln_f": 2}
+    return RemovalSchedule(
+        steps=steps, start=start, gaps=gaps, tokens_per_step=tokens, learning_rate=lr,
+        min_learning_rate=min_lr, warmup_steps=warmup, auxiliary_weight=aux,
+    )  # fmt: skip
+
+
+PRESETS = {
+    "small": _preset(300, 524_288, 6e-4, 3e-4, 25, 0.1, 20, 2, 2, 3),
+    "medium": _preset(500, 518_144, 6e-4, 3e-4, 10, 0.1, 20, 2, 2, 3),
+    "large": _preset(600, 516_096, 3e-4, 4e-5, 15, 0.03, 30, 4, 4, 6),
+    "xl": _preset(800, 516_096, 1e-4, 2e-5, 20, 0.01, 50, 4, 4, 6),
+    # 4 layers of d_model 128, trained on a few books: many small steps instead of few large ones
+    "tiny": RemovalSchedule(
+        steps=600, start=40, gaps={"ln_2": 8, "qk": 8, "v": 12, "ln_f": 10}, position0_gap=20,
+        tokens_per_step=8192, block_size=256, learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=20,
+        auxiliary_weight=0.1,
+    ),
+}  # fmt: skip
