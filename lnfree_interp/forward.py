@@ -279,6 +279,7 @@ def run(
     start_layer: int = 0,
     hooks: Mapping[str, Hook] | None = None,
     positions: Sequence[int] | slice | None = None,
+    packed: PackedWeights | None = None,
 ) -> Float[Tensor, "batch kept_pos d_model"]:
     """The final residual stream (before the final norm), with hooks along the way.
 
@@ -289,15 +290,18 @@ def run(
             shapes are TransformerLens' (`blocks.0.attn.hook_z`); each must be a hook of the model.
         positions: compute and return the last block's residual stream at these positions only. Queries, z, and
             all that comes after are then at these positions, keys and values at all.
+        packed: weights to run in place of the model's own: with other norms or another activation function, say.
 
     Raises:
-        ValueError: a hook name the model does not have.
+        ValueError: a hook name the model does not have; other weights and a hook the packed forward does not serve.
     """
     hooks = dict(hooks or {})
     for name in hooks:
         if name not in model.hook_dict:
             raise ValueError(f"the model has no hook {name!r}")
-    packed = packed_weights(model)
+    if packed is not None and not _served(hooks):
+        raise ValueError(f"hooks {sorted(hooks)} are not all served by the packed forward")
+    packed = packed or packed_weights(model)
     if packed is not None and _served(hooks):
         return _run_packed(packed, tokens, resid, start_layer, hooks, positions)
     return _run_hooked(model, tokens, resid, start_layer, hooks, positions)

@@ -1,0 +1,132 @@
+"""Scanning the last layer's neurons against computing the final layer again for each.
+
+Weights are random, but scaled so that predictions and neurons are about as strong as a trained model's: logits
+with a standard deviation of 2.5, neurons that move them by up to a nat.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lnfree_interp import forward
+from lnfree_interp.forward import unembed
+from lnfree_interp.metrics import cross_entropy, entropy
+from lnfree_interp.neurons import ablate_neurons
+
+from .common import interleaved, median, random_model
+
+
+def benchmark_model(shape: str, kind: str | None, device):
+    """A model of GPT-2's shape whose predictions and neurons have a trained model's strength."""
+    model = random_model(shape, kind, device)
+    with torch.no_grad():
+        tokens = torch.randint(model.cfg.d_vocab, (1, 64), device=device)
+        # Activations of a trained last layer are sparse and heavy-tailed: a negative bias, larger weights.
+        mlp = model.blocks[-1].mlp
+        mlp.W_in *= 3
+        mlp.b_in -= 1.5
+        model.unembed.W_U -= model.unembed.W_U.mean(1, keepdim=True)
+        model.unembed.W_U *= 2.5 / unembed(model, forward.run(model, tokens)).std()
+        mlp.W_out *= 0.05 / _typical_effect(model, tokens)
+    return model
+
+
+def _typical_effect(model, tokens) -> float:
+    """Standard deviation over the vocabulary of what one standard deviation of a neuron does to the logits."""
+    from lnfree_interp.neurons.last_layer import folded_unembedding
+
+    unembedding, post = folded_unembedding(model), []
+    final = forward.run(model, tokens, hooks={f"blocks.{model.cfg.n_layers - 1}.mlp.hook_post": post.append})
+    spread = post[0].flatten(0, 1).std(0)
+    scale = unembedding.norm.scale(final).mean()
+    w = unembedding.centred(model.blocks[-1].mlp.W_out)[:64]
+    return ((w @ unembedding.W).std(1) * spread[:64] / scale).mean().item()
+
+
+def straightforward(model, tokens, neurons):
+    """Each neuron set to its mean, then the rest of the last layer, the unembedding, and both quantities again."""
+    mlp, name = model.blocks[-1].mlp, f"blocks.{model.cfg.n_layers - 1}."
+    kept = {}
+
+    def keep(key):
+        def hook(x):
+            kept[key] = x
+
+        return hook
+
+    final = forward.run(
+        model, tokens, hooks={f"{name}hook_resid_mid": keep("mid"), f"{name}mlp.hook_post": keep("post")}
+    )
+    logits = unembed(model, final)
+    before = cross_entropy(logits, tokens), entropy(logits[:, :-1])
+    changes = []
+    for neuron in neurons:
+        post = kept["post"].clone()
+        post[..., neuron] = post[..., neuron].mean()
+        logits = unembed(model, kept["mid"] + F.linear(post, mlp.W_out.T, mlp.b_out))
+        changes.append((cross_entropy(logits, tokens) - before[0], entropy(logits[:, :-1]) - before[1]))
+    return changes
+
+
+def rows_of(args, kind: str | None):
+    """One row per way: seconds per million (neuron, token) pairs, pairs per second, ratio to the first."""
+    model = benchmark_model(args.shape, kind, args.device)
+    n_positions = 17 if args.quick else 257
+    tokens = torch.randint(model.cfg.d_vocab, (4, n_positions), device=args.device)
+    few = list(range(2 if args.quick else 6))
+    some = list(range(16 if args.quick else 64))
+    every = list(range(256 if args.quick else model.cfg.d_mlp))
+    results = {}
+
+    def scan(method, neurons):
+        def way():
+            results[method] = ablate_neurons(model, tokens, neurons=neurons, method=method)
+
+        return way
+
+    ways = {
+        "final layer per neuron": lambda: straightforward(model, tokens, few),
+        "streaming": scan("stream", some),
+        "moments": scan("moments", every),
+    }
+    with torch.no_grad():
+        seconds = interleaved(ways, args.repeats, args.device)
+        reference = straightforward(model, tokens, few)
+    positions = tokens.shape[0] * (tokens.shape[1] - 1)
+    pairs = {"final layer per neuron": len(few), "streaming": len(some), "moments": len(every)}
+    rows, first = [], None
+    for way, times in seconds.items():
+        rate = positions * pairs[way] / median(times)
+        first = first or rate
+        row = {"shape": args.shape, "normalization": str(kind), "way": way, "neurons": pairs[way]}
+        row |= {
+            "tokens": positions,
+            "seconds": median(times),
+            "pairs_per_second": rate,
+            "ratio": rate / first,
+        }
+        result = results.get({"streaming": "stream"}.get(way, way))
+        if result is not None:
+            row |= {"summed_exactly": result.streamed, "certified": result.bound}
+            row["off_by"] = _difference(result, reference, {"streaming": some, "moments": every}[way], few)
+        rows.append(row)
+    return rows
+
+
+def _difference(result, reference, neurons, few) -> float:
+    """Largest difference from the straightforward way on the neurons both have, in nats."""
+    off = 0.0
+    for i, (loss, change) in enumerate(reference):
+        if few[i] in neurons:
+            at = neurons.index(few[i])
+            off = max(off, (result.loss[at] - loss.cpu()).abs().max().item())
+            off = max(off, (result.entropy[at] - change.cpu()).abs().max().item())
+    return off
+
+
+def run(args):
+    """Neurons x tokens per second of the three ways, with LayerNorm and without."""
+    import pandas as pd
+
+    return pd.DataFrame([row for kind in ("LNPre", None) for row in rows_of(args, kind)])

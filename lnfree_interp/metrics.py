@@ -1,0 +1,168 @@
+"""Logits -> numbers: per-token cross-entropy, entropy and divergences, and per-prompt metrics for patching.
+
+Every function works on log-probabilities from `log_softmax`, in fp32 at least, and returns nats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def log_probs(logits: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows d_vocab"]:
+    """log_softmax over the vocabulary, in fp32 at least (nats)."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int[Tensor, "token_batch token_pos"]
+) -> Float[Tensor, "batch pos_less_one"]:
+    """Cross-entropy of each next token (nats): entry [b, i] is the loss at position i of predicting i + 1.
+
+    Raises:
+        ValueError: logits and tokens do not have the same rows and positions.
+
+    Example:
+        >>> import torch
+        >>> cross_entropy(torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])).exp()
+        tensor([[4., 4.]])
+    """
+    if logits.shape[:2] != tokens.shape:
+        raise ValueError(f"logits are of {list(logits.shape[:2])} tokens, tokens are {list(tokens.shape)}")
+    # Gather first, normalise by logsumexp: no second tensor of the logits' size.
+    x = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+    right = x.gather(-1, tokens[:, 1:, None].to(x.device)).squeeze(-1)
+    return x.logsumexp(-1) - right
+
+
+def entropy(logits: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows"]:
+    """Entropy of each predicted distribution (nats).
+
+    Example:
+        >>> import torch
+        >>> entropy(torch.zeros(2, 5)).exp()
+        tensor([5., 5.])
+    """
+    log_p = log_probs(logits)
+    return -_weighted(log_p.exp(), log_p).sum(-1)
+
+
+def _weighted(p: Tensor, x: Tensor) -> Tensor:
+    """p * x, and 0 where p is 0 whatever x is there; what is not a number stays so."""
+    return torch.where(p == 0, 0.0, p * x)
+
+
+def kl_divergence(
+    logits: Float[Tensor, "*rows d_vocab"], other: Float[Tensor, "*rows d_vocab"]
+) -> Float[Tensor, "*rows"]:
+    """KL(logits || other) of the predicted distributions (nats)."""
+    log_p, log_q = log_probs(logits), log_probs(other)
+    return _weighted(log_p.exp(), log_p - log_q).sum(-1)
+
+
+def js_divergence(
+    logits_a: Float[Tensor, "*rows d_vocab"], logits_b: Float[Tensor, "*rows d_vocab"]
+) -> Float[Tensor, "*rows"]:
+    """Jensen-Shannon divergence of the predicted distributions (nats, at most log 2).
+
+    Example:
+        >>> import torch
+        >>> js_divergence(torch.tensor([0.0, -1e9]), torch.tensor([-1e9, 0.0])).exp()
+        tensor(2.)
+    """
+    log_p, log_q = log_probs(logits_a), log_probs(logits_b)
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
+    left = _weighted(log_p.exp(), log_p - log_mean)
+    right = _weighted(log_q.exp(), log_q - log_mean)
+    return ((left + right).sum(-1) / 2).clamp_min(0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One number per prompt, and what of the logits it reads
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number per prompt from its logits, and which of them it reads: nothing else is computed.
+
+    A plain function of the full logits [prompt, pos, d_vocab] that returns [prompt] is a metric too, only
+    slower, since all positions and all tokens must be computed for it.
+
+    Attributes:
+        name: for tables and figures.
+        function: (logits [row, read position, read token], *context rows) -> [row]. Rows are prompts, each on
+            its own: the same prompt may come several times, or not at all, in any order.
+        positions: positions read, negative ones from the end; None: all.
+        tokens: "answers": the pairs' (right, wrong); or Int[Tensor, "prompt k"]; or None: the whole vocabulary.
+        context: tensors with one row per prompt that the function needs besides.
+    """
+
+    name: str
+    function: Callable[..., Tensor] = field(repr=False)
+    positions: tuple[int, ...] | None = (-1,)
+    tokens: Any = "answers"
+    context: tuple[Tensor, ...] = field(default=(), repr=False)
+
+    def __call__(self, logits: Float[Tensor, "prompt pos d_vocab"], pairs) -> Float[Tensor, " prompt"]:
+        """The metric of full logits."""
+        n_pos = logits.shape[1]
+        logits = logits[:, list(self.reads(n_pos))]
+        tokens = self.columns(pairs)
+        if tokens is not None:
+            index = tokens[:, None].expand(-1, logits.shape[1], -1).to(logits.device)
+            logits = logits.gather(-1, index)
+        return self.function(logits, *(c.to(logits.device) for c in self.context))
+
+    def reads(self, n_pos: int) -> tuple[int, ...]:
+        """The positions read, counted from 0, of prompts with n_pos tokens.
+
+        Raises:
+            ValueError: one of them is outside the prompt.
+        """
+        if self.positions is None:
+            return tuple(range(n_pos))
+        outside = [p for p in self.positions if not -n_pos <= p < n_pos]
+        if outside or not self.positions:
+            raise ValueError(f"metric {self.name} reads position {outside}, the prompts have {n_pos} tokens")
+        return tuple(p % n_pos for p in self.positions)
+
+    def columns(self, pairs) -> Int[Tensor, "prompt k"] | None:
+        """The tokens whose logits are read, for each prompt; None: all."""
+        return pairs.answers if isinstance(self.tokens, str) else self.tokens
+
+
+def _difference(logits: Tensor) -> Tensor:
+    return logits[:, -1, 0] - logits[:, -1, 1]
+
+
+def _right_log_prob(logits: Tensor, right: Tensor) -> Tensor:
+    return log_probs(logits[:, -1]).gather(-1, right[:, None]).squeeze(-1)
+
+
+def _kl_from(logits: Tensor, reference: Tensor) -> Tensor:
+    return kl_divergence(reference, logits[:, -1])
+
+
+logit_diff = Metric("logit_diff", _difference)
+"""Logit of the right answer minus logit of the wrong one, at the last position."""
+
+
+def right_log_prob(pairs) -> Metric:
+    """The metric log p(right answer) at the last position (nats); reads the whole vocabulary there."""
+    return Metric("right_log_prob", _right_log_prob, tokens=None, context=(pairs.answers[:, 0],))
+
+
+def kl_from_clean(model, pairs) -> Metric:
+    """The metric KL(clean || patched) of the prediction at the last position (nats): 0 once all is restored."""
+    from .forward import run, unembed
+
+    with torch.no_grad():
+        final = run(model, pairs.clean.to(model.cfg.device), positions=[pairs.clean.shape[1] - 1])
+        reference = unembed(model, final)[:, -1]
+    return Metric("kl_from_clean", _kl_from, tokens=None, context=(reference,))

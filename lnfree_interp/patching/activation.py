@@ -1,0 +1,249 @@
+"""Activation patching: overwrite one activation with that of the other prompt, and read the metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..forward import PackedWeights, packed_weights
+from ..metrics import Metric, logit_diff
+from ..pairs import PromptPairs
+from . import exact, hooked
+from .cells import Cells, MetricLike, Request, Tally, checked, find_cells, memory_budget, read_metric
+from .effect import PatchingEffect
+
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def activation_patching(
+    model,
+    pairs: PromptPairs,
+    *,
+    site: str = "resid_pre",
+    metric: MetricLike = logit_diff,
+    direction: str = "denoising",
+    layers: Sequence[int] | None = None,
+    units: Sequence[int] | None = None,
+    by_position: bool = False,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+    fast: bool = True,
+) -> PatchingEffect:
+    """metric(patched) - metric(unpatched) of every cell of a site, exactly, for each prompt.
+
+    A cell's activation is taken from the clean run and written into the corrupted one (denoising), or the other
+    way round (noising). Cells in which both runs agree, and those nothing read depends on, are 0 and never run.
+
+    Args:
+        site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, by position; z, q, k, v, pattern, by head; neurons.
+        metric: a `Metric`, or a function of the full logits [prompt, pos, d_vocab] that returns [prompt].
+        layers: the layers to patch (default: all; needed for neurons).
+        units: the heads or neurons to patch (default: all).
+        by_position: patch heads or neurons position by position, not at all positions together. A pattern's
+            position is the query's.
+        max_memory: bytes to stay within, roughly, beyond the model (default: from the device).
+        progress: called with (cells done, cells in all).
+        fast: use the packed forward where it covers the model. False: hooks only, slower; for comparisons.
+
+    Returns:
+        PatchingEffect with values [prompt, layer, pos], [prompt, layer, head] or [prompt, layer, neuron], and a
+        fourth axis pos if `by_position`.
+
+    Raises:
+        ValueError: unknown site or direction, layers or units that are not there, tokens outside the vocabulary,
+            prompts beyond the context, a metric of the wrong shape or not finite.
+
+    Example:
+        >>> from lnfree_interp import load_model
+        >>> from lnfree_interp.pairs import induction_pairs
+        >>> model = load_model("tiny-noLN")
+        >>> effect = activation_patching(model, induction_pairs(model, 2, length=8), site="z")
+        >>> effect.values.shape, effect.axes
+        (torch.Size([2, 4, 4]), ('prompt', 'layer', 'head'))
+    """
+    request = checked(model, pairs, site, metric, direction, layers, units, by_position)
+    budget = memory_budget(model, max_memory)
+    pairs = pairs.to(model.cfg.device)
+    packed = packed_weights(model) if fast else None
+    # A plain function of the logits may look at prompts by their place: it gets all of them, in order.
+    n_together = (
+        len(pairs) if not isinstance(metric, Metric) else _prompts_at_a_time(model, packed, request, budget)
+    )
+    parts = []
+    for i in range(0, len(pairs), n_together):
+        here = slice(i, i + n_together)
+        part = rows_of_metric(request, here, model.cfg.device)
+        report = None if progress is None else _shifted(progress, i, len(pairs), n_together)
+        parts.append(_patch(model, packed, part, pairs[here], budget, report))
+    values, clean, corrupted, cells_run, flops = zip(*parts)
+    plain = plain_flops(model, request, len(pairs))
+    return PatchingEffect(
+        values=torch.cat(values), site=site, method="activation", direction=direction, metric=request.metric_name,
+        axes=request.axes, layers=request.layers, units=request.units, clean=torch.cat(clean),
+        corrupted=torch.cat(corrupted), cells_run=sum(cells_run),
+        flops=None if packed is None else (sum(flops), plain),
+    )  # fmt: skip
+
+
+def rows_of_metric(request: Request, rows: slice, device) -> Request:
+    """The request with what the metric knows of each prompt cut to some of them."""
+    metric = request.metric
+    if not isinstance(metric, Metric):
+        return request
+    tokens = metric.tokens[rows].to(device) if isinstance(metric.tokens, Tensor) else metric.tokens
+    context = tuple(c[rows].to(device) for c in metric.context)
+    return replace(request, metric=replace(metric, tokens=tokens, context=context))
+
+
+def _shifted(progress: Progress, first: int, n_prompts: int, n_together: int) -> Progress:
+    """Progress over all prompts from progress over some: in cells, as if each prompt had equally many."""
+
+    def report(done: int, total: int) -> None:
+        share = min(n_together, n_prompts - first)
+        everything = round(total * n_prompts / share)
+        progress(min(everything, round(everything * first / n_prompts) + done), everything)
+
+    return report
+
+
+def _itemsize(model) -> int:
+    return torch.finfo(model.cfg.dtype).bits // 8
+
+
+def _prompts_at_a_time(model, packed: PackedWeights | None, request: Request, budget: int) -> int:
+    """As many prompts as have their kept activations in half of the budget."""
+    cfg = model.cfg
+    if packed is not None:
+        numbers = exact.numbers_kept(packed, request.site, request.n_read)
+    else:
+        width = {"neuron": cfg.d_mlp or 0}.get(request.unit_axis, cfg.d_model)
+        width = cfg.n_heads * request.n_pos if request.site == "pattern" else width
+        numbers = 2 * cfg.n_layers * request.n_pos * (cfg.d_model + width)
+    return max(1, budget // 2 // (numbers * _itemsize(model)))
+
+
+def plain_flops(model, request: Request, n_prompts: int) -> float:
+    """Floating-point operations of running the whole model once for each cell, all logits included."""
+    cfg, n = model.cfg, request.n_pos
+    tally = Tally()
+    d_attn = cfg.n_heads * cfg.d_head
+    mlp = 0 if getattr(cfg, "attn_only", False) else 2 * (cfg.d_mlp or 0)
+    tally.linear(n * cfg.n_layers, cfg.d_model, 4 * d_attn + mlp)
+    tally.linear(n, cfg.d_model, cfg.d_vocab)
+    tally.flops += 4.0 * cfg.n_layers * d_attn * n * n
+    return tally.flops * float(torch.Size(request.shape(n_prompts)).numel())
+
+
+def _patch(model, packed, request: Request, pairs: PromptPairs, budget: int, progress: Progress | None):
+    """values, metric of clean and corrupted, cells run and FLOPs, of prompts whose activations fit in memory."""
+    denoising = request.direction == "denoising"
+    base_tokens, source_tokens = (
+        (pairs.corrupted, pairs.clean) if denoising else (pairs.clean, pairs.corrupted)
+    )
+    base_tokens, source_tokens = (t[:, : request.n_read] for t in (base_tokens, source_tokens))
+    reads, tally, n_layers = list(request.reads), Tally(), model.cfg.n_layers
+    everyone = torch.arange(len(pairs), device=base_tokens.device)
+    if packed is not None:
+        base, source = exact.both_runs(packed, base_tokens, source_tokens, request.site, tally)
+        sweep = exact.Sweep(packed, base, source, request, tuple(sorted(set(reads))), request.n_read, tally)
+        cells = find_cells(request, lambda layer: exact.differs(sweep, layer), pairs, n_layers)
+    else:
+        base, source = (hooked.record(model, tokens, request.site) for tokens in (base_tokens, source_tokens))
+
+        def where(layer: int) -> Tensor:
+            return hooked.differs(request, base[request.site][layer], source[request.site][layer])
+
+        cells = find_cells(request, where, pairs, n_layers)
+
+    def metric_of(final: Tensor, prompt: Tensor) -> Tensor:
+        return read_metric(model, request, pairs, final, prompt, tally)
+
+    at_base, at_source = (metric_of(run["resid_pre"][n_layers][:, reads], everyone) for run in (base, source))
+    values = at_base.new_zeros(request.shape(len(pairs)))
+    slot = torch.zeros(n_layers, dtype=torch.long, device=base_tokens.device)
+    slot[list(request.layers)] = torch.arange(len(request.layers), device=slot.device)
+
+    def put(c: Cells, effect: Tensor) -> None:
+        at = (c.prompt, slot[c.layer], c.unit)
+        values[(*at, c.pos) if request.by_position and not request.positional else at] = effect
+
+    plain = not isinstance(request.metric, Metric)
+    done = 0
+    for batch in batches(cells, request, _rows_at_a_time(model, packed, request, budget), together=plain):
+        if packed is not None:
+            order = torch.searchsorted(torch.tensor(sweep.reads), torch.tensor(reads)).to(batch.prompt.device)
+            finals = [(slice(None), exact.sweep_cells(sweep, batch)[:, order])]
+        else:
+            n_runs = max(1, _rows_at_a_time(model, packed, request, budget) // request.n_read)
+            finals = hooked.final_residuals(model, request, base_tokens, base, source, batch, n_runs)
+        if plain:
+            final = torch.empty(
+                len(batch), len(reads), model.cfg.d_model, dtype=model.cfg.dtype, device=slot.device
+            )
+            for index, rows in finals:
+                final[index] = rows
+            for index in alike(batch):
+                c = batch[index]
+                everything = base["resid_pre"][n_layers][:, reads].clone()
+                everything[c.prompt] = final[index]
+                put(c, metric_of(everything, everyone)[c.prompt] - at_base[c.prompt])
+        else:
+            for index, rows in finals:
+                c = batch[index]
+                put(c, metric_of(rows, c.prompt) - at_base[c.prompt])
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(cells))
+    clean, corrupted = (at_source, at_base) if denoising else (at_base, at_source)
+    return values, clean, corrupted, len(cells), tally.flops
+
+
+def _rows_at_a_time(model, packed, request: Request, budget: int) -> int:
+    """Rows of the residual stream that a sweep may carry in half of the budget."""
+    cfg = model.cfg
+    d_mlp = cfg.d_mlp or 0
+    if packed is not None:
+        # Streams before and after, q, k, v, z, keys and values with their prefix; hidden rows some at a time.
+        per_row = 20 * cfg.d_model
+    else:
+        per_row = 10 * cfg.d_model + 3 * d_mlp + 3 * cfg.n_heads * request.n_read
+    rows = budget // 2 // (per_row * _itemsize(model))
+    return max(request.n_read, rows)
+
+
+def alike(cells: Cells) -> list[Tensor]:
+    """Indices of the cells that are the same layer, unit and position in different prompts."""
+    key = torch.stack([cells.layer, cells.unit, cells.pos])
+    _, group = key.unique(dim=1, return_inverse=True)
+    order = group.argsort(stable=True)
+    return list(order.split(group.bincount().tolist()))
+
+
+def batches(cells: Cells, request: Request, max_rows: int, *, together: bool) -> Iterator[Cells]:
+    """Cells in batches of at most `max_rows` rows, those with the same start together.
+
+    Args:
+        together: never split the same cell of different prompts.
+    """
+    if not len(cells):
+        return
+    rows = request.n_read - cells.start
+    if not together:
+        order = cells.start.argsort(stable=True)
+        batch_of = (rows[order].cumsum(0) - 1) // max_rows
+        for part in order.split(batch_of.unique_consecutive(return_counts=True)[1].tolist()):
+            yield cells[part]
+        return
+    batch, size = [], 0
+    for piece in sorted(alike(cells), key=lambda index: int(cells.start[index].min())):
+        more = int(rows[piece].sum())
+        if batch and size + more > max_rows:
+            yield cells[torch.cat(batch)]
+            batch, size = [], 0
+        batch.append(piece)
+        size += more
+    yield cells[torch.cat(batch)]

@@ -1,0 +1,55 @@
+"""RelP (arXiv 2508.21258): a backward pass in which norms and activation functions count as linear maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..forward import Norm, PackedWeights, final_norm
+
+
+class DetachedNorm(Norm):
+    """A norm whose denominator counts as a constant in the backward pass."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.kind is None:
+            return x
+        centred = x - x.mean(-1, keepdim=True) if self.centres else x
+        y = centred / self.scale(x).detach().to(x.dtype)
+        y = y if self.w is None else y * self.w
+        return y if self.b is None else y + self.b
+
+
+def linear_activation(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """act(x) as x times act(x) / x, the quotient a constant in the backward pass."""
+
+    def call(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            near = torch.where(x.abs() < 1e-6, torch.full_like(x, 1e-6), x)
+            slope = act(near) / near
+        return x * slope
+
+    return call
+
+
+def relp_weights(
+    packed: PackedWeights, model, *, detach_norm: bool, linear_gelu: bool
+) -> tuple[PackedWeights, Norm | None]:
+    """The model's weights with the norms and the activation function of RelP, and its final norm."""
+    norm = final_norm(model)
+    if detach_norm:
+
+        def detached(n: Norm | None) -> Norm | None:
+            return None if n is None else DetachedNorm(n.kind, n.eps, n.w, n.b)
+
+        layers = tuple(
+            replace(layer, ln1=detached(layer.ln1), ln2=detached(layer.ln2)) for layer in packed.layers
+        )
+        norm = detached(norm)
+        packed = replace(packed, layers=layers, ln_final=norm)
+    if linear_gelu:
+        packed = replace(packed, act=linear_activation(packed.act))
+    return packed, norm
