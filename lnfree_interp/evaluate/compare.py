@@ -1,0 +1,164 @@
+"""Several models on the same tokens: divergence, agreement, entropy, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..batching import TokenSource, token_batches
+from ..forward import run, unembed
+from ..metrics import entropy, js_divergence, log_probs
+from .loss import LOGITS_PER_PASS, bootstrap
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """What several models predict on the same tokens, wherever there is a next token.
+
+    Attributes:
+        names: the models, aligned with every axis "model" and "other".
+        divergence: Float[Tensor, "model other"], mean Jensen-Shannon divergence (nats).
+        low, high: Float[Tensor, "model other"], its 95% interval, by bootstrap over sequences.
+        agreement: Float[Tensor, "model other"], share of positions with the same top token.
+        loss: Float[Tensor, "model"], mean cross-entropy (nats).
+        entropy: Float[Tensor, "model"], mean entropy of the predictions (nats).
+        accuracy: Float[Tensor, "model"], share of next tokens that are the top token.
+        calibration_error: Float[Tensor, "model"], expected calibration error of the top token: the mean over
+            positions of |accuracy - confidence| of the bin they fall into.
+        bin_confidence, bin_accuracy: Float[Tensor, "model bin"], means over each bin of confidence, of equal width
+            from 0 to 1; nan where empty.
+        bin_count: Int[Tensor, "model bin"].
+    """
+
+    names: tuple[str, ...]
+    divergence: Float[Tensor, "model other"]
+    low: Float[Tensor, "model other"]
+    high: Float[Tensor, "model other"]
+    agreement: Float[Tensor, "model other"]
+    loss: Float[Tensor, " model"]
+    entropy: Float[Tensor, " model"]
+    accuracy: Float[Tensor, " model"]
+    calibration_error: Float[Tensor, " model"]
+    bin_confidence: Float[Tensor, "model bin"]
+    bin_accuracy: Float[Tensor, "model bin"]
+    bin_count: Int[Tensor, "model bin"]
+
+    def table(self):
+        """One row per model: loss, entropy, accuracy, calibration, divergence from and agreement with each other."""
+        import pandas as pd
+
+        table = pd.DataFrame(
+            {
+                "model": self.names,
+                "loss": self.loss.tolist(),
+                "entropy": self.entropy.tolist(),
+                "accuracy": self.accuracy.tolist(),
+                "ece": self.calibration_error.tolist(),
+            }
+        )
+        for quantity, values in (("jsd", self.divergence), ("agreement", self.agreement)):
+            for j, other in enumerate(self.names):
+                table[f"{quantity}:{other}"] = values[:, j].tolist()
+        return table
+
+
+def compare_models(
+    models: Mapping[str, object],
+    tokens: TokenSource,
+    *,
+    n_bins: int = 15,
+    draws: int = 1000,
+    seed: int = 0,
+    per_pass: int = 4096,
+) -> ModelComparison:
+    """Divergence, top-token agreement, entropy and calibration of models on the same tokens (P2, calibration).
+
+    Args:
+        models: name -> HookedTransformer, all of one vocabulary.
+        tokens: Int[Tensor, "batch pos"], or an iterable of such.
+        n_bins: bins of the calibration error and the reliability plot.
+        draws: bootstrap draws of sequences.
+        per_pass: tokens in memory at a time; fewer where all models' logits would fill more than 256 MiB.
+
+    Raises:
+        ValueError: no models, models of different vocabularies, fewer than one bin, tokens that are no token ids
+            of the models'.
+
+    Example:
+        >>> from lnfree_interp import compare_models, load_model
+        >>> models = {name: load_model(name, device="cpu") for name in ("tiny-vanilla", "tiny-noLN")}
+        >>> tokens = models["tiny-noLN"].to_tokens("It was a dark and stormy night.")
+        >>> result = compare_models(models, tokens)
+        >>> result.divergence.shape, result.agreement.diagonal().tolist()
+        (torch.Size([2, 2]), [1.0, 1.0])
+    """
+    if not models:
+        raise ValueError("there are no models to compare")
+    if n_bins < 1:
+        raise ValueError(f"n_bins is {n_bins}, at least 1 is needed")
+    names, parts = tuple(models), list(models.values())
+    sizes = {name: model.cfg.d_vocab for name, model in models.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"models of different vocabularies cannot be compared: {sizes}")
+    n = len(parts)
+    # Pairs hold three more tensors of the logits' size while they are compared.
+    per_pass = min(per_pass, max(1, LOGITS_PER_PASS // (parts[0].cfg.d_vocab * (n + 3))))
+    sequences: list[
+        Tensor
+    ] = []  # per batch: [batch, model, other] of divergence and agreement, [batch, 3, model]
+    bins = torch.zeros(3, n, n_bins, dtype=torch.float64)  # count, sum of confidence, sum of right answers
+    for batch in token_batches(parts[0], tokens, per_pass=per_pass, least=2):
+        with torch.no_grad():
+            logits = [
+                unembed(model, run(model, batch.to(model.cfg.device))[:, :-1]).to(batch.device)
+                for model in parts
+            ]
+            sequences.append(_per_sequence(logits, batch[:, 1:], bins))
+    values = torch.cat(sequences)
+    square = values[:, : 2 * n * n].unflatten(1, (2, n, n))
+    loss, entropies, accuracy = values[:, 2 * n * n :].unflatten(1, (3, n)).mean(0)
+    interval = torch.zeros(2, n, n, dtype=torch.float64)
+    for i in range(n):
+        for j in range(i):
+            bounds = torch.tensor(bootstrap(square[:, 0, i, j], draws=draws, seed=seed), dtype=torch.float64)
+            interval[:, i, j] = interval[:, j, i] = bounds
+    divergence, agreement = square.mean(0)
+    count, confidence, right = bins
+    error = (right - confidence).abs().sum(1) / count.sum(1)
+    return ModelComparison(
+        names=names, divergence=divergence, low=interval[0], high=interval[1], agreement=agreement,
+        loss=loss, entropy=entropies, accuracy=accuracy, calibration_error=error,
+        bin_confidence=confidence / count, bin_accuracy=right / count, bin_count=count.long(),
+    )  # fmt: skip
+
+
+def _per_sequence(
+    logits: list[Float[Tensor, "batch pos d_vocab"]],
+    targets: Int[Tensor, "batch pos"],
+    bins: Float[Tensor, "three model bin"],
+) -> Float[Tensor, "batch quantity"]:
+    """Each sequence's means: divergences, agreements, losses, entropies, accuracies; fills the bins."""
+    n = len(logits)
+    top, summary = [], []
+    for i, x in enumerate(logits):
+        log_p = log_probs(x)
+        best, token = log_p.max(-1)
+        loss = -log_p.gather(-1, targets[..., None])[..., 0]
+        right = (token == targets).double()
+        top.append(token)
+        summary.append(torch.stack([loss.double(), entropy(x).double(), right]).mean(2))  # quantity, batch
+        confidence = best.double().exp()
+        which = (confidence * bins.shape[2]).long().clamp_max(bins.shape[2] - 1).flatten()
+        for j, amount in enumerate((torch.ones_like(right), confidence, right)):
+            bins[j, i].index_add_(0, which.cpu(), amount.flatten().cpu())
+    square = torch.zeros(2, n, n, len(targets), dtype=torch.float64)
+    for i in range(n):
+        square[1, i, i] = 1.0
+        for j in range(i):
+            square[0, i, j] = square[0, j, i] = js_divergence(logits[i], logits[j]).double().mean(1).cpu()
+            square[1, i, j] = square[1, j, i] = (top[i] == top[j]).double().mean(1).cpu()
+    return torch.cat([square.flatten(0, 2).T, torch.stack(summary, 1).flatten(0, 1).T.cpu()], 1)

@@ -1,0 +1,225 @@
+"""HellaSwag (arXiv 1905.07830): which of four endings does a model find likeliest?"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..forward import packed_weights, run, unembed
+from ..metrics import log_probs
+from .cached import extend
+
+HUB = "Rowan/hellaswag"
+
+
+@dataclass(frozen=True)
+class HellaSwag:
+    """Log-probabilities of every ending, and how often the right one is the likeliest.
+
+    Attributes:
+        log_probs: Float[Tensor, "item ending"], summed over the ending's tokens (nats).
+        lengths: Int[Tensor, "item ending"], tokens of each ending.
+        labels: Int[Tensor, "item"], the right ending.
+        accuracy: share of items whose right ending has the largest sum.
+        accuracy_normalised: the same for the sum divided by the ending's length in tokens (P1's figure).
+        stderr, stderr_normalised: standard errors of the two.
+    """
+
+    log_probs: Float[Tensor, "item ending"]
+    lengths: Int[Tensor, "item ending"]
+    labels: Int[Tensor, " item"]
+    accuracy: float
+    accuracy_normalised: float
+    stderr: float
+    stderr_normalised: float
+
+    def table(self):
+        """One row: items, both accuracies and their standard errors."""
+        import pandas as pd
+
+        row = {"items": len(self.labels), "accuracy": self.accuracy, "stderr": self.stderr}
+        row |= {"accuracy_normalised": self.accuracy_normalised, "stderr_normalised": self.stderr_normalised}
+        return pd.DataFrame([row])
+
+
+def hellaswag_items(
+    source: str | Path = HUB, *, split: str = "validation", limit: int | None = None
+) -> list[dict]:
+    """Items with their context ("ctx"), "endings" and "label", from a .jsonl file or the hub's data set.
+
+    Raises:
+        ValueError: a file that cannot be read, a line that is no such item (it is named), a data set that is
+            not reachable, no items.
+    """
+    rows = _lines(Path(source)) if str(source).endswith(".jsonl") else _from_hub(str(source), split)
+    items = list(islice(rows, limit))
+    if not items:
+        raise ValueError(f"{source} holds no HellaSwag items")
+    return items
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    for i, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {i}: no JSON ({error})") from None
+            yield _item(item, f"{path}, line {i}")
+
+
+def _from_hub(name: str, split: str) -> Iterator[dict]:
+    from datasets import load_dataset
+
+    try:
+        rows = iter(load_dataset(name, split=split, streaming=True))
+    except Exception as error:
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read data set {name!r} (split {split!r}): {first}") from None
+    for i, row in enumerate(rows, 1):
+        yield _item(row, f"{name}, item {i}")
+
+
+def _item(raw, where: str) -> dict:
+    wanted = "ctx, endings and label"
+    if not isinstance(raw, dict) or not {"ctx", "endings", "label"} <= raw.keys():
+        has = ", ".join(raw) if isinstance(raw, dict) else type(raw).__name__
+        raise ValueError(f"{where}: a HellaSwag item has {wanted}; this one has {has}")
+    context, endings, label = raw["ctx"], raw["endings"], raw["label"]
+    if not isinstance(context, str) or not context.strip():
+        raise ValueError(f"{where}: ctx is {context!r}, not a text")
+    if (
+        not isinstance(endings, list)
+        or len(endings) < 2
+        or not all(isinstance(e, str) and e for e in endings)
+    ):
+        raise ValueError(f"{where}: endings are {endings!r}, not two texts or more")
+    if not str(label).isdigit() or int(label) >= len(endings):
+        raise ValueError(f"{where}: label {label!r} is not one of 0..{len(endings) - 1}")
+    return {"ctx": context, "endings": endings, "label": int(label)}
+
+
+def hellaswag(
+    model,
+    items: Iterable[dict],
+    *,
+    per_pass: int = 4096,
+    progress: Callable[[list], Iterable] = iter,
+) -> HellaSwag:
+    """Accuracy by summed and by length-normalised log-probability of the endings.
+
+    Contexts of one length go together; each is run once, its keys and values serve all of its endings. A
+    context that leaves no room for the endings loses its beginning.
+
+    Args:
+        model: a HookedTransformer with a tokenizer.
+        items: dicts with "ctx", "endings", "label", all with as many endings: see `hellaswag_items`.
+        per_pass: tokens in memory at a time.
+        progress: wraps the list of batches, as tqdm does.
+
+    Raises:
+        ValueError: a model without a tokenizer, items that are none, endings longer than the model's context.
+
+    Example:
+        >>> from lnfree_interp import hellaswag, load_model
+        >>> item = {"ctx": "He opened the", "endings": ["door.", "sky.", "cat.", "sea."], "label": 0}
+        >>> hellaswag(load_model("tiny-noLN", device="cpu"), [item]).log_probs.shape
+        torch.Size([1, 4])
+    """
+    if model.tokenizer is None:
+        raise ValueError(f"{model.cfg.model_name} has no tokenizer, so HellaSwag cannot be read for it")
+    items = [_item(item, f"item {i}") for i, item in enumerate(items)]
+    if not items:
+        raise ValueError("there are no HellaSwag items")
+    n_endings = len(items[0]["endings"])
+    for i, item in enumerate(items):
+        if len(item["endings"]) != n_endings:
+            raise ValueError(f"item {i} has {len(item['endings'])} endings, item 0 has {n_endings}")
+    encoded = [_encode(model, item) for item in items]
+    sums = torch.zeros(len(items), n_endings, dtype=torch.float64)
+    for group in progress(list(_groups(encoded, per_pass))):
+        contexts = torch.tensor([encoded[i][0] for i in group], device=model.cfg.device)
+        with torch.no_grad():
+            sums[group] = ending_log_probs(model, contexts, [e for i in group for e in encoded[i][1]]).cpu()
+    lengths = torch.tensor([[len(e) for e in endings] for _, endings in encoded])
+    labels = torch.tensor([item["label"] for item in items])
+    accuracy, accuracy_normalised = (
+        (score.argmax(1) == labels).double().mean().item() for score in (sums, sums / lengths)
+    )
+    return HellaSwag(
+        log_probs=sums, lengths=lengths, labels=labels,
+        accuracy=accuracy, accuracy_normalised=accuracy_normalised,
+        stderr=math.sqrt(accuracy * (1 - accuracy) / len(items)),
+        stderr_normalised=math.sqrt(accuracy_normalised * (1 - accuracy_normalised) / len(items)),
+    )  # fmt: skip
+
+
+def _encode(model, item: dict) -> tuple[list[int], list[list[int]]]:
+    def ids(text: str) -> list[int]:
+        return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    endings = [ids(" " + ending) for ending in item["endings"]]
+    room = model.cfg.n_ctx - max(map(len, endings))
+    if room < 1:
+        longest = model.cfg.n_ctx - room
+        raise ValueError(f"an ending has {longest} tokens, the model's context holds {model.cfg.n_ctx}")
+    return ids(item["ctx"])[-room:], endings
+
+
+def _groups(encoded: Sequence[tuple[list[int], list[list[int]]]], per_pass: int) -> Iterator[list[int]]:
+    """Items whose contexts have one length, those with endings of like length together."""
+    by_length = defaultdict(list)
+    for i, (context, _) in enumerate(encoded):
+        by_length[len(context)].append(i)
+    for length, members in sorted(by_length.items()):
+        members.sort(key=lambda i: max(map(len, encoded[i][1])))
+        rows = max(1, per_pass // ((length + 20) * len(encoded[members[0]][1])))
+        yield from (members[start : start + rows] for start in range(0, len(members), rows))
+
+
+def ending_log_probs(
+    model, contexts: Int[Tensor, "item pos"], endings: Sequence[Sequence[int]]
+) -> Float[Tensor, "item ending"]:
+    """Summed log-probability of each ending after its context (nats).
+
+    Args:
+        contexts: of one length.
+        endings: token ids, the first context's endings first.
+    """
+    n_items, n_context = contexts.shape
+    lengths = torch.tensor([len(e) for e in endings])
+    padded = torch.zeros(len(endings), int(lengths.max()), dtype=torch.long)
+    for i, ending in enumerate(endings):
+        padded[i, : len(ending)] = torch.tensor(ending)
+    padded, times = padded.to(contexts.device), len(endings) // n_items
+    packed = packed_weights(model)
+    if packed is not None:
+        before, past = extend(packed, contexts)
+        after, _ = extend(packed, padded[:, :-1], past)
+        resid = torch.cat([before[:, -1:].repeat_interleave(times, 0), after], 1)
+    else:
+        whole = torch.cat([contexts.repeat_interleave(times, 0), padded], 1)
+        resid = run(model, whole)[:, n_context - 1 : -1]
+    there = torch.arange(padded.shape[1]) < lengths[:, None]
+    there = there.to(resid.device)
+    scores = torch.zeros(padded.shape, dtype=torch.float64, device=resid.device)
+    rows = resid[there]  # no logits for padding
+    found = [
+        log_probs(unembed(model, part)).gather(-1, target[:, None])[:, 0].double()
+        for part, target in zip(rows.split(512), padded[there].split(512))
+    ]
+    scores[there] = torch.cat(found)
+    return scores.sum(1).view(n_items, times)

@@ -1,0 +1,289 @@
+"""Cross-entropy of a model with what a mean alone hides: percentiles, intervals, the sequences that explode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..batching import TokenSource, token_batches
+from ..forward import run, unembed
+from ..metrics import cross_entropy
+
+# Logits held at a time: 256 MiB in fp32.
+LOGITS_PER_PASS = 2**26
+# A residual norm this many times its layer's median over the sequence has exploded.
+EXPLODED = 10.0
+
+
+@dataclass(frozen=True)
+class WorstSequence:
+    """A sequence with one of the largest mean losses, and where its residual stream explodes.
+
+    Attributes:
+        index: which sequence.
+        loss: its mean loss (nats per token).
+        text: its first words.
+        position, token, layer: the first layer after which the residual stream at some position (0 excepted) is
+            more than ten times as long as its median over the sequence, and the longest position there; None if
+            there is no such layer.
+        ratio: that norm over the median.
+    """
+
+    index: int
+    loss: float
+    text: str
+    position: int | None = None
+    token: str | None = None
+    layer: int | None = None
+    ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class LossEvaluation:
+    """Losses of one model on one set of tokens, in nats per token.
+
+    Attributes:
+        losses: Float[Tensor, "batch pos"], entry [b, i] is that of predicting token i + 1; on the CPU.
+        mean: over all tokens.
+        interval: of the mean, 95% by bootstrap over sequences; nan for a single sequence.
+        median: over tokens, as are
+        range95: (2.5%, 97.5%) quantiles, and
+        range999: (0.05%, 99.95%) quantiles.
+        worst: the sequences of largest mean loss, worst first.
+    """
+
+    losses: Float[Tensor, "batch pos"]
+    mean: float
+    interval: tuple[float, float]
+    median: float
+    range95: tuple[float, float]
+    range999: tuple[float, float]
+    worst: tuple[WorstSequence, ...]
+
+    def table(self):
+        """One row: tokens, mean and its interval, median, both ranges, the worst sequence."""
+        import pandas as pd
+
+        row = {"tokens": self.losses.numel(), "mean": self.mean}
+        row |= {"mean_low": self.interval[0], "mean_high": self.interval[1], "median": self.median}
+        row |= {"p2.5": self.range95[0], "p97.5": self.range95[1]}
+        row |= {"p0.05": self.range999[0], "p99.95": self.range999[1]}
+        if self.worst:
+            row |= {"worst_sequence": self.worst[0].index, "worst_loss": self.worst[0].loss}
+        return pd.DataFrame([row])
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """Mean losses of several models on the same tokens and their gaps to a baseline, in nats per token.
+
+    Attributes:
+        names: the models.
+        mean: Float[Tensor, "model"].
+        baselines: for each model the name of the one it is compared with, or None.
+        gap: Float[Tensor, "model"], mean minus the baseline's; nan without one.
+        low, high: Float[Tensor, "model"], 95% interval of the gap, by bootstrap over sequences, the same
+            sequences drawn for both models.
+    """
+
+    names: tuple[str, ...]
+    mean: Float[Tensor, " model"]
+    baselines: tuple[str | None, ...]
+    gap: Float[Tensor, " model"]
+    low: Float[Tensor, " model"]
+    high: Float[Tensor, " model"]
+
+    def table(self):
+        """One row per model; the column `loss` reads like the papers' table, "2.8757 (+0.0645)"."""
+        import pandas as pd
+
+        loss = [
+            f"{mean:.4f}" if baseline is None else f"{mean:.4f} ({gap:+.4f})"
+            for mean, gap, baseline in zip(self.mean.tolist(), self.gap.tolist(), self.baselines)
+        ]
+        return pd.DataFrame(
+            {
+                "model": self.names,
+                "loss": loss,
+                "gap_to": [baseline or "" for baseline in self.baselines],
+                "gap": self.gap.tolist(),
+                "gap_low": self.low.tolist(),
+                "gap_high": self.high.tolist(),
+            }
+        )
+
+
+def evaluate_loss(
+    model,
+    tokens: TokenSource,
+    *,
+    worst: int = 3,
+    draws: int = 1000,
+    seed: int = 0,
+    per_pass: int = 4096,
+) -> LossEvaluation:
+    """Cross-entropy per token with median, ranges, an interval, and the worst sequences named.
+
+    Args:
+        model: any HookedTransformer.
+        tokens: Int[Tensor, "batch pos"], or an iterable of such, all of one length.
+        worst: how many sequences to name.
+        draws: bootstrap draws of sequences.
+        seed: of the bootstrap.
+        per_pass: tokens in memory at a time; fewer where their logits would fill more than 256 MiB.
+
+    Returns:
+        LossEvaluation in nats per token; 4 bytes per token are kept.
+
+    Raises:
+        ValueError: tokens that are no token ids of the model's, fewer than two positions, several lengths.
+
+    Example:
+        >>> from lnfree_interp import evaluate_loss, load_model
+        >>> model = load_model("tiny-noLN", device="cpu")
+        >>> result = evaluate_loss(model, model.to_tokens("It was a dark and stormy night."))
+        >>> result.range999[0] <= result.range95[0] <= result.median <= result.range95[1]
+        True
+    """
+    per_pass = min(per_pass, max(1, LOGITS_PER_PASS // model.cfg.d_vocab))
+    losses: list[Tensor] = []
+    kept: list[tuple[float, int, Tensor]] = []  # the worst sequences so far
+    seen = 0
+    for batch in token_batches(model, tokens, per_pass=per_pass, least=2):
+        if losses and losses[0].shape[1] != batch.shape[1] - 1:
+            raise ValueError(f"sequences have {batch.shape[1]} tokens, earlier ones {losses[0].shape[1] + 1}")
+        with torch.no_grad():
+            loss = cross_entropy(unembed(model, run(model, batch)), batch).float().cpu()
+        losses.append(loss)
+        means = loss.double().mean(1).nan_to_num(nan=torch.inf).tolist()
+        kept += [(mean, seen + i, batch[i].cpu()) for i, mean in enumerate(means)]
+        kept = sorted(kept, key=lambda entry: -entry[0])[:worst]
+        seen += len(batch)
+    all_losses = torch.cat(losses)
+    levels = [0.0005, 0.025, 0.5, 0.975, 0.9995]
+    lowest, low, median, high, highest = np.quantile(all_losses.flatten().numpy(), levels).tolist()
+    per_sequence = all_losses.double().mean(1)
+    return LossEvaluation(
+        losses=all_losses,
+        mean=per_sequence.mean().item(),
+        interval=bootstrap(per_sequence, draws=draws, seed=seed),
+        median=median,
+        range95=(low, high),
+        range999=(lowest, highest),
+        worst=tuple(_name(model, index, loss, row.to(model.cfg.device)) for loss, index, row in kept),
+    )
+
+
+def loss_table(
+    evaluations: Mapping[str, LossEvaluation],
+    baselines: Mapping[str, str | None],
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> LossTable:
+    """The papers' loss table: mean losses with gaps, for LN-free models to their fine-tuned control.
+
+    Args:
+        evaluations: name -> result, all on the same tokens.
+        baselines: name -> name of the model to compare with; absent or None: no gap.
+
+    Raises:
+        ValueError: a baseline that was not evaluated, evaluations on different numbers of tokens.
+
+    Example:
+        >>> import torch
+        >>> from lnfree_interp import evaluate_loss, load_model, loss_table
+        >>> tokens = torch.arange(64).view(4, 16)
+        >>> names = ["tiny-vanilla", "tiny-noLN"]
+        >>> results = {name: evaluate_loss(load_model(name, device="cpu"), tokens) for name in names}
+        >>> loss_table(results, {"tiny-noLN": "tiny-vanilla"}).baselines
+        (None, 'tiny-vanilla')
+    """
+    gaps, lows, highs = [], [], []
+    for name, result in evaluations.items():
+        baseline = baselines.get(name)
+        if baseline is None:
+            gaps.append(torch.nan), lows.append(torch.nan), highs.append(torch.nan)
+            continue
+        if baseline not in evaluations:
+            raise ValueError(f"baseline {baseline!r} of {name} is not among {', '.join(evaluations)}")
+        shapes = list(result.losses.shape), list(evaluations[baseline].losses.shape)
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name} was evaluated on {shapes[0]} predictions, {baseline} on {shapes[1]}")
+        difference = (result.losses.double() - evaluations[baseline].losses.double()).mean(1)
+        low, high = bootstrap(difference, draws=draws, seed=seed)
+        gaps.append(difference.mean().item()), lows.append(low), highs.append(high)
+    return LossTable(
+        names=tuple(evaluations),
+        mean=torch.tensor([e.mean for e in evaluations.values()], dtype=torch.float64),
+        baselines=tuple(baselines.get(name) for name in evaluations),
+        gap=torch.tensor(gaps, dtype=torch.float64),
+        low=torch.tensor(lows, dtype=torch.float64),
+        high=torch.tensor(highs, dtype=torch.float64),
+    )
+
+
+def bootstrap(
+    per_sequence: Float[Tensor, " batch"], *, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95% interval of a mean over sequences, sequences drawn with replacement; nan for a single one."""
+    n = len(per_sequence)
+    if n < 2:
+        return (torch.nan, torch.nan)
+    generator = torch.Generator().manual_seed(seed)
+    values = per_sequence.double().cpu()
+    rows = max(1, 2**22 // n)  # draws made at a time
+    means = [
+        values[torch.randint(n, (min(rows, draws - start), n), generator=generator)].mean(1)
+        for start in range(0, draws, rows)
+    ]
+    low, high = np.quantile(torch.cat(means).numpy(), [0.025, 0.975]).tolist()
+    return low, high
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Naming a sequence and the place where it goes wrong
+
+
+def _name(model, index: int, loss: float, tokens: Int[Tensor, " pos"]) -> WorstSequence:
+    norms = _norms(model, tokens)  # layer, pos
+    where = {}
+    if norms.shape[1] > 2:
+        typical = norms[:, 1:].nanquantile(0.5, dim=1, keepdim=True)
+        ratio = (norms[:, 1:] / typical).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        exploded = (ratio > EXPLODED).any(1).nonzero()
+        if len(exploded):
+            layer = int(exploded[0])
+            position = int(ratio[layer].argmax()) + 1
+            where = {
+                "position": position,
+                "token": _text(model, tokens[position : position + 1]),
+                "layer": layer,
+                "ratio": ratio[layer, position - 1].item(),
+            }
+    return WorstSequence(index, loss, _text(model, tokens[:12]), **where)
+
+
+def _norms(model, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "layer pos"]:
+    norms: list[Tensor] = []
+
+    def look(x: Tensor) -> None:
+        norms.append(x[0].double().norm(dim=-1))
+
+    hooks = {f"blocks.{i}.hook_resid_post": partial(look) for i in range(model.cfg.n_layers)}
+    with torch.no_grad():
+        run(model, tokens[None], hooks=hooks)
+    return torch.stack(norms)
+
+
+def _text(model, tokens: Int[Tensor, " pos"]) -> str:
+    """The tokens as text; their ids for a model without a tokenizer."""
+    if model.tokenizer is None:
+        return " ".join(map(str, tokens.tolist()))
+    return model.tokenizer.decode(tokens.tolist())

@@ -1,0 +1,108 @@
+"""What models write after one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..batching import check_tokens
+from ..forward import packed_weights, run, unembed
+from ..metrics import log_probs
+from .cached import extend
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Continuations of one prompt.
+
+    Attributes:
+        prompt: the prompt.
+        names: the models.
+        texts: per model, its continuations, aligned: the i-th of each model were drawn with the same noise.
+    """
+
+    prompt: str
+    names: tuple[str, ...]
+    texts: tuple[tuple[str, ...], ...]
+
+    def table(self):
+        """One row per sample, a column per model."""
+        import pandas as pd
+
+        return pd.DataFrame(dict(zip(self.names, self.texts)))
+
+
+def generate_samples(
+    models: Mapping[str, object],
+    prompt: str,
+    *,
+    n_samples: int = 1,
+    max_new_tokens: int = 60,
+    temperature: float = 1.0,
+    top_k: int | None = 50,
+    seed: int = 0,
+) -> Samples:
+    """Continuations by each model, all with the same random numbers, so that they differ only where models do.
+
+    Args:
+        models: name -> HookedTransformer with a tokenizer.
+        temperature: 0 takes the likeliest token throughout.
+        top_k: draw from so many likeliest tokens; None: from all.
+
+    Raises:
+        ValueError: an empty prompt, no room for the new tokens in a model's context, a model without a tokenizer,
+            a negative temperature, top_k or n_samples below 1.
+
+    Example:
+        >>> from lnfree_interp import generate_samples, load_model
+        >>> model = load_model("tiny-noLN", device="cpu")
+        >>> samples = generate_samples({"tiny-noLN": model}, "It was a dark and", max_new_tokens=5)
+        >>> samples == generate_samples({"tiny-noLN": model}, "It was a dark and", max_new_tokens=5)
+        True
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    if not temperature >= 0:
+        raise ValueError(f"temperature {temperature} is negative")
+    for name, value in (("top_k", top_k), ("n_samples", n_samples), ("max_new_tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, at least 1 is needed")
+    texts = []
+    for name, model in models.items():
+        if model.tokenizer is None:
+            raise ValueError(f"model {name} has no tokenizer, so it cannot read the prompt")
+        ids = torch.tensor([model.tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+        if ids.shape[1] + max_new_tokens > model.cfg.n_ctx:
+            raise ValueError(
+                f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones do not fit into the context of "
+                f"{model.cfg.n_ctx} of model {name}"
+            )
+        ids = check_tokens(model, ids).expand(n_samples, -1)
+        with torch.no_grad():
+            new = _continue(model, ids, max_new_tokens, temperature, top_k, seed)
+        texts.append(tuple(model.tokenizer.batch_decode(new.tolist())))
+    return Samples(prompt, tuple(models), tuple(texts))
+
+
+def _continue(model, ids: Tensor, n_new: int, temperature: float, top_k: int | None, seed: int) -> Tensor:
+    packed, past, new = packed_weights(model), None, []
+    generator = torch.Generator().manual_seed(seed)
+    step = ids
+    for _ in range(n_new):
+        if packed is not None:
+            resid, past = extend(packed, step, past)
+        else:
+            resid = run(model, torch.cat([ids, *new], 1))
+        log_p = log_probs(unembed(model, resid[:, -1])).cpu()
+        # Gumbel's trick: the same noise for every model, whatever its logits.
+        uniform = torch.rand(log_p.shape, generator=generator, dtype=torch.float64)
+        if temperature > 0:
+            if top_k is not None and top_k < log_p.shape[1]:
+                log_p[log_p < log_p.topk(top_k).values[:, -1:]] = -torch.inf
+            log_p = log_p.double() / temperature - (-uniform.log()).log()
+        step = log_p.argmax(-1, keepdim=True).to(ids.device)
+        new.append(step)
+    return torch.cat(new, 1)

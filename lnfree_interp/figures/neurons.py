@@ -1,0 +1,80 @@
+"""Figures of neuron ablations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import plotly.graph_objects as go
+import torch
+from plotly.subplots import make_subplots
+
+from ..neurons import NeuronAblation
+from .style import colour, line, styled
+
+QUANTITIES = {"loss": "cross-entropy", "entropy": "entropy"}
+
+
+def effects_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
+    """Box plots of |change of cross-entropy| and |change of entropy| over tokens, per neuron and model.
+
+    Boxes are drawn from the quartiles and the 5% and 95% quantiles: the file does not grow with the tokens.
+    """
+    figure = make_subplots(cols=2, subplot_titles=[f"|change of {word}|" for word in QUANTITIES.values()])
+    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
+    for i, (name, result) in enumerate(results.items()):
+        for col, quantity in enumerate(QUANTITIES, 1):
+            sizes = getattr(result, quantity).flatten(1).double().abs()
+            # quantile takes no more than 2^24 numbers: a row at a time
+            low, q1, median, q3, high = torch.stack([_quantiles(row, levels) for row in sizes]).T.tolist()
+            box = go.Box(
+                x=list(result.labels), lowerfence=low, q1=q1, median=median, q3=q3, upperfence=high, name=name,
+                legendgroup=name, showlegend=col == 1, marker={"color": colour(i)},
+            )  # fmt: skip
+            figure.add_trace(box, row=1, col=col)
+    figure.update_yaxes(title_text="nats", row=1, col=1)
+    figure.update_layout(boxmode="group")
+    return styled(
+        figure, title="Ablating confidence neurons (boxes: quartiles; whiskers: 5% to 95% of tokens)"
+    )
+
+
+def _quantiles(row: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    ordered = row.sort().values
+    return ordered[(levels * (len(ordered) - 1)).round().long()]
+
+
+def cumulative_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
+    """Change of the mean cross-entropy and entropy, in percent, as neurons are ablated one after the other."""
+    figure = make_subplots(cols=2, subplot_titles=list(QUANTITIES.values()))
+    for i, (name, result) in enumerate(results.items()):
+        for col, quantity in enumerate(QUANTITIES, 1):
+            baseline = getattr(result, f"baseline_{quantity}").double().mean()
+            percent = 100 * getattr(result, quantity).flatten(1).double().mean(1) / baseline
+            trace = go.Scatter(
+                x=["none", *result.labels], y=[0.0, *percent.tolist()], name=name, legendgroup=name,
+                showlegend=col == 1, line=line(i), mode="lines+markers",
+            )  # fmt: skip
+            figure.add_trace(trace, row=1, col=col)
+    figure.update_yaxes(title_text="change of the mean (%)", row=1, col=1)
+    return styled(figure, title="Neurons ablated one on top of the other")
+
+
+def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, object]) -> go.Figure:
+    """Mean |change of cross-entropy| of every neuron against its score, and the part through the scale."""
+    figure = make_subplots(
+        cols=2, subplot_titles=("total", "through the final norm's scale"), shared_yaxes=True
+    )
+    for i, (name, result) in enumerate(results.items()):
+        table = result.table()
+        scores = rankings[name].sort_values("neuron").score.tolist()
+        for col, column in enumerate(("loss_abs", "loss_abs_through_scale"), 1):
+            trace = go.Scattergl(
+                x=scores, y=table[column].tolist(), text=list(result.labels), mode="markers", name=name,
+                legendgroup=name, showlegend=col == 1, marker={"color": colour(i), "size": 4, "opacity": 0.6},
+                hovertemplate="%{text}: %{y:.3g} nats, score %{x:.3g}",
+            )  # fmt: skip
+            figure.add_trace(trace, row=1, col=col)
+    figure.update_xaxes(type="log", title_text="|w_out| / LogitVar")
+    figure.update_yaxes(type="log")
+    figure.update_yaxes(title_text="mean |change of cross-entropy| (nats)", row=1, col=1)
+    return styled(figure, title="Every neuron of the layer, ablated alone")

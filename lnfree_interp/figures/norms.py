@@ -1,0 +1,78 @@
+"""Figures of residual norms and attention sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from ..norms import AttentionSinks, ResidualNorms
+from .style import colour, line, styled
+
+
+def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean") -> go.Figure:
+    """Norm, growth and cosine similarity over the points of the stream, a row per group, a line per model.
+
+    The first model is dashed, the others solid. Results per position are drawn over positions instead, one line
+    per model at the last point.
+    """
+    first = next(iter(results.values()))
+    if first.groups[:2] == ("position 0", "position 1"):
+        return _over_positions(results, statistic)
+    groups = [g for i, g in enumerate(first.groups) if any(r.tokens[i] > 0 for r in results.values())]
+    quantities = {"norm": "L2 norm", "growth": "norm / norm before", "cosine": "cosine with point before"}
+    figure = make_subplots(
+        rows=len(groups), cols=3, shared_xaxes=True, row_titles=groups, column_titles=list(quantities.values()),
+        vertical_spacing=0.05,
+    )  # fmt: skip
+    for i, (name, result) in enumerate(results.items()):
+        k = result.statistics.index(statistic)
+        for row, group in enumerate(groups, 1):
+            for col, quantity in enumerate(quantities, 1):
+                values = getattr(result, quantity)[:, result.groups.index(group), k]
+                figure.add_trace(
+                    go.Scatter(
+                        x=list(result.points), y=values.tolist(), name=name, legendgroup=name, mode="lines+markers",
+                        showlegend=row == col == 1, line=line(i), marker={"size": 4},
+                        hovertemplate="%{x}: %{y:.4g}<extra>" + f"{name}, {group}" + "</extra>",
+                    ),
+                    row=row, col=col,
+                )  # fmt: skip
+    figure.update_yaxes(type="log", col=1)
+    figure.update_xaxes(tickangle=-60)
+    figure.update_layout(legend={"orientation": "h", "y": 1.1, "x": 0})
+    return styled(
+        figure, title=f"Residual stream ({statistic} over sequences)", height=160 + 230 * len(groups)
+    )
+
+
+def _over_positions(results: Mapping[str, ResidualNorms], statistic: str) -> go.Figure:
+    figure = go.Figure()
+    for i, (name, result) in enumerate(results.items()):
+        values = result.norm[-1, :, result.statistics.index(statistic)]
+        figure.add_trace(go.Scatter(y=values.tolist(), name=name, line=line(i)))
+    figure.update_yaxes(type="log", title_text="L2 norm")
+    figure.update_xaxes(title_text="position")
+    last = next(iter(results.values())).points[-1]
+    return styled(figure, title=f"Norm of the residual stream at {last} ({statistic} over sequences)")
+
+
+def sinks_figure(results: Mapping[str, AttentionSinks]) -> go.Figure:
+    """Mean attention on position 0 of every head, layer by layer, with each model's sink rate in the legend."""
+    figure = go.Figure()
+    for i, (name, result) in enumerate(results.items()):
+        layers = [label.split("H")[0] for label in result.labels]
+        figure.add_trace(
+            go.Box(
+                x=layers, y=result.attention.tolist(), text=list(result.labels), boxpoints="all", pointpos=0,
+                jitter=0.4, name=f"{name} ({result.head_rate:.0%} of heads, {result.query_rate:.0%} of queries)",
+                marker={"color": colour(i), "size": 4}, line={"width": 1}, hovertemplate="%{text}: %{y:.3f}",
+            )
+        )  # fmt: skip
+    threshold = next(iter(results.values())).threshold
+    figure.add_hline(y=threshold, line={"dash": "dot", "color": "#999999"})
+    figure.update_yaxes(title_text="attention on position 0", range=[0, 1])
+    figure.update_xaxes(title_text="layer")
+    figure.update_layout(boxmode="group", legend={"orientation": "h", "y": 1.12, "x": 0})
+    return styled(figure, title=f"Attention sinks (at least {threshold:g} on position 0)")

@@ -1,0 +1,90 @@
+"""Which neurons write where the unembedding hardly reads?"""
+
+from __future__ import annotations
+
+import torch
+
+from .last_layer import folded_unembedding
+
+
+def mlp_of(model, layer: int):
+    """The layer's MLP and its number counted from 0.
+
+    Raises:
+        ValueError: no such layer, or a layer whose MLP has no single W_out.
+    """
+    n_layers = model.cfg.n_layers
+    if not -n_layers <= layer < n_layers:
+        raise ValueError(f"layer {layer} is outside -{n_layers}..{n_layers - 1}")
+    layer %= n_layers
+    mlp = getattr(model.blocks[layer], "mlp", None)
+    if getattr(mlp, "W_out", None) is None:
+        raise ValueError(f"layer {layer} has no MLP with one W_out, so it has no neurons to look at")
+    return mlp, layer
+
+
+def rank_confidence_neurons(model, layer: int = -1, *, null_directions: int | None = None):
+    """The papers' score |w_out| / LogitVar of every neuron of a layer, largest first (P2, confidence neurons).
+
+    LogitVar is the variance over the vocabulary of the cosine of w_out with the columns of W_U. A neuron with a
+    large score moves the residual stream a lot and no logit more than another: it acts through the final
+    LayerNorm's scale. Beside it, `null_share` is the share of |w_out|^2 in the near-null space of W_U: the span
+    of the left singular vectors of its last (smallest) singular values. The final norm's weights, where a
+    model still has them apart, and the mean it subtracts count as part of W_U. The constant direction is left
+    out where W_U does not read it, as in centred models: nothing is written there.
+
+    Args:
+        layer: any layer, negative ones from the end.
+        null_directions: how many of the smallest singular values; default 1 in 64 of d_model (GPT-2 small: 12).
+
+    Returns:
+        DataFrame with columns neuron, score, norm (|w_out|), logit_var, null_share.
+
+    Raises:
+        ValueError: no such layer, a layer without an MLP, null_directions outside 1..d_model.
+
+    Example:
+        >>> from lnfree_interp import load_model, rank_confidence_neurons
+        >>> ranking = rank_confidence_neurons(load_model("tiny-noLN", device="cpu"))
+        >>> list(ranking.columns)
+        ['neuron', 'score', 'norm', 'logit_var', 'null_share']
+    """
+    import pandas as pd
+
+    mlp, layer = mlp_of(model, layer)
+    d_model = model.cfg.d_model
+    if null_directions is None:
+        null_directions = max(1, d_model // 64)
+    if not 1 <= null_directions <= d_model:
+        raise ValueError(f"null_directions is {null_directions}, outside 1..{d_model}")
+    with torch.no_grad():
+        unembedding = folded_unembedding(model)
+        W_out = unembedding.centred(mlp.W_out.to(unembedding.W.dtype))
+        W_U = unembedding.centred(unembedding.W.T).T
+        norm = W_out.norm(dim=1)
+        directions = W_out / norm[:, None].clamp_min(torch.finfo(norm.dtype).tiny)
+        # Variance over the vocabulary by chunks of it: sums about zero, cosines being of order one.
+        total = square = 0.0
+        lengths = W_U.norm(dim=0).clamp_min(torch.finfo(norm.dtype).tiny)
+        for columns in (W_U / lengths).split(8192, dim=1):
+            cosine = (directions @ columns).double()
+            total, square = total + cosine.sum(1), square + cosine.square().sum(1)
+        n = W_U.shape[1]
+        logit_var = (square / n - (total / n).square()).clamp_min(0)
+        # Left singular vectors from the d_model x d_model Gram matrix, in fp64: W_U itself is 65 times as wide.
+        gram = sum(part.double() @ part.double().T for part in W_U.split(8192, dim=1))
+        constant = torch.full_like(gram[0], d_model**-0.5)
+        if constant @ gram @ constant < 1e-9 * gram.trace() / d_model:
+            gram += gram.trace() * constant.outer(constant)  # now the largest singular value, not the last
+        null = torch.linalg.eigh(gram).eigenvectors[:, :null_directions]
+        null_share = (directions.double() @ null).square().sum(1)
+    table = pd.DataFrame(
+        {
+            "neuron": range(len(norm)),
+            "score": (norm.double() / logit_var).tolist(),
+            "norm": norm.tolist(),
+            "logit_var": logit_var.tolist(),
+            "null_share": null_share.tolist(),
+        }
+    )
+    return table.sort_values("score", ascending=False, ignore_index=True)

@@ -1,0 +1,384 @@
+"""Norms of the residual stream from layer to layer, and attention sinks.
+
+P2 = arXiv 2507.02559: in GPT-2 the residual stream at position 0 is an order of magnitude longer than elsewhere
+and heads park their attention there; LN-free models have neither to that degree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .batching import TokenSource, token_batches
+from .forward import run
+
+STATISTICS = ("mean", "stderr", "median", "low", "high")
+QUANTITIES = ("norm", "growth", "cosine")
+GROUPS = ("position 0", "EOT", "rest")
+# Numbers kept for medians and ranges, whatever the number of sequences (64 MiB in fp64).
+KEPT_NUMBERS = 2**23
+# Entries of one layer's attention patterns held at a time.
+PATTERN_ENTRIES = 2**26
+
+
+@dataclass(frozen=True)
+class ResidualNorms:
+    """L2 norm of the residual stream at each point, growth and cosine similarity from the point before.
+
+    Each sequence gives one number per point and group, the mean over its tokens of that group; the statistics
+    are over sequences.
+
+    Attributes:
+        points: "embed" and "pos_embed" (the two parts of the stream's beginning, each on its own), then the
+            stream itself: "L0.resid_pre" (their sum), "L0.resid_mid", "L0.resid_post", ...
+        groups: "position 0", "EOT" (end-of-text tokens elsewhere), "rest"; or "position 0", "position 1", ...
+        statistics: "mean", "stderr" (of that mean), "median", and "low" and "high", between which lie 95% of the
+            sequences.
+        norm: Float[Tensor, "point group statistic"].
+        growth: the same for norm / norm at the point before; nan for the two embeddings (L0.resid_pre is
+            compared with embed).
+        cosine: the same for the cosine similarity with the point before.
+        tokens: Int[Tensor, "group"], tokens of each group.
+        sequences: Int[Tensor, "group"], sequences with such tokens. Groups without any are nan throughout.
+    """
+
+    points: tuple[str, ...]
+    groups: tuple[str, ...]
+    statistics: tuple[str, ...]
+    norm: Float[Tensor, "point group statistic"]
+    growth: Float[Tensor, "point group statistic"]
+    cosine: Float[Tensor, "point group statistic"]
+    tokens: Int[Tensor, " group"]
+    sequences: Int[Tensor, " group"]
+
+    def table(self):
+        """One row per point and group; columns such as norm_mean, growth_median, cosine_low."""
+        import pandas as pd
+
+        index = [(i, j) for j in range(len(self.groups)) for i in range(len(self.points))]
+        table = pd.DataFrame(
+            {
+                "point": [self.points[i] for i, _ in index],
+                "group": [self.groups[j] for _, j in index],
+                "tokens": [int(self.tokens[j]) for _, j in index],
+            }
+        )
+        for quantity in QUANTITIES:
+            values = getattr(self, quantity)
+            for k, statistic in enumerate(self.statistics):
+                table[f"{quantity}_{statistic}"] = values[:, :, k].T.flatten().tolist()
+        return table
+
+
+@dataclass(frozen=True)
+class AttentionSinks:
+    """How much attention heads put on position 0.
+
+    Queries are those at positions 1 and later: position 0 has nowhere else to look.
+
+    Attributes:
+        labels: "L0H0", "L0H1", ..., aligned with the next three.
+        attention: Float[Tensor, "head"], mean attention on position 0.
+        stderr: Float[Tensor, "head"], its standard error over sequences.
+        queries: Float[Tensor, "head"], share of queries that put at least `threshold` on position 0.
+        threshold: what makes a sink.
+        head_rate: share of heads whose mean attention on position 0 reaches the threshold (P2's sink rate).
+        query_rate: share of all heads' queries that reach it.
+    """
+
+    labels: tuple[str, ...]
+    attention: Float[Tensor, " head"]
+    stderr: Float[Tensor, " head"]
+    queries: Float[Tensor, " head"]
+    threshold: float
+    head_rate: float
+    query_rate: float
+
+    def table(self):
+        """One row per head, and whether it is a sink."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "head": self.labels,
+                "attention": self.attention.tolist(),
+                "stderr": self.stderr.tolist(),
+                "share_of_queries": self.queries.tolist(),
+                "sink": (self.attention >= self.threshold).tolist(),
+            }
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Public functions
+
+
+def residual_norms(
+    model,
+    tokens: TokenSource,
+    *,
+    per_position: bool = False,
+    eot_token: int | None = None,
+    per_pass: int = 4096,
+) -> ResidualNorms:
+    """Norm, growth and cosine similarity of the residual stream at every point (P2, residual norms).
+
+    Memory does not grow with the number of tokens: means are running ones; medians and ranges are exact up to
+    some ten thousand sequences (a few hundred with per_position) and from a uniform sample of as many beyond.
+
+    Args:
+        model: any HookedTransformer. `load_model`'s are centred: norms are those of the stream less its mean.
+        tokens: Int[Tensor, "batch pos"], or an iterable of such.
+        per_position: one group per position, in place of position 0, EOT and the rest.
+        eot_token: the end-of-text token; default the tokenizer's, no such group if there is none.
+        per_pass: tokens in memory at a time.
+
+    Raises:
+        ValueError: tokens that are no token ids of the model's; sequences of several lengths with per_position.
+
+    Example:
+        >>> from lnfree_interp import load_model, residual_norms
+        >>> model = load_model("tiny-noLN", device="cpu")
+        >>> norms = residual_norms(model, model.to_tokens("It was a dark and stormy night."))
+        >>> norms.points[:4], norms.groups
+        (('embed', 'pos_embed', 'L0.resid_pre', 'L0.resid_mid'), ('position 0', 'EOT', 'rest'))
+    """
+    if eot_token is None:
+        eot_token = getattr(model.tokenizer, "eos_token_id", None)
+    names = _points(model)
+    sample, counts, groups = None, 0, GROUPS
+    for batch in token_batches(model, tokens, per_pass=per_pass):
+        if per_position:
+            groups = tuple(f"position {i}" for i in range(batch.shape[1]))
+        if sample is None:
+            sample = _Sample(len(names) * len(groups) * len(QUANTITIES))
+        elif sample.total.shape[0] != len(names) * len(groups) * len(QUANTITIES):
+            raise ValueError(
+                f"sequences have {batch.shape[1]} tokens, others another number: no common positions"
+            )
+        values = torch.stack(_along_stream(model, batch, list(names)))
+        if per_position:
+            per_sequence, n = (
+                rearrange(values, "point quantity b pos -> b point pos quantity"),
+                torch.ones_like(batch),
+            )
+        else:
+            per_sequence, n = _by_group(values, _membership(batch, eot_token))
+        sample.add(per_sequence.flatten(1).cpu())
+        counts = counts + torch.stack([n.sum(0), (n > 0).sum(0)]).cpu()
+    statistics = sample.statistics().unflatten(0, (len(names), len(groups), len(QUANTITIES)))
+    norm, growth, cosine = statistics.unbind(2)
+    return ResidualNorms(
+        points=tuple(names.values()), groups=groups, statistics=STATISTICS, norm=norm, growth=growth,
+        cosine=cosine, tokens=counts[0].long(), sequences=counts[1].long(),
+    )  # fmt: skip
+
+
+def attention_sinks(
+    model, tokens: TokenSource, *, threshold: float = 0.3, per_pass: int = 4096
+) -> AttentionSinks:
+    """Mean attention on position 0 of every head, and sink rates at a threshold (P2, attention sinks).
+
+    Args:
+        tokens: Int[Tensor, "batch pos"], or an iterable of such; at least two positions.
+        threshold: a head (query) is a sink if its mean attention (attention) on position 0 reaches this.
+        per_pass: tokens in memory at a time; fewer where attention patterns are large.
+
+    Raises:
+        ValueError: tokens that are no token ids of the model's, a threshold outside 0..1.
+
+    Example:
+        >>> from lnfree_interp import attention_sinks, load_model
+        >>> model = load_model("tiny-noLN", device="cpu")
+        >>> sinks = attention_sinks(model, model.to_tokens("It was a dark and stormy night."))
+        >>> len(sinks.labels), 0 <= sinks.head_rate <= 1
+        (16, True)
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold {threshold} is outside 0..1")
+    cfg = model.cfg
+    heads = (cfg.n_layers, cfg.n_heads)
+    total, squares, reached = (torch.zeros(heads, dtype=torch.float64) for _ in range(3))
+    n_sequences = n_queries = 0
+
+    def look(layer: int, pattern: Tensor, collected: list) -> None:
+        on_first = pattern[:, :, 1:, 0].double()
+        collected.append((layer, on_first.mean(-1), (on_first >= threshold).double().sum((0, 2))))
+
+    for batch in token_batches(model, tokens, per_pass=per_pass, least=2):
+        rows = max(1, PATTERN_ENTRIES // (cfg.n_heads * batch.shape[1] ** 2))
+        for part in batch.split(rows):
+            seen: list = []
+            hooks = {
+                f"blocks.{i}.attn.hook_pattern": partial(lambda i, x, seen: look(i, x, seen), i, seen=seen)
+                for i in range(cfg.n_layers)
+            }
+            with torch.no_grad():
+                run(model, part, hooks=hooks)
+            for layer, mean, n_reached in seen:
+                total[layer] += mean.sum(0).cpu()
+                squares[layer] += mean.square().sum(0).cpu()
+                reached[layer] += n_reached.cpu()
+            n_sequences += part.shape[0]
+            n_queries += part.shape[0] * (part.shape[1] - 1)
+    mean = (total / n_sequences).flatten()
+    variance = (squares.flatten() / n_sequences - mean.square()).clamp_min(0)
+    queries = (reached / n_queries).flatten()
+    return AttentionSinks(
+        labels=tuple(f"L{i}H{j}" for i in range(cfg.n_layers) for j in range(cfg.n_heads)),
+        attention=mean,
+        stderr=(variance / max(n_sequences - 1, 1)).sqrt(),
+        queries=queries,
+        threshold=threshold,
+        head_rate=(mean >= threshold).double().mean().item(),
+        query_rate=queries.mean().item(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# One batch along the stream
+
+
+def _points(model) -> dict[str, str]:
+    """Hook name -> label, in the order in which a forward passes them."""
+    points = {"hook_embed": "embed", "hook_pos_embed": "pos_embed", "blocks.0.hook_resid_pre": "L0.resid_pre"}
+    for i in range(model.cfg.n_layers):
+        points[f"blocks.{i}.hook_resid_mid"] = f"L{i}.resid_mid"
+        points[f"blocks.{i}.hook_resid_post"] = f"L{i}.resid_post"
+    return {name: label for name, label in points.items() if name in model.hook_dict}
+
+
+def _along_stream(model, tokens: Tensor, names: list[str]) -> list[Float[Tensor, "quantity batch pos"]]:
+    """Norm, growth and cosine at each point, one activation kept back at a time."""
+    values: dict[str, Tensor] = {}
+    before: list[Tensor] = []  # the stream at the point before, and its norm
+
+    def look(name: str, x: Tensor) -> None:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(x, dim=-1)
+        growth = cosine = torch.full_like(norm, torch.nan)
+        if before and not name.endswith("embed"):
+            previous, previous_norm = before
+            growth = norm / previous_norm
+            cosine = torch.linalg.vecdot(x / norm[..., None], previous / previous_norm[..., None])
+        values[name] = torch.stack([norm, growth, cosine]).double().expand(-1, len(tokens), -1)
+        if name != "hook_pos_embed":
+            before[:] = [x, norm]
+
+    with torch.no_grad():
+        run(model, tokens, hooks={name: partial(look, name) for name in names})
+    return [values[name] for name in names]
+
+
+def _membership(tokens: Int[Tensor, "batch pos"], eot_token: int | None) -> Bool[Tensor, "group batch pos"]:
+    first = (torch.arange(tokens.shape[1], device=tokens.device) == 0).expand_as(tokens)
+    eot = (tokens == (-1 if eot_token is None else eot_token)) & ~first
+    return torch.stack([first, eot, ~first & ~eot])
+
+
+def _by_group(
+    values: Float[Tensor, "point quantity batch pos"], member: Bool[Tensor, "group batch pos"]
+) -> tuple[Float[Tensor, "batch point group quantity"], Int[Tensor, "batch group"]]:
+    """Means over each sequence's tokens of each group (nan where there are none), and how many those are."""
+    n = member.sum(-1)
+    # where, not a product: what explodes in one group must not reach the others as 0 * inf.
+    sums = [torch.where(mask, values, 0.0).sum(-1) / count for mask, count in zip(member, n)]
+    return rearrange(sums, "group point quantity b -> b point group quantity"), n.T
+
+
+class _Sample:
+    """Running mean and variance per column, and a uniform sample of rows for quantiles; nan entries are skipped."""
+
+    def __init__(self, columns: int):
+        self.n, self.total, self.squares = (torch.zeros(columns, dtype=torch.float64) for _ in range(3))
+        self.origin = None
+        self.most = max(100, KEPT_NUMBERS // columns)
+        self.rows: list[Tensor] = []
+        self.seen = 0
+        self.generator = torch.Generator().manual_seed(0)
+
+    def add(self, rows: Float[Tensor, "row column"]) -> None:
+        if self.origin is None:  # variances are taken about the first row, which keeps them accurate
+            self.origin = rows[0].nan_to_num()
+        there = ~rows.isnan()
+        offset = torch.where(there, rows - self.origin, 0.0)
+        self.n += there.sum(0)
+        self.total += offset.sum(0)
+        self.squares += offset.square().sum(0)
+        for row in rows.unbind():
+            if self.seen < self.most:
+                self.rows.append(row.clone())
+            elif (place := int(torch.randint(self.seen + 1, (), generator=self.generator))) < self.most:
+                self.rows[place] = row.clone()
+            self.seen += 1
+
+    def statistics(self) -> Float[Tensor, "column statistic"]:
+        offset = self.total / self.n
+        variance = (self.squares / self.n - offset.square()).clamp_min(0)
+        levels = torch.tensor([0.5, 0.025, 0.975], dtype=torch.float64)
+        # A few columns at a time: quantile sorts a copy, and takes no more than 2^24 numbers.
+        columns = torch.stack(self.rows).split(max(1, 2**22 // len(self.rows)), dim=1)
+        quantiles = torch.cat([part.nanquantile(levels, dim=0) for part in columns], dim=1)
+        stderr = (variance / (self.n - 1)).sqrt()
+        return torch.stack([self.origin + offset, stderr, *quantiles], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# python -m lnfree_interp.norms
+
+
+def main(argv=None) -> int:
+    from . import cli
+
+    parser = cli.parser("norms", "Norms of the residual stream over layers, and attention sinks.")
+    parser.add_argument(
+        "--threshold", type=float, default=0.3, help="attention on position 0 that makes a sink (0.3)"
+    )
+    parser.add_argument(
+        "--per-position", action="store_true", help="norms at every position, not by kind of token"
+    )
+    args = parser.parse_args(argv)
+    return cli.guard(_command, args, parser.prog)
+
+
+def _command(args) -> None:
+    import pandas as pd
+
+    from . import cli
+    from .figures.norms import norms_figure, sinks_figure
+
+    if not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold {args.threshold} is outside 0..1")
+    norms, sinks = {}, {}
+    for name, model in cli.models(args):
+        tokens = cli.load_tokens(args, model)
+        passes = list(tokens.split(max(1, 4096 // tokens.shape[1])))
+        bar = partial(cli.progress, total=len(passes), unit="pass")
+        norms[name] = residual_norms(
+            model, bar(passes, label=f"{name} norms"), per_position=args.per_position
+        )
+        sinks[name] = attention_sinks(model, bar(passes, label=f"{name} sinks"), threshold=args.threshold)
+    table = pd.concat([result.table().assign(model=name) for name, result in norms.items()])
+    heads = pd.concat([result.table().assign(model=name) for name, result in sinks.items()])
+    groups = table[table.tokens > 0].pivot_table(
+        index=["group", "point"], columns="model", values="norm_mean", sort=False, observed=True
+    )
+    if not args.per_position:
+        cli.show(groups[list(norms)].reset_index(), "Mean norm of the residual stream")
+    rates = [
+        {"model": name, "share_of_heads": s.head_rate, "share_of_queries": s.query_rate,
+         "mean_attention": s.attention.mean().item()}
+        for name, s in sinks.items()
+    ]  # fmt: skip
+    cli.show(pd.DataFrame(rates), f"Attention on position 0 (sink: at least {args.threshold:g})")
+    cli.save(args.out, "norms", table[["model", *table.columns[:-1]]], norms_figure(norms))
+    cli.save(args.out, "sinks", heads[["model", *heads.columns[:-1]]], sinks_figure(sinks))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
