@@ -21,37 +21,38 @@ def transformer_lens_way(model, tokens, targets) -> torch.Tensor:
     return torch.einsum("cbpd,bpd->cbp", heads, directions)
 
 
-@torch.no_grad()
 def run(args) -> pd.DataFrame:
     """Seconds, ratios and peak memory, 8 x 128 tokens, all positions, LN and LN-free."""
-    rows = []
-    for normalization in ("LNPre", None):
-        model = random_model(args.shape, normalization, args.device)
-        generator = torch.Generator().manual_seed(0)
-        tokens, targets = torch.randint(50257, (2, BATCH, POS), generator=generator).to(args.device)
-        ways = {
-            "transformer_lens": lambda: transformer_lens_way(model, tokens, targets),
-            "bare forward": lambda: model(tokens),
-            "attribution": lambda: direct_logit_attribution(model, tokens, targets, by="head"),
-            "attribution and direct effect": lambda: logit_attributions(model, tokens, targets, by="head"),
+    return pd.DataFrame([row for normalization in ("LNPre", None) for row in _rows(args, normalization)])
+
+
+@torch.no_grad()
+def _rows(args, normalization: str | None) -> list[dict]:
+    model = random_model(args.shape, normalization, args.device)
+    generator = torch.Generator().manual_seed(0)
+    tokens, targets = torch.randint(50257, (2, BATCH, POS), generator=generator).to(args.device)
+    ways = {
+        "transformer_lens": lambda: transformer_lens_way(model, tokens, targets),
+        "bare forward": lambda: model(tokens),
+        "attribution": lambda: direct_logit_attribution(model, tokens, targets, by="head"),
+        "attribution and direct effect": lambda: logit_attributions(model, tokens, targets, by="head"),
+    }
+    theirs, ours = ways["transformer_lens"](), ways["attribution"]()
+    heads = [i for i, label in enumerate(ours.labels) if "H" in label]
+    difference = (ours.values[heads] - theirs[: len(heads)]).abs().max() / theirs.abs().max()
+    assert difference < 1e-4, f"the two ways differ by {difference:.1e}"
+    del theirs, ours
+    seconds = {name: median(t) for name, t in interleaved(ways, args.repeats, args.device).items()}
+    memory = {name: peak_memory(way, args.device) for name, way in ways.items()}
+    return [
+        {
+            "normalization": str(normalization),
+            "way": name,
+            "seconds": seconds[name],
+            "times faster than transformer_lens": seconds["transformer_lens"] / seconds[name],
+            "forwards": seconds[name] / seconds["bare forward"],
+            "peak MiB": memory[name],
+            "share of transformer_lens' peak": memory[name] / memory["transformer_lens"],
         }
-        theirs, ours = ways["transformer_lens"](), ways["attribution"]()
-        heads = [i for i, label in enumerate(ours.labels) if "H" in label]
-        difference = (ours.values[heads] - theirs[: len(heads)]).abs().max() / theirs.abs().max()
-        assert difference < 1e-4, f"the two ways differ by {difference:.1e}"
-        seconds = {name: median(t) for name, t in interleaved(ways, args.repeats, args.device).items()}
-        memory = {name: peak_memory(way, args.device) for name, way in ways.items()}
-        for name in ways:
-            rows.append(
-                {
-                    "normalization": str(normalization),
-                    "way": name,
-                    "seconds": seconds[name],
-                    "times faster than transformer_lens": seconds["transformer_lens"] / seconds[name],
-                    "forwards": seconds[name] / seconds["bare forward"],
-                    "peak MiB": memory[name],
-                    "share of transformer_lens' peak": memory[name] / memory["transformer_lens"],
-                }
-            )
-        del model
-    return pd.DataFrame(rows)
+        for name in ways
+    ]
