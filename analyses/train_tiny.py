@@ -129,10 +129,11 @@ def losses(name: str, blocks: torch.Tensor) -> dict:
     """Cross-entropy per token of an embedded model as it is stored: mean, median, 99.9th percentile (nats)."""
     model = GPT2LMHeadModel.from_pretrained(CHECKPOINTS / name).eval()
     assert model.dtype == torch.float32
-    ce = torch.cat([
-        torch.nn.functional.cross_entropy(model(batch).logits[:, :-1].mT, batch[:, 1:], reduction="none").flatten()
-        for batch in blocks.split(16)
-    ]).double()  # fmt: skip
+    ce = []
+    for batch in blocks.split(16):
+        logits = model(batch).logits[:, :-1].flatten(0, 1)
+        ce.append(torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="none"))
+    ce = torch.cat(ce).double()
     rank = torch.tensor([0.5, 0.999], dtype=torch.float64)
     median, high = torch.quantile(ce, rank).tolist()
     return {"model": name, "tokens": len(ce), "mean": ce.mean().item(), "median": median, "p99.9": high}

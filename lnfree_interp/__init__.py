@@ -36,6 +36,8 @@ _PUBLIC = {
         "evaluate_loss",
         "generate_samples",
         "hellaswag",
+        "hellaswag_items",
+        "loss_table",
     ],
     "schedule": ["RemovalSchedule"],
     "finetune": ["remove_layernorm"],
@@ -61,6 +63,8 @@ if TYPE_CHECKING:
         evaluate_loss,
         generate_samples,
         hellaswag,
+        hellaswag_items,
+        loss_table,
     )
     from .finetune import remove_layernorm
     from .metrics import Metric, cross_entropy, entropy, js_divergence, kl_divergence, logit_diff

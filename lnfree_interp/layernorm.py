@@ -156,38 +156,41 @@ def _layer_norm(ln: nn.LayerNorm, x: Tensor, sites: list[StdSite], *, measure: b
 class RemovableReader(nn.Module):
     """A LayerNorm and the Conv1D that reads it, in one: the Conv1D's columns may lose the LayerNorm in parts.
 
-    Stands where the Conv1D stood and reads the residual stream; the LayerNorm's own place passes it on. Once
-    frozen, what is left of the LayerNorm goes into the weights, not the activations: a d_model x out matrix
-    instead of batch x pos x d_model.
+    Stands where the Conv1D stood and reads the residual stream; the LayerNorm's own place passes it on. What is
+    left of a frozen LayerNorm is applied to the weights or to the activations, whichever is the smaller matrix.
     """
 
     def __init__(self, ln: nn.LayerNorm, linear: nn.Module, sites: list[StdSite]):
         super().__init__()
         self.ln, self.linear, self.sites = ln, linear, nn.ModuleList(sites)
+        self.widths = [len(linear.bias[site.columns]) for site in sites]
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos out"]:
         live = [site for site in self.sites if not site.frozen]
         normed = _layer_norm(self.ln, x, live, measure=self.training) if live else None
         if len(live) == len(self.sites):
             return self.linear(normed)
-        weight, bias = self.linear.weight, self.linear.bias
-        inverses = [site.inverse() for site in self.sites if site.frozen]
-        if not live and all(inverse.ndim == 0 for inverse in inverses):
-            weight, bias = fold_reader(weight, bias, self.ln.weight, self.ln.bias)
-            if len(inverses) == 1:
-                scale = inverses[0]
-            else:
-                widths = [len(range(*site.columns.indices(len(bias)))) for site in self.sites]
-                scale = torch.cat([i.expand(width) for i, width in zip(inverses, widths, strict=True)])
-            return F.linear(x, (weight * scale).T, bias)
+        weight, bias, gamma, beta = self.linear.weight, self.linear.bias, self.ln.weight, self.ln.bias
+        inverses = {site: site.inverse() for site in self.sites if site.frozen}
+        fold = x.shape[0] * x.shape[1] > weight.shape[1]
+        if fold and not live and all(inverse.ndim == 0 for inverse in inverses.values()):
+            weight, bias = fold_reader(weight, bias, gamma, beta)
+            scale = [i.expand(width) for i, width in zip(inverses.values(), self.widths, strict=True)]
+            return F.linear(x, (weight * torch.cat(scale)).T, bias)
+        centred = None if fold else x - x.mean(-1, keepdim=True)
         parts = []
-        for site in self.sites:
-            w, b = weight[:, site.columns], bias[site.columns]
-            if site.frozen:
-                w, b = fold_reader(w, b, self.ln.weight, self.ln.bias)
-                parts.append(F.linear(x * inverses.pop(0), w.T, b))
+        columns = zip(self.sites, weight.split(self.widths, dim=1), bias.split(self.widths), strict=True)
+        for site, w, b in columns:
+            if not site.frozen:
+                read = normed
+            elif fold:
+                w, b = fold_reader(w, b, gamma, beta)
+                read = x * inverses[site]
+            elif inverses[site].ndim:
+                read = torch.addcmul(beta, centred * inverses[site], gamma)
             else:
-                parts.append(F.linear(normed, w.T, b))
+                read = torch.addcmul(beta, centred, gamma * inverses[site])
+            parts.append(F.linear(read, w.T, b))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 

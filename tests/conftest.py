@@ -14,6 +14,9 @@ _hook = install_import_hook("lnfree_interp", "beartype.beartype")
 import pytest
 import torch
 
+# The tests' tensors are small: handing them to several threads costs more than it gains.
+torch.set_num_threads(1)
+
 NORMALIZATIONS = (None, "LNPre", "LN", "RMSPre", "RMS")
 
 

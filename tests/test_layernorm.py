@@ -148,8 +148,9 @@ def naive_reader(reader, x, tokens, frozen, position0, eot):
 @pytest.mark.parametrize("eot", [False, True])
 @pytest.mark.parametrize("position0", [False, True])
 @pytest.mark.parametrize("frozen", [(), ("qk",), ("v",), ("ln_2", "qk"), ("ln_2", "qk", "v", "ln_f")])
-def test_frozen_sites_equal_the_definition(frozen, position0, eot):
-    model, tokens = make_gpt2(), make_tokens()
+@pytest.mark.parametrize("d_head", [4, 16], ids=["long batch", "wide model"])
+def test_frozen_sites_equal_the_definition(frozen, position0, eot, d_head):
+    model, tokens = make_gpt2(d_head=d_head), make_tokens()
     measured(model, tokens)
     sites = removal_sites(model)
     freeze(model, [name for name in sites if name[0] in frozen], position0=position0, eot=eot)

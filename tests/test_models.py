@@ -146,6 +146,7 @@ def test_sharded_checkpoints(tmp_path):
         load_model(tmp_path / "shards")
 
 
+@pytest.mark.slow
 def test_loading_holds_one_matrix_at_a_time(tmp_path):
     """The peak of folding is the model and a few matrices, not a second model: what lets GPT-2 XL in."""
     code = (

@@ -18,6 +18,7 @@ def test_an_unknown_name_is_an_attribute_error():
         lnfree_interp.laod_model  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [

@@ -105,7 +105,7 @@ def _sample(model, prompt: str, top: int):
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so the prompt cannot be read for it")
     if not prompt:
         raise ValueError("--prompt is empty")
-    tokens = model.to_tokens(prompt)
+    tokens = model.to_tokens(prompt, truncate=False)
     check_tokens(model, tokens)
     target = model(tokens)[:, -1].argmax(-1)
     linear, exact = logit_attributions(model, tokens, target, by="head")
