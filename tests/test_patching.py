@@ -204,3 +204,11 @@ def test_patched_cell_is_plain_hook_on_random_models(
     plain = by_plain_hooks(model, pairs, site, logit_diff, direction, [cell for _, cell in cells])
     for index, cell in cells:
         assert torch.allclose(effect.values[(slice(None), *index)], plain[cell], atol=1e-9), cell
+
+
+@pytest.mark.parametrize("site", ["resid_mid", "mlp_out", "neurons"])
+@pytest.mark.parametrize("kind", [None, "LNPre"])
+def test_attention_only_models_have_no_mlp_to_patch(kind, site):
+    model = make_model(kind, attn_only=True)
+    with pytest.raises(ValueError, match="is not in this model"):
+        activation_patching(model, make_pairs(model, changed=(0,)), site=site, layers=[0])

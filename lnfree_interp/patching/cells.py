@@ -118,7 +118,9 @@ def checked(model, pairs: PromptPairs, site, metric, direction, layers, units, b
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"layers {list(chosen)} name a layer twice")
     hook = f"blocks.{chosen[0]}.{SITES[site].hook}"
-    if hook not in model.hook_dict:
+    # An attention-only block has a hook point for the MLP it lacks.
+    absent = site == "mlp_out" and getattr(model.cfg, "attn_only", False)
+    if absent or hook not in model.hook_dict:
         raise ValueError(f"site {site!r} is not in this model: it has no {hook}")
     available = {
         "pos": n_pos,
