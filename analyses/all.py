@@ -1,0 +1,176 @@
+"""Run every analysis that is not up to date, and write figures/index.html, claim by claim.
+
+    python analyses/all.py
+    python analyses/all.py --train train.txt.gz --jobs 2
+    python analyses/all.py --model gpt2 gpt2-vanilla gpt2-noLN --data Skylion007/openwebtext --out figures-gpt2
+
+An analysis is up to date if its script, its arguments, the models' files and the text are those its figure was made
+with. Those that train need --train FILE; without it what they wrote last is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import importlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import common
+
+from lnfree_interp import cli
+
+SCRIPTS = (
+    "loss_table",
+    "training_curve",
+    "dla_vs_direct_effect",
+    "attribution_vs_activation",
+    "confidence_neurons",
+    "norms_and_sinks",
+    "calibration",
+    "removal_order",
+    "data_efficiency",
+)
+
+
+def analyses() -> dict[str, common.Analysis]:
+    return {name: importlib.import_module(name).ANALYSIS for name in SCRIPTS}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = cli.OneLineParser(prog="python analyses/all.py", description=__doc__.splitlines()[0])
+    add = p.add_argument
+    add("--only", nargs="+", choices=SCRIPTS, metavar="NAME", help=f"some of them: {', '.join(SCRIPTS)}")
+    add("--force", action="store_true", help="run also what is up to date")
+    add("--model", nargs="+", metavar="NAME", help="models (default: the embedded ones)")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--text", metavar="FILE", help="text to evaluate on (default: the embedded one)")
+    source.add_argument("--data", metavar="DATASET", help="hub dataset to evaluate on, streamed")
+    add("--tokens", metavar="N", help="tokens to evaluate on (default: each analysis' own)")
+    add("--train", metavar="FILE", help="text to train on, for the analyses that fine-tune")
+    add("--run", nargs="+", metavar="DIR", help="finished fine-tuning runs for the training curve")
+    add("--jobs", metavar="N", help="fine-tuning runs at a time (1)")
+    add("--device", help="cpu, cuda, cuda:N or mps")
+    add("--out", type=Path, default=common.FIGURES, metavar="DIR", help="where figures go (figures)")
+    return p
+
+
+def arguments(analysis: common.Analysis, args: argparse.Namespace) -> list[str]:
+    """The analysis' own command line from that of all.py."""
+    argv = ["--out", str(args.out)]
+    for name in ("device", "jobs") if analysis.trains else ("device", "model", "text", "data", "tokens"):
+        value = getattr(args, name)
+        if value is not None and not (name == "tokens" and analysis.tokens == 1):
+            argv += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    if analysis.trains and args.train:
+        argv += ["--text", args.train]
+    if analysis.name == "training_curve" and args.run:
+        argv += ["--run", *args.run]
+    return argv
+
+
+def recorded(out: Path, name: str) -> dict | None:
+    """What an analysis wrote last; None if it never ran or a file of it is gone."""
+    path = out / f"{name}.json"
+    if not path.is_file() or not all((out / f"{name}.{suffix}").is_file() for suffix in ("csv", "html")):
+        return None
+    return json.loads(path.read_text())
+
+
+def status(analysis: common.Analysis, args: argparse.Namespace) -> str:
+    """ "up to date", "kept" or "needs --train FILE" (there is no text to train on), or "to run"."""
+    before = recorded(args.out, analysis.name)
+    given = args.train or (analysis.name == "training_curve" and args.run)
+    if analysis.trains and not given:
+        return "needs --train FILE" if before is None else "kept"
+    parsed = analysis.parser().parse_args(arguments(analysis, args))
+    same = before is not None and before["fingerprint"] == analysis.fingerprint(parsed)
+    return "up to date" if same and not args.force else "to run"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    every = analyses()
+    chosen = {name: every[name] for name in args.only or SCRIPTS}
+    failed = []
+    for i, (name, analysis) in enumerate(chosen.items(), 1):
+        began = time.monotonic()
+        print(f"[{i}/{len(chosen)}] {name}: ", end="", flush=True)
+        try:
+            what = status(analysis, args)
+            print(what, flush=True)
+            code = analysis.main(arguments(analysis, args)) if what == "to run" else 0
+        except (Exception, SystemExit) as error:
+            code = error
+            if not isinstance(error, (SystemExit, ValueError)):
+                traceback.print_exc()
+        if code:
+            failed.append(name)
+            print(f"[{i}/{len(chosen)}] {name}: failed ({code})", file=sys.stderr, flush=True)
+        elif what == "to run":
+            print(f"[{i}/{len(chosen)}] {name}: done in {time.monotonic() - began:.0f} s", flush=True)
+    records = [r for name in SCRIPTS if (r := recorded(args.out, name))]
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "index.html").write_text(index(records, args.out))
+    print(f"wrote {args.out / 'index.html'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# index.html
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 960px;
+       margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2.4em; }
+table { border-collapse: collapse; width: 100%; font-size: 0.9em; margin: 1em 0; }
+th, td { text-align: left; vertical-align: top; padding: 0.4em 0.7em; border-bottom: 1px solid #ddd; }
+img { max-width: 100%; } code { background: #f3f3f3; padding: 0.1em 0.3em; font-size: 0.9em; }
+.caption { color: #555; font-size: 0.9em; } .why { color: #555; }
+.yes, .no, .partly, .other { font-weight: 600; color: #555; }
+.yes { color: #00704a; } .no { color: #b34700; } .partly { color: #8a6d00; }
+"""
+
+
+def index(records: Sequence[dict], out: Path) -> str:
+    """The page: how many claims agree, then every analysis with its claims and picture."""
+    claims = [claim for record in records for claim in record["claims"]]
+    counts = {verdict: sum(c["agrees"] == verdict for c in claims) for verdict in common.AGREES}
+    summary = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
+    parts = [
+        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
+        f"<title>The papers' claims, checked</title><style>{STYLE}</style>",
+        "<h1>The papers' claims, checked</h1>",
+        "<p>P1: <a href='https://arxiv.org/abs/2409.13710'>arXiv 2409.13710</a>; P2: "
+        "<a href='https://arxiv.org/abs/2507.02559'>arXiv 2507.02559</a>. Their figures are GPT-2's; ours are of "
+        f"the models each command names, by default the small ones in this package. Agrees: {summary}.</p>",
+    ]
+    for record in records:
+        parts.append(section(record, out))
+    return "\n".join(parts) + "</html>\n"
+
+
+def section(record: dict, out: Path) -> str:
+    e, name = html.escape, record["name"]
+    rows = "".join(
+        f"<tr><td>{e(c['statement'])}</td><td>{e(c['paper'])}</td>"
+        f"<td>{e(c['ours'])}{'<br><span class=why>' + e(c['why']) + '</span>' if c['why'] else ''}</td>"
+        f"<td class='{c['agrees'] if c['agrees'] in ('yes', 'no', 'partly') else 'other'}'>{c['agrees']}</td></tr>"
+        for c in record["claims"]
+    )
+    image = f"<a href='{name}.html'><img src='{name}.png' alt='{e(record['title'])}'></a>"
+    return (
+        f"<h2 id='{name}'>{e(record['title'])}</h2><p><code>{e(record['command'])}</code></p>"
+        f"<table><tr><th>claim</th><th>paper</th><th>ours</th><th>agrees</th></tr>{rows}</table>"
+        f"{image if (out / f'{name}.png').is_file() else ''}"
+        f"<p class='caption'>{e(record['caption'])} "
+        f"<a href='{name}.html'>Interactive</a>, <a href='{name}.csv'>table</a>.</p>"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

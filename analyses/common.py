@@ -1,0 +1,303 @@
+"""What the analyses share: their command, what they write, and the claims that make up figures/index.html."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from lnfree_interp import cli
+from lnfree_interp.models import EMBEDDED, locate_checkpoint
+
+FIGURES = Path(__file__).resolve().parent.parent / "figures"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+AGREES = ("yes", "partly", "no", "not tested", "open question")
+# Arguments that do not change what is written.
+SHOWN = 24  # rows of a table that are printed
+_WHERE = ("out", "device", "jobs", "runs")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, its figure, ours, and whether ours agrees: one of AGREES. `why` explains, with numbers."""
+
+    statement: str
+    paper: str
+    ours: str
+    agrees: str
+    why: str = ""
+
+    def __post_init__(self):
+        if self.agrees not in AGREES:
+            raise ValueError(f"agrees is {self.agrees!r}; allowed are {', '.join(AGREES)}")
+
+
+@dataclass(frozen=True)
+class Output:
+    """What an analysis hands back: a DataFrame, a plotly Figure, its claims, and a sentence about the figure."""
+
+    table: object
+    figure: object
+    claims: Sequence[Claim]
+    caption: str
+
+
+@dataclass(frozen=True)
+class Family:
+    """An LN-free model and the models with LayerNorm it is compared with: the original and the fine-tuned control."""
+
+    original: str
+    control: str
+    free: str
+
+
+def families(models: Mapping[str, bool]) -> list[Family]:
+    """Families from name -> is LN-free, in the order given: original, control, LN-free, original, ...
+
+    With one model before the LN-free one it is both original and control.
+    """
+    found, normed, last_free = [], [], False
+    for name, free in models.items():
+        if free and normed:
+            found.append(Family(normed[0], normed[-1], name))
+        elif not free:
+            normed = [name] if last_free else [*normed, name]
+        last_free = free
+    return found
+
+
+def yes_no(condition: bool) -> str:
+    return "yes" if condition else "no"
+
+
+def agreement(*conditions: bool) -> str:
+    """All hold: yes; none: no; some: partly."""
+    return "yes" if all(conditions) else "partly" if any(conditions) else "no"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# An analysis as a command
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """One script: its file, what it computes, the flags it has besides the shared ones.
+
+    Attributes:
+        run: (arguments) -> Output; its module's docstring is the command's description, first line the title.
+        flags: adds flags to the parser.
+        tokens: the default of --tokens.
+        trains: --text is training text, and the results are kept by all.py when none is given.
+    """
+
+    run: Callable[[argparse.Namespace], Output]
+    tokens: int
+    flags: Callable[[argparse.ArgumentParser], None] | None = None
+    trains: bool = False
+
+    @property
+    def file(self) -> Path:
+        return Path(inspect.getfile(self.run))
+
+    @property
+    def name(self) -> str:
+        return self.file.stem
+
+    @property
+    def title(self) -> str:
+        return inspect.getmodule(self.run).__doc__.strip().splitlines()[0].rstrip(".")
+
+    def parser(self) -> argparse.ArgumentParser:
+        parser = cli.parser(self.name, self.title, tokens=self.tokens, out=str(FIGURES))
+        parser.prog = f"python analyses/{self.name}.py"
+        if self.flags is not None:
+            self.flags(parser)
+        return parser
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        parser = self.parser()
+        args = parser.parse_args(argv)
+        return cli.guard(self._command, args, parser.prog)
+
+    def _command(self, args) -> None:
+        cli.seed_everything(args.seed)
+        output = self.run(args)
+        cli.show(output.table.head(SHOWN), self.title)
+        if len(output.table) > SHOWN:
+            print(f"... {len(output.table) - SHOWN} more rows in {self.name}.csv")
+        cli.save(args.out, self.name, rounded(output.table), output.figure)
+        if picture(output.figure, args.out / f"{self.name}.png"):
+            print(f"wrote {args.out / self.name}.png")
+        for claim in output.claims:
+            print(
+                f"\n{claim.statement}\n  paper: {claim.paper}\n  ours:  {claim.ours}\n  agrees: {claim.agrees}"
+            )
+            if claim.why:
+                print(f"  {claim.why}")
+        record = {
+            "name": self.name,
+            "title": self.title,
+            "caption": output.caption,
+            "command": self.shown(args),
+            "fingerprint": self.fingerprint(args),
+            "claims": [asdict(claim) for claim in output.claims],
+        }
+        text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
+        cli._replace(args.out / f"{self.name}.json", lambda path: path.write_text(text))
+
+    def settings(self, args: argparse.Namespace) -> dict:
+        """The arguments that decide what is written."""
+        return {name: value for name, value in sorted(vars(args).items()) if name not in _WHERE}
+
+    def shown(self, args: argparse.Namespace) -> str:
+        """The command line of these arguments: those that are not the default, files without their folders."""
+        defaults, words = vars(self.parser().parse_args([])), ["python", f"analyses/{self.name}.py"]
+        for name, value in self.settings(args).items():
+            if value != defaults[name]:
+                values = value if isinstance(value, list) else [value]
+                flag = f"--{name.replace('_', '-')}"
+                words += [flag] if value is True else [flag, *(Path(str(v)).name for v in values)]
+        return " ".join(words)
+
+    def fingerprint(self, args: argparse.Namespace) -> str:
+        """A hash of the script, its arguments, the models' files and the text: what is up to date has the same."""
+        settings = self.settings(args)
+        digest = hashlib.sha256(self.file.read_bytes())
+        digest.update(repr({k: v for k, v in settings.items() if k not in ("model", "text", "run")}).encode())
+        for name in args.model:
+            digest.update(model_fingerprint(name).encode())
+        for name in (args.text, *(settings.get("run") or ())):
+            if name:
+                digest.update(file_fingerprint(Path(name)).encode())
+        return digest.hexdigest()[:16]
+
+
+def model_fingerprint(name: str) -> str:
+    """A hash of a model's name and files."""
+    directory = locate_checkpoint(name)
+    files = sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")])
+    return ":".join([cli.display_name(name), *(file_fingerprint(file) for file in files)])
+
+
+def file_fingerprint(path: Path) -> str:
+    """A hash of a file's content; of a directory's name."""
+    if not path.is_file():
+        return path.name
+    with path.open("rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            if sys.version_info >= (3, 11)
+            else _digest(file)
+        )
+
+
+def _digest(file) -> str:
+    digest = hashlib.sha256()
+    for block in iter(partial(file.read, 2**20), b""):
+        digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def rounded(table):
+    """The DataFrame with its floats to six digits, for a .csv to commit."""
+    floats = table.select_dtypes("float").columns
+    return table.assign(**{c: [float(f"{x:.6g}") for x in table[c]] for c in floats})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Models, tokens, pictures
+
+
+def loaded(args: argparse.Namespace) -> dict[str, object]:
+    """display name -> model of every --model, all in memory."""
+    return dict(cli.models(args))
+
+
+def ln_free(models: Mapping[str, object]) -> dict[str, bool]:
+    return {name: model.cfg.normalization_type is None for name, model in models.items()}
+
+
+def same_tokens(args: argparse.Namespace, models: Mapping[str, object], *, context: int = 512):
+    """The tokens of the text, the same for all models.
+
+    Raises:
+        ValueError: models that read the text as different tokens.
+    """
+    first = None
+    for name, model in models.items():
+        tokens = cli.load_tokens(args, model, context=context)
+        if first is None:
+            first = tokens
+        elif tokens.shape != first.shape or not bool((tokens == first).all()):
+            raise ValueError(f"models {next(iter(models))} and {name} read the text as different tokens")
+    return first
+
+
+def passes(tokens, label: str, *, per_pass: int = 4096):
+    """Batches of the tokens behind a progress bar."""
+    parts = tokens.split(max(1, per_pass // tokens.shape[1]))
+    return cli.progress(parts, total=len(parts), label=label, unit="pass")
+
+
+def source(args: argparse.Namespace) -> str:
+    """What the text is called in a caption."""
+    return args.data or (Path(args.text).name if args.text else "the embedded validation text")
+
+
+def is_embedded(args: argparse.Namespace) -> bool:
+    return set(args.model) <= set(EMBEDDED)
+
+
+def bars(value, low, high) -> dict:
+    """plotly error bars from value to low and high."""
+    return {"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low, "width": 3}
+
+
+def picture(figure, path: Path) -> bool:
+    """Write the figure as a .png through a browser that is installed; False, and no file, without one."""
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    if browser is None:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        page, shot = Path(folder) / "figure.html", Path(folder) / "figure.png"
+        body = figure.to_html(include_plotlyjs=True, full_html=False, config={"displayModeBar": False})
+        page.write_text(f"<meta charset='utf-8'><body style='margin:0;background:white'>{body}</body>")
+        size = f"{figure.layout.width or 900},{figure.layout.height or 450}"
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--hide-scrollbars",
+            "--virtual-time-budget=5000",
+        ]
+        command = [
+            browser,
+            *flags,
+            f"--user-data-dir={folder}/profile",
+            f"--window-size={size}",
+            f"--screenshot={shot}",
+            page.as_uri(),
+        ]
+        try:
+            subprocess.run(command, capture_output=True, timeout=120, check=False)
+        except subprocess.TimeoutExpired:
+            return False
+        if not shot.is_file():
+            return False
+        cli._replace(path, lambda beside: shutil.copyfile(shot, beside))
+    return True

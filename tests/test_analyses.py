@@ -1,0 +1,432 @@
+"""The analyses: what they write, what all.py skips, and when a claim counts as confirmed."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "analyses"))
+
+import all as every
+import attribution_vs_activation
+import calibration
+import common
+import confidence_neurons
+import data_efficiency
+import dla_vs_direct_effect
+import loss_table
+import norms_and_sinks
+import removal_order
+import runs
+import training_curve
+from common import Claim, Family
+
+FAMILY = Family("o", "c", "f")
+
+
+@pytest.fixture(autouse=True)
+def no_browser(monkeypatch):
+    """Pictures take seconds each and are no part of what is tested here."""
+    monkeypatch.setattr(common, "BROWSERS", ())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Claims
+
+
+def test_families():
+    assert common.families({"o": False, "c": False, "f": True}) == [FAMILY]
+    assert common.families({"o": False, "f": True}) == [Family("o", "o", "f")]
+    assert common.families({"f": True}) == common.families({"o": False}) == []
+    two = {"o": False, "c": False, "f": True, "O": False, "C": False, "F": True}
+    assert common.families(two) == [FAMILY, Family("O", "C", "F")]
+    versions = {"o": False, "v1": True, "v2": True}
+    assert [f.free for f in common.families(versions)] == ["v1", "v2"]
+
+
+def test_agreement():
+    assert [common.agreement(*c) for c in ((True, True), (True, False), (False, False))] == [
+        "yes",
+        "partly",
+        "no",
+    ]
+    with pytest.raises(ValueError, match="agrees is 'maybe'"):
+        Claim("s", "p", "o", "maybe")
+
+
+def losses(gap_high, worst):
+    row = {"mean": 3.0, "median": 2.5, "worst_loss": worst, "p99.95": 12.0}
+    rows = [{"model": m, **row, "gap": np.nan, "gap_low": np.nan, "gap_high": np.nan} for m in "oc"]
+    return pd.DataFrame(
+        [*rows, {"model": "f", **row, "gap": gap_high - 0.01, "gap_low": 0.0, "gap_high": gap_high}]
+    )
+
+
+@pytest.mark.parametrize(
+    ("gap", "worst", "verdicts"),
+    [(0.05, 4.0, ["yes", "not tested"]), (0.2, 4.0, ["no", "not tested"]), (0.05, 99.0, ["yes", "yes"])],
+)
+def test_loss_claims(gap, worst, verdicts):
+    assert [c.agrees for c in loss_table.claims(FAMILY, losses(gap, worst))] == verdicts
+
+
+def dla_table(free, normed):
+    return pd.DataFrame(
+        [
+            {"model": m, "target": t, "component": "pooled", "nmae": e, "low": 0.9 * e, "high": 1.1 * e}
+            for m, e in (("o", normed), ("c", normed), ("f", free))
+            for t in dla_vs_direct_effect.TARGETS
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("free", "normed", "by_hand", "verdicts"),
+    [
+        (0, 0.5, 1e-6, ["yes", "yes"]),
+        (0.01, 0.5, 1e-6, ["no", "yes"]),
+        (0, 0.01, 1e-6, ["yes", "no"]),
+        (0, 0.5, 0.1, ["no", "yes"]),
+    ],
+)
+def test_dla_claims(free, normed, by_hand, verdicts):
+    checked = dict.fromkeys("ocf", by_hand)
+    assert [
+        c.agrees for c in dla_vs_direct_effect.claims(FAMILY, dla_table(free, normed), checked)
+    ] == verdicts
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "interval", "verdict"),
+    [
+        (-0.03, 0.08, (-0.05, -0.01), "yes"),
+        (0.1, 0.02, (-0.1, 0.3), "yes"),
+        (0.3, 0.1, (0.2, 0.4), "no"),
+        (-0.3, 0.1, (-0.4, -0.2), "no"),
+    ],
+)
+def test_patching_claims(mean, sd, interval, verdict):
+    rows = [
+        {"pairs": "ioi", "model": m, "method": method, "measure": measure, "value": 0.3}
+        for m in "ocf"
+        for method in attribution_vs_activation.METHODS
+        for measure in ("total", "relative")
+    ]
+    gain = {
+        "pairs": "ioi",
+        "model": "f",
+        "mean": mean,
+        "sd": sd,
+        "low": interval[0],
+        "high": interval[1],
+        "prompts": 9,
+    }
+    first, second = attribution_vs_activation.claims(FAMILY, "ioi", pd.DataFrame(rows), pd.DataFrame([gain]))
+    assert (first.agrees, second.agrees) == (verdict, "open question")
+    assert ("more accurate" in first.why) == (verdict == "no" and mean > 0)
+
+
+def neuron_table(medians, through, entropy):
+    rows = []
+    for m in "ocf":
+        single = {"model": m, "kind": "single", "neuron": 7, "loss_abs": 1.0, "loss_abs_median": medians[m]}
+        rows.append(single | {"loss_abs_through_scale": through[m], "entropy_share": 0.0})
+        rows.append({"model": m, "kind": "cumulative", "neuron": 7, "entropy_share": entropy[m]})
+    return pd.DataFrame(rows)
+
+
+def test_neuron_claims():
+    as_in_the_paper = neuron_table(
+        {"o": 0.014, "c": 0.0034, "f": 0.0},
+        {"o": 0.9, "c": 0.8, "f": 0.0},
+        {"o": -0.033, "c": -0.0067, "f": 0.0},
+    )
+    assert [c.agrees for c in confidence_neurons.claims(FAMILY, as_in_the_paper, [7])] == ["yes", "yes"]
+    otherwise = neuron_table(
+        {"o": 0.01, "c": 0.02, "f": 0.03}, {"o": 0.1, "c": 0.1, "f": 0.0}, {"o": 0.01, "c": 0.01, "f": 0.01}
+    )
+    first, second = confidence_neurons.claims(FAMILY, otherwise, [7])
+    assert (first.agrees, second.agrees) == ("no", "no")
+    assert "90% of the effect" in first.why
+
+
+@pytest.mark.parametrize(
+    ("first", "rates", "verdicts"),
+    [
+        ({"o": 4000, "c": 3000, "f": 400}, {"o": 0.55, "c": 0.5, "f": 0.45}, ["yes", "yes"]),
+        ({"o": 320, "c": 320, "f": 320}, {"o": 0.0, "c": 0.0, "f": 0.0}, ["no", "no"]),
+        ({"o": 600, "c": 500, "f": 400}, {"o": 0.3, "c": 0.3, "f": 0.4}, ["no", "partly"]),
+    ],
+)
+def test_norm_claims(first, rates, verdicts):
+    rows = [
+        {"model": m, "point": "L0.resid_post", "group": g, "norm_mean": value}
+        for m in "ocf"
+        for g, value in (("position 0", first[m]), ("rest", 320.0))
+    ]
+    assert [c.agrees for c in norms_and_sinks.claims(FAMILY, pd.DataFrame(rows), rates)] == verdicts
+
+
+def test_calibration_claims():
+    paper = pd.DataFrame(
+        {
+            "model": ["o", "c", "f"], "loss": [2.964, 2.984, 3.049], "entropy": [3.053, 2.801, 2.794],
+            "ece": [0.0193, 0.0263, 0.0354], "jsd:o": [0, 0.0202, 0.0393], "jsd:c": [0.0202, 0, 0.0254],
+            "jsd:f": [0.0393, 0.0254, 0], "agreement:f": [0.7, 0.8, 1.0],
+        }
+    )  # fmt: skip
+    assert [c.agrees for c in calibration.claims(FAMILY, paper)] == ["yes"] * 3
+    swapped = paper.assign(ece=[0.03, 0.02, 0.01], entropy=[2.0, 3.5, 3.5])
+    assert [c.agrees for c in calibration.claims(FAMILY, swapped)] == ["no", "no", "yes"]
+
+
+def test_order_claims():
+    seeds = 3
+    worse = {v: [3.2, 3.21, 3.19] for v in (*removal_order.ORDERS, runs.CONTROL)} | {
+        runs.PAPERS: [3.0, 3.01, 2.99]
+    }
+    rises = {v: [1.0] * seeds for v in worse}
+    assert [c.agrees for c in removal_order.claims(worse, rises)] == [
+        "yes",
+        "no",
+        "yes",
+        "open question",
+        "yes",
+    ]
+    even = {v: [3.0, 3.01, 2.99] for v in worse}
+    assert [c.agrees for c in removal_order.claims(even, rises)] == ["no", "yes", "no", "open question", "no"]
+    lost = even | {"all at once": [float("nan")] * seeds}
+    last = removal_order.claims(lost, rises)[-1]
+    assert last.agrees == "yes" and "3 of 3 runs diverged" in last.ours
+
+
+def test_tokens_needed_interpolates():
+    tokens = [1e5, 1e6, 1e7]
+    assert data_efficiency.tokens_needed(tokens, [0.3, 0.2, 0.0], target=0.1) == pytest.approx(10**6.5)
+    assert data_efficiency.tokens_needed(tokens, [0.05, 0.02, 0.0], target=0.1) == 1e5
+    assert np.isnan(data_efficiency.tokens_needed(tokens, [0.3, 0.25, 0.2], target=0.1))
+
+
+def test_published_exponent_is_sublinear():
+    paper = data_efficiency.published()
+    assert paper.tokens.iloc[-1] / paper.tokens.iloc[0] == pytest.approx(
+        2.6, abs=0.05
+    )  # P2: 2.6 times the tokens
+    assert 0.3 < data_efficiency.exponent(paper.parameters, paper.tokens) < 0.5
+
+
+def test_data_claims():
+    def of(name, gaps):
+        return pd.DataFrame({"model": name, "tokens": [1e5, 1e6], "gap": gaps, "sd": 0.01})
+
+    one = pd.DataFrame({"model": ["a"], "parameters": [1e6], "tokens": [5e5]})
+    assert [c.agrees for c in data_efficiency.claims(of("a", [0.3, 0.05]), one)] == ["yes", "not tested"]
+    assert [c.agrees for c in data_efficiency.claims(of("a", [0.3, 0.4]), one.assign(tokens=np.nan))] == [
+        "no",
+        "not tested",
+    ]
+    both = pd.concat([of("a", [0.3, 0.05]), of("b", [0.3, 0.05])])
+    two = pd.DataFrame({"model": ["a", "b"], "parameters": [1e6, 1e7], "tokens": [5e5, 1e6]})
+    assert data_efficiency.claims(both, two)[-1].agrees == "yes"
+    assert data_efficiency.claims(both, two.assign(tokens=[1e5, 1e7]))[-1].agrees == "no"
+
+
+def test_rise_and_curve_claims():
+    steps = np.arange(1, 101)
+    control = np.full(100, 3.0)
+    removal = control + np.where((steps > 20) & (steps < 40), 0.5, 0.02)
+    curve = pd.DataFrame({"step": steps, "removal": removal, "control": control})
+    events = [
+        (20, "ln_2", 0),
+        (60, "qk", 0),
+        (70, "v", 0),
+        (80, "ln_f", None),
+        (90, "eot", None),
+        (95, "position0", None),
+    ]
+    excess = pd.Series(removal - control, steps)
+    assert training_curve.rise(excess, [20]) == pytest.approx(0.48)
+    assert training_curve.rise(excess, [60]) == pytest.approx(0.0)
+    assert [c.agrees for c in training_curve.claims(curve, events)] == ["yes", "yes"]
+    late = curve.assign(removal=control + np.where(steps > 80, 0.5, 0.0))
+    assert [c.agrees for c in training_curve.claims(late, events)] == ["no", "no"]
+    assert training_curve.claims(curve.assign(control=np.nan), events) == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# all.py
+
+
+CHEAP = {
+    "loss_table": "2048", "dla_vs_direct_effect": "512", "confidence_neurons": "512",
+    "norms_and_sinks": "1024", "calibration": "2048",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHEAP)
+def test_cheap_analyses_write_what_they_should(name, tmp_path, capsys):
+    analysis = every.analyses()[name]
+    assert analysis.main(["--tokens", CHEAP[name], "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        f"{name}.{suffix}" for suffix in ("csv", "html", "json")
+    ]
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert record["claims"] and record["command"] == f"python analyses/{name}.py --tokens {CHEAP[name]}"
+    assert len(pd.read_csv(tmp_path / f"{name}.csv")) > 2
+    assert (tmp_path / f"{name}.html").stat().st_size < 300_000
+    printed = capsys.readouterr().out
+    assert all(claim["statement"] in printed for claim in record["claims"])
+
+
+@pytest.mark.slow
+def test_patching_analysis(tmp_path):
+    flags = ["--prompts", "24", "--pairs", "induction", "--device", "cpu"]
+    assert attribution_vs_activation.main([*flags, "--out", str(tmp_path)]) == 0
+    table = pd.read_csv(tmp_path / "attribution_vs_activation.csv")
+    assert set(table.method) == set(attribution_vs_activation.METHODS)
+    assert set(table.model) == {"tiny", "tiny-vanilla", "tiny-noLN"}
+
+
+@pytest.mark.slow
+def test_runs_are_kept_and_order_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        removal_order, "ORDERS", {k: removal_order.ORDERS[k] for k in (runs.PAPERS, "ln_f first")}
+    )
+    monkeypatch.setattr(removal_order, "claims", lambda losses, rises: [])
+    monkeypatch.setattr(runs, "EVALUATED", 1024)
+    flags = ["--steps", "14", "--step-tokens", "512", "--seeds", "1", "--device", "cpu"]
+    where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert removal_order.main([*flags, *where]) == 0
+    table = pd.read_csv(tmp_path / "out" / "removal_order.csv").set_index("order")
+    assert list(table.index) == [runs.PAPERS, "ln_f first", runs.CONTROL]
+    assert table.loss.between(2, 9).all() and table.loc[runs.PAPERS, "minus_papers"] == 0
+    kept = sorted((tmp_path / "runs").glob("*/result.json"))
+    assert len(kept) == 3
+    assert not list((tmp_path / "runs").glob("*/checkpoint-*"))
+    monkeypatch.setattr(runs, "_train", lambda task: pytest.fail(f"ran {task[0].variant} again"))
+    assert removal_order.main([*flags, *where]) == 0
+    again = pd.read_csv(tmp_path / "out" / "removal_order.csv").set_index("order")
+    pd.testing.assert_frame_equal(table, again)
+    # The training curve takes the same runs.
+    assert training_curve.main(["--steps", "14", "--step-tokens", "512", "--device", "cpu", *where]) == 0
+    curve = pd.read_csv(tmp_path / "out" / "training_curve.csv")
+    assert curve.removal.notna().sum() == curve.control.notna().sum() == 14
+    assert curve.removed.fillna("").str.contains("ln_2 0").sum() == 1
+
+
+def fake(name, calls, *, trains=False, fails=False):
+    """An analysis that takes no time."""
+
+    def run(args):
+        if fails:
+            raise RuntimeError("broken")
+        calls.append(name)
+        import plotly.graph_objects as go
+
+        claim = Claim(f"{name} says <so>", "1", "2", "partly", "because")
+        return common.Output(pd.DataFrame({"x": [1]}), go.Figure(), [claim], "A caption.")
+
+    class Fake(common.Analysis):
+        file = property(lambda self: Path(__file__))
+        name = property(lambda self: self._name)
+        title = property(lambda self: f"Title of {name}")
+
+    analysis = Fake(run, tokens=64, trains=trains)
+    object.__setattr__(analysis, "_name", name)
+    return analysis
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    calls = []
+    made = {"a": fake("a", calls), "b": fake("b", calls, trains=True), "c": fake("c", calls)}
+    monkeypatch.setattr(every, "SCRIPTS", tuple(made))
+    monkeypatch.setattr(every, "analyses", lambda: made)
+    return calls, made
+
+
+def test_all_skips_what_is_up_to_date(fakes, tmp_path, capsys):
+    calls, _ = fakes
+    model = ["--model", "tiny-noLN"]
+    assert every.main([*model, "--out", str(tmp_path)]) == 0
+    assert calls == ["a", "c"]  # b trains, and there is nothing to train on
+    assert every.main([*model, "--out", str(tmp_path)]) == 0
+    assert calls == ["a", "c"]
+    assert "a: up to date" in capsys.readouterr().out
+    assert every.main([*model, "--tokens", "128", "--out", str(tmp_path)]) == 0  # other arguments
+    assert calls == ["a", "c"] * 2
+    (tmp_path / "a.html").unlink()  # a file of it is gone
+    assert every.main([*model, "--tokens", "128", "--out", str(tmp_path)]) == 0
+    assert calls == [*["a", "c"] * 2, "a"]
+    assert every.main([*model, "--tokens", "128", "--force", "--only", "c", "--out", str(tmp_path)]) == 0
+    assert calls[-1] == "c"
+    page = (tmp_path / "index.html").read_text()
+    assert "Title of a" in page and "a says &lt;so&gt;" in page and "Agrees: 2 partly." in page
+
+
+def test_all_runs_training_only_with_a_text(fakes, tmp_path):
+    calls, _ = fakes
+    text = tmp_path / "train.txt"
+    text.write_text("some text")
+    arguments = ["--only", "b", "--train", str(text), "--out", str(tmp_path / "out")]
+    assert every.main(arguments) == every.main(arguments) == 0
+    assert calls == ["b"]
+    text.write_text("another text")
+    assert every.main(arguments) == 0
+    assert calls == ["b", "b"]
+    assert "another" not in (tmp_path / "out" / "b.json").read_text()
+    assert str(tmp_path) not in (tmp_path / "out" / "b.json").read_text()  # no folder of this machine
+
+
+def test_a_changed_model_is_run_again(fakes, tmp_path):
+    import shutil
+
+    from lnfree_interp.models import CHECKPOINTS
+
+    calls, _ = fakes
+    mine = tmp_path / "mine"
+    shutil.copytree(CHECKPOINTS / "tiny-noLN", mine)
+    arguments = ["--only", "a", "--model", str(mine), "--out", str(tmp_path / "out")]
+    assert every.main(arguments) == every.main(arguments) == 0
+    assert calls == ["a"]
+    config = json.loads((mine / "config.json").read_text())
+    (mine / "config.json").write_text(json.dumps(config | {"note": "changed"}))
+    assert every.main(arguments) == 0
+    assert calls == ["a", "a"]
+
+
+def test_all_goes_on_after_a_failure(fakes, tmp_path, monkeypatch, capsys):
+    calls, made = fakes
+    made["a"] = fake("a", calls, fails=True)
+    assert every.main(["--model", "tiny-noLN", "--out", str(tmp_path)]) == 1
+    assert calls == ["c"]
+    printed = capsys.readouterr()
+    assert "failed: a" in printed.out and "broken" in printed.err
+    assert "Title of c" in (tmp_path / "index.html").read_text()
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    assert loss_table.main(["--model", "tinny", "--out", str(tmp_path / "out")]) == 2
+    assert "unknown model 'tinny'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert training_curve.main(["--run", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_committed_figures_are_small_and_current():
+    """What is committed is whole, small, and on the page."""
+    figures = common.FIGURES
+    for name in every.SCRIPTS:
+        record = every.recorded(figures, name)
+        if record is None and name in ("removal_order", "data_efficiency"):
+            continue  # made by long runs
+        assert record is not None, f"figures/{name}.* are missing"
+        assert (figures / f"{name}.html").stat().st_size < 300_000
+        assert all(claim["agrees"] in common.AGREES for claim in record["claims"])
+    assert sum(f.stat().st_size for f in figures.iterdir()) < 3_000_000
+    index = (figures / "index.html").read_text()
+    assert all(f"id='{name}'" in index for name in every.SCRIPTS if every.recorded(figures, name))
