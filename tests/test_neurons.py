@@ -10,6 +10,7 @@ from lnfree_interp.neurons import ablate_cumulatively, ablate_neurons, rank_conf
 from lnfree_interp.neurons import last_layer as exact
 from lnfree_interp.neurons import moments as by_moments
 from lnfree_interp.neurons.__main__ import main
+from lnfree_interp.neurons.streaming import stream
 
 
 def loss_and_entropy(logits, tokens):
@@ -124,7 +125,7 @@ def test_blocks_of_tokens_and_neurons_change_nothing(kind, random_model, monkeyp
     tokens = random_tokens(model, batch=9, pos=9)
     whole = ablate_neurons(model, tokens, tolerance=1e-6)
     monkeypatch.setattr(ablate, "ROWS_PER_BLOCK", 5)
-    monkeypatch.setattr(scan, "NEURONS_AT_ONCE", 7)
+    monkeypatch.setattr(scan, "PAIRS_AT_ONCE", 70)
     parts = ablate_neurons(model, tokens, tolerance=1e-6)
     torch.testing.assert_close(parts.loss, whole.loss, rtol=0, atol=2e-6)
     torch.testing.assert_close(parts.entropy_frozen, whole.entropy_frozen, rtol=0, atol=2e-6)
@@ -151,16 +152,16 @@ def strengthened(kind, strength, **fields):
 )
 def test_no_series_is_further_off_than_certified(kind, strength, level, seed):
     model = strengthened(kind, strength, seed=seed, n_layers=1)
-    rows, unembedding, w, da = pieces(model, seed)
+    rows, unembedding, neurons, da = pieces(model, seed)
     powers, has_scale = by_moments.LEVELS[level], kind is not None
-    raw = by_moments.matrix_moments(unembedding, rows, w, by_moments.keys(powers, has_scale))
+    raw = by_moments.matrix_moments(unembedding, rows, neurons.w, by_moments.keys(powers, has_scale))
     own = by_moments.row_moments(unembedding, rows, has_scale)
-    central = by_moments.central(raw, own, exact.v_range(unembedding, w))
+    central = by_moments.central(raw, own, neurons)
     wanted = torch.ones_like(da, dtype=torch.bool)
-    for change in exact.changes(unembedding, rows, w, da):
+    for change in exact.changes(unembedding, rows, neurons.w, da):
         log_a, changed = by_moments.series(central, change, powers)
         bound = by_moments.error_bound(central, change, powers, log_a - changed)
-        grown, entropy = exact.stream(unembedding, rows, w, change, wanted)
+        grown, entropy = stream(unembedding, rows, neurons, change, wanted)
         shift = change.t * raw[0, 0, 1] + (0 if change.alpha is None else change.alpha * rows.mean_m[:, None])
         certified = bound < 1.0  # larger ones certify nothing anybody uses
         error = torch.maximum(
@@ -179,7 +180,7 @@ def pieces(model, seed=0):
     _, cache = model.run_with_cache(tokens, names_filter=[post, final])
     a, resid = cache[post].flatten(0, 1), cache[final].flatten(0, 1)
     rows = exact.make_rows(unembedding, resid, tokens.roll(-1, 1).flatten())
-    return rows, unembedding, unembedding.centred(model.blocks[-1].mlp.W_out), a.mean(0) - a
+    return rows, unembedding, exact.make_neurons(unembedding, model.blocks[-1].mlp.W_out), a.mean(0) - a
 
 
 @pytest.mark.parametrize("kind", [None, "LNPre"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..batching import check_tokens, token_batches
 from ..forward import run
-from .last_layer import Progress, Rows, Unembedding, folded_unembedding, make_rows
+from .last_layer import Progress, Rows, Unembedding, folded_unembedding, make_neurons, make_rows
 from .rank import mlp_of
 from .result import NeuronAblation
 from .scan import BlockScan, scan_block
@@ -174,7 +174,8 @@ def _scan(model, tokens, layer: int, neurons, ablation, method, tolerance, progr
     neurons = neurons.to(model.cfg.device)
     resid, post = _activations(model, tokens, layer, neurons)
     mean = post.mean((0, 1)) if ablation == "mean" else torch.zeros_like(post[0, 0])
-    w = unembedding.centred(model.blocks[layer].mlp.W_out[neurons].to(unembedding.W.dtype))
+    outputs = make_neurons(unembedding, model.blocks[layer].mlp.W_out[neurons])
+    dtype = outputs.w.dtype
     n_batch, n_pos = tokens.shape[0], tokens.shape[1] - 1
     targets = rearrange(tokens[:, 1:], "b p -> (b p)")
     flat = rearrange(resid[:, :-1], "b p d -> (b p) d")
@@ -182,8 +183,8 @@ def _scan(model, tokens, layer: int, neurons, ablation, method, tolerance, progr
     n = len(targets)
     fields = ("loss", "entropy", "loss_frozen", "entropy_frozen")
     kept = fields if unembedding.has_scale else fields[:2]
-    out = {field: torch.empty(len(neurons), n, dtype=w.dtype) for field in kept}
-    baseline = torch.empty(2, n, dtype=w.dtype)
+    out = {field: torch.empty(len(neurons), n, dtype=dtype) for field in kept}
+    baseline = torch.empty(2, n, dtype=dtype)
     streamed, bound = 0, 0.0
     size = min(ROWS_PER_BLOCK, max(64, NUMBERS_PER_BLOCK // len(neurons)))
     for start in range(0, n, size):
@@ -193,7 +194,7 @@ def _scan(model, tokens, layer: int, neurons, ablation, method, tolerance, progr
         if progress is not None:
             share = _share(progress, start / n, min(size, n - start) / n)
         block: BlockScan = scan_block(
-            unembedding, rows, w, da[part].to(w.dtype), tolerance=tolerance, method=method, progress=share
+            unembedding, rows, outputs, da[part].to(dtype), tolerance=tolerance, method=method, progress=share
         )
         for field, table in out.items():
             table[:, part] = getattr(block, field).T.cpu()

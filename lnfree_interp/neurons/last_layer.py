@@ -1,4 +1,4 @@
-"""The last layer's neurons and the unembedding: the change of the logits in closed form, and its exact sums.
+"""The last layer's neurons and the unembedding: the change of the logits in closed form.
 
 With x the final residual stream as the norm reads it (centred, if it centres), W its unembedding with the
 norm's weights folded in, sigma the scale and m = x W / sigma the logits less their bias b, changing a neuron's
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..forward import final_norm
@@ -68,11 +68,15 @@ class Rows:
     lse: Float[Tensor, " row"]  # logsumexp of the logits
     mean_logit: Float[Tensor, " row"]  # under the prediction, as is
     mean_m: Float[Tensor, " row"]
-    max_logit: Float[Tensor, " row"]
     max_m: Float[Tensor, " row"]
     min_m: Float[Tensor, " row"]
     target_logit: Float[Tensor, " row"]
     target_m: Float[Tensor, " row"]
+
+    @property
+    def most_m(self) -> Float[Tensor, " row"]:
+        """The largest |m - mean_m|."""
+        return torch.maximum(self.max_m - self.mean_m, self.mean_m - self.min_m)
 
     @property
     def loss(self) -> Float[Tensor, " row"]:
@@ -112,7 +116,7 @@ def make_rows(
     target_m = torch.linalg.vecdot(hidden, unembedding.W.T[targets])
     return Rows(
         x=x, scale=scale, hidden=hidden, targets=targets, lse=top + sums[0].log(),
-        mean_logit=sums[1] / sums[0], mean_m=sums[2] / sums[0], max_logit=top, max_m=high, min_m=low,
+        mean_logit=sums[1] / sums[0], mean_m=sums[2] / sums[0], max_m=high, min_m=low,
         target_logit=target_m + unembedding.b[targets], target_m=target_m,
     )  # fmt: skip
 
@@ -122,14 +126,41 @@ def _vocab_chunk(rows: int) -> int:
 
 
 @dataclass(frozen=True)
+class Neurons:
+    """Output weights, centred where the final norm centres, and the extremes of v = w W over the vocabulary."""
+
+    w: Float[Tensor, "neuron d_model"]
+    high: Float[Tensor, " neuron"]
+    low: Float[Tensor, " neuron"]
+
+    @property
+    def most_v(self) -> Float[Tensor, " neuron"]:
+        return torch.maximum(self.high, -self.low)
+
+    def __getitem__(self, which) -> Neurons:
+        return Neurons(self.w[which], self.high[which], self.low[which])
+
+
+def make_neurons(unembedding: Unembedding, w_out: Float[Tensor, "neuron d_model"]) -> Neurons:
+    w = unembedding.centred(w_out.to(unembedding.W.dtype))
+    high = torch.full_like(w[:, 0], -torch.inf)
+    low = -high
+    for chunk in unembedding.chunks(_vocab_chunk(len(w))):
+        v = w @ unembedding.W[:, chunk]
+        high, low = torch.maximum(high, v.amax(1)), torch.minimum(low, v.amin(1))
+    return Neurons(w, high, low)
+
+
+@dataclass(frozen=True)
 class Change:
-    """What ablations do to the logits: logits' = logits + alpha m + t v."""
+    """What ablations do to the logits: logits' = logits + alpha m + t v; pairs of a row and a neuron."""
 
-    alpha: Float[Tensor, "row neuron"] | None  # None: 0 throughout
-    t: Float[Tensor, "row neuron"]
+    alpha: Float[Tensor, "*pairs"] | None  # None: 0 throughout
+    t: Float[Tensor, "*pairs"]
 
-    def neurons(self, which) -> Change:
-        return Change(None if self.alpha is None else self.alpha[:, which], self.t[:, which])
+    def __getitem__(self, which) -> Change:
+        """Of some rows and neurons, or of a list of pairs of them."""
+        return Change(None if self.alpha is None else self.alpha[which], self.t[which])
 
 
 def changes(
@@ -155,103 +186,3 @@ def target_change(
     """Change of the next token's logit."""
     moved = change.t * (unembedding.W.T[rows.targets] @ w.T)
     return moved if change.alpha is None else moved + change.alpha * rows.target_m[:, None]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Exact sums
-
-
-def stream(
-    unembedding: Unembedding,
-    rows: Rows,
-    w: Float[Tensor, "neuron d_model"],
-    change: Change,
-    wanted: Bool[Tensor, "row neuron"],
-    progress: Progress | None = None,
-) -> tuple[Float[Tensor, "row neuron"], Float[Tensor, "row neuron"]]:
-    """logsumexp of the changed logits less that of the old ones, and their entropy, for the pairs wanted.
-
-    One pass over vocabulary chunks small enough to stay in cache. The shift that keeps exp from overflowing is
-    a bound on the maximum from the extremes of m and v, so that no pass is spent to find it; pairs for which the
-    bound could be too loose (by 60 nats, beyond which fp32 loses terms) are found and get the maximum itself.
-    """
-    # On the CPU two tables of n_rows x n_vocab numbers stay in the second-level cache.
-    n_vocab, n_rows = (2048, 64) if w.device.type == "cpu" else (8192, 4096)
-    active = wanted.any(0).nonzero()[:, 0]
-    pairs = _pairs(wanted[:, active], n_rows)
-    shift, loose = _shifts(unembedding, rows, w, change)
-    found = torch.zeros(3, *wanted.shape, dtype=w.dtype, device=w.device)  # sum, weighted sum, maximum
-    found[2] = -torch.inf
-    passes = ("maximum", "sums") if bool((loose & wanted).any()) else ("sums",)
-    for number, kind in enumerate(passes):
-        for done, chunk in enumerate(chunks := unembedding.chunks(n_vocab)):
-            W, b = unembedding.W[:, chunk], unembedding.b[chunk]
-            v, m = w[active] @ W, rows.hidden @ W
-            z, e = torch.empty(2, n_rows, W.shape[1], dtype=w.dtype, device=w.device)
-            for row, columns in pairs:
-                neurons = active[columns]
-                n = len(neurons)
-                part = z[:n]
-                # (1 + alpha) m + b - lse - shift, as a product of rank 3, on top of t v.
-                left = torch.ones(n, 3, dtype=w.dtype, device=w.device)
-                if change.alpha is not None:
-                    left[:, 0] += change.alpha[row, neurons]
-                left[:, 2] = -rows.lse[row] - (shift[row, neurons] if kind == "sums" else 0.0)
-                right = torch.stack([m[row], b, torch.ones_like(b)])
-                torch.mul(v[columns], change.t[row, neurons, None], out=part)
-                part.addmm_(left, right)
-                if kind == "maximum":
-                    found[2, row, neurons] = torch.maximum(found[2, row, neurons], part.amax(1))
-                    continue
-                weight = torch.exp(part, out=e[:n])
-                found[0, row, neurons] += weight.sum(1)
-                found[1, row, neurons] += weight.mul_(part).sum(1)
-            if progress is not None:
-                progress((number + (done + 1) / len(chunks)) / len(passes))
-        if kind == "maximum":
-            shift = torch.where(loose, found[2], shift)
-    grown = shift + found[0].log()
-    return grown, found[0].log() - found[1] / found[0]
-
-
-def _pairs(wanted: Bool[Tensor, "row neuron"], most: int) -> list[tuple[int, slice | Tensor]]:
-    """The pairs as (row, up to `most` neurons), rows after rows for the same block of neurons."""
-    n_neurons = wanted.shape[1]
-    if wanted.numel() == 0:
-        return []
-    density = wanted.double().mean().item()
-    width = min(n_neurons, int(most / density)) if density < 0.9 else most
-    pairs: list[tuple[int, slice | Tensor]] = []
-    for start in range(0, n_neurons, width):
-        block = wanted[:, start : start + width]
-        counts = block.sum(1).tolist()
-        for row, count in enumerate(counts):
-            if count == block.shape[1] <= most:
-                pairs.append((row, slice(start, start + count)))
-            elif count:
-                columns = start + block[row].nonzero()[:, 0]
-                pairs += [(row, part) for part in columns.split(most)]
-    return pairs
-
-
-def _shifts(unembedding, rows: Rows, w: Tensor, change: Change) -> tuple[Tensor, Tensor]:
-    """An upper bound on max(logits') - lse, and where it may lie more than 60 above it."""
-    high, low = v_range(unembedding, w)
-    t = change.t
-    up = torch.maximum(t * high, t * low)
-    spread = t.abs() * (high - low)
-    if change.alpha is not None:
-        most, least = rows.max_m[:, None], rows.min_m[:, None]
-        up = up + torch.maximum(change.alpha * most, change.alpha * least)
-        spread = spread + change.alpha.abs() * (most - least)
-    return (rows.max_logit - rows.lse)[:, None] + up, spread > 60
-
-
-def v_range(unembedding: Unembedding, w: Float[Tensor, "neuron d_model"]) -> tuple[Tensor, Tensor]:
-    """Largest and smallest entry of each neuron's v."""
-    high = torch.full_like(w[:, 0], -torch.inf)
-    low = -high
-    for chunk in unembedding.chunks(_vocab_chunk(len(w))):
-        v = w @ unembedding.W[:, chunk]
-        high, low = torch.maximum(high, v.amax(1)), torch.minimum(low, v.amin(1))
-    return high, low

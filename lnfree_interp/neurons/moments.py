@@ -16,21 +16,23 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .last_layer import Change, Progress, Rows, Unembedding
+from .last_layer import Change, Neurons, Progress, Rows, Unembedding
 
 Powers = tuple[int, ...]
 """Largest power k of w kept beside each power j = 0, 1, ... of M."""
 
 # Tried in turn, each only for the neurons for which it is cheaper than summing what is not certified yet.
-LEVELS: tuple[Powers, ...] = ((2, 1, 0, 0, 0), (4, 2, 1, 0, 0), (6, 4, 2, 1, 0))
+LEVELS: tuple[Powers, ...] = ((3, 1, 0, 0, 0), (5, 3, 1, 0, 0), (6, 4, 2, 1, 0))
 # One pair's sums over the vocabulary cost about as much as it does in this many matrix products.
-STREAM_COST = 100.0
+STREAM_COST = 150.0
+FLOOR = -70.0  # nats
+CHUNK = 2048
 Key = tuple[int, int, int]
 
 
@@ -47,6 +49,9 @@ class RowMoments:
     values: dict[tuple[int, int], Float[Tensor, "row 1"]]
     most: Float[Tensor, "row 1"]
 
+    def __getitem__(self, rows: slice) -> RowMoments:
+        return RowMoments({key: value[rows] for key, value in self.values.items()}, self.most[rows])
+
 
 def matrix_moments(
     unembedding: Unembedding,
@@ -61,7 +66,7 @@ def matrix_moments(
         by_power[k].append((a, j))
     n_rows, highest = len(rows.x), max(j for _, j, _ in wanted)
     sums = {k: w.new_zeros(len(left) * n_rows, len(w)) for k, left in by_power.items()}
-    chunks = unembedding.chunks(2048)
+    chunks = unembedding.chunks(CHUNK)
     for done, chunk in enumerate(chunks):
         left = _weights(unembedding, rows, chunk, highest)
         v = power = w @ unembedding.W[:, chunk]
@@ -82,12 +87,11 @@ def row_moments(unembedding: Unembedding, rows: Rows, has_scale: bool) -> RowMom
     """E_p[l^a M^j] of every row; without a scale only j = 0."""
     highest = 4 if has_scale else 0
     own = {(a, j): torch.zeros_like(rows.lse) for a in (0, 1, 2) for j in range(highest + 1)}
-    for chunk in unembedding.chunks(2048):
+    for chunk in unembedding.chunks(CHUNK):
         left = _weights(unembedding, rows, chunk, highest, most=2)
         for key, total in own.items():
             total += left[key].sum(1)
-    most = torch.maximum(rows.max_m - rows.mean_m, rows.mean_m - rows.min_m)
-    return RowMoments({key: value[:, None] for key, value in own.items()}, most[:, None])
+    return RowMoments({key: value[:, None] for key, value in own.items()}, rows.most_m[:, None])
 
 
 def _weights(
@@ -97,7 +101,8 @@ def _weights(
     b = unembedding.b[chunk]
     m = rows.hidden @ unembedding.W[:, chunk]
     logits = m + b
-    weights = {(0, 0): (logits - rows.lse[:, None]).exp()}
+    # No denormal numbers: they count for nothing and make products many times slower.
+    weights = {(0, 0): (logits - rows.lse[:, None]).clamp_min_(FLOOR).exp_()}
     m -= rows.mean_m[:, None]
     logits -= rows.mean_logit[:, None]
     for j in range(highest + 1):
@@ -110,22 +115,28 @@ def _weights(
 
 @dataclass(frozen=True)
 class Central:
-    """E_p[l^a M^j w^k] with w = v - E_p[v], and the largest |w|."""
+    """E_p[l^a M^j w^k] with w = v - E_p[v], and the largest |w|; each is computed once."""
 
     raw: dict[Key, Float[Tensor, "row neuron"]]
     rows: RowMoments
     most: Float[Tensor, "row neuron"]
+    known: dict[Key, Float[Tensor, "row neuron"]] = field(default_factory=dict)
 
     def __call__(self, a: int, j: int, k: int) -> Tensor:
         if k == 0:
             return self.rows.values[a, j]
+        if (a, j, k) not in self.known:
+            self.known[a, j, k] = self._moment(a, j, k)
+        return self.known[a, j, k]
+
+    def _moment(self, a: int, j: int, k: int) -> Tensor:
         mean = self.raw[0, 0, 1]
         if (a, j, k) == (0, 0, 1):
             return torch.zeros_like(mean)
-        total = self.raw[a, j, k]
-        for i in range(k):
-            lower = self.raw[a, j, i] if i else self.rows.values[a, j]
-            total = total + math.comb(k, i) * (-mean) ** (k - i) * lower
+        total = (-mean) ** k * self.rows.values[a, j]
+        for i in range(1, k + 1):
+            lower = self.raw[a, j, i]
+            total = total + (lower if i == k else math.comb(k, i) * (-mean) ** (k - i) * lower)
         return total
 
     def even(self, power: int) -> Tensor:
@@ -138,32 +149,31 @@ class Central:
         return (self(0, 0, known).clamp_min(0) + rounding) * self.most ** (power - known)
 
 
-def central(
-    raw: dict[Key, Tensor],
-    rows: RowMoments,
-    v_range: tuple[Float[Tensor, " neuron"], Float[Tensor, " neuron"]],
-) -> Central:
-    mean, (high, low) = raw[0, 0, 1], v_range
-    return Central(raw, rows, torch.maximum(high - mean, mean - low))
+def central(raw: dict[Key, Tensor], rows: RowMoments, neurons: Neurons) -> Central:
+    mean = raw[0, 0, 1]
+    return Central(raw, rows, torch.maximum(neurons.high - mean, mean - neurons.low))
 
 
 def series(
     moments: Central, change: Change, powers: Powers
 ) -> tuple[Float[Tensor, "row neuron"], Float[Tensor, "row neuron"]]:
     """log A and the change of the entropy."""
-    a_sum = b_sum = c_sum = torch.zeros_like(change.t)
+    # A less 1, for log1p; its first-order terms vanish, moments being central.
+    a_sum, b_sum, c_sum = torch.zeros(3, *change.t.shape, dtype=change.t.dtype, device=change.t.device)
     highest = powers if change.alpha is not None else powers[:1]
+    of_alpha = torch.ones_like(change.t)
     for j, most in enumerate(highest):
+        if j:
+            of_alpha = of_alpha * change.alpha / j
+        factor = of_alpha
         for k in range(most + 1):
-            factor = change.t**k / math.factorial(k) / math.factorial(j)
-            if j:
-                factor = factor * change.alpha**j
-            term = factor * moments(0, j, k)
-            # A less 1, for log1p; its first-order terms vanish, moments being central.
-            if (j, k) != (0, 0):
-                a_sum = a_sum + term
-                c_sum = c_sum + (j + k) * term
-                b_sum = b_sum + factor * moments(1, j, k)
+            if k:
+                factor = factor * change.t / k
+            if j + k:
+                moment = moments(0, j, k)
+                a_sum.addcmul_(factor, moment)
+                c_sum.addcmul_(factor, moment, value=j + k)
+                b_sum.addcmul_(factor, moments(1, j, k))
     log_a = torch.log1p(a_sum)
     return log_a, log_a - (b_sum + c_sum) / (1 + a_sum)
 
@@ -181,11 +191,12 @@ def error_bound(
     """
     t, alpha = change.t.abs(), None if change.alpha is None else change.alpha.abs()
     u = t * moments.most
+    exp_u = u.exp()
     tail_a = tail_b = tail_c = torch.zeros_like(t)
     highest = powers if alpha is not None else powers[:1]
     for j, most in enumerate(highest):
         q = most + 1
-        factor = t**q * u.exp() / math.factorial(q) / math.factorial(j)
+        factor = t**q * exp_u / (math.factorial(q) * math.factorial(j))
         if j:
             factor = factor * alpha**j
         root = moments.even(2 * q).sqrt()

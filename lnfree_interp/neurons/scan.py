@@ -8,13 +8,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .last_layer import Change, Progress, Rows, Unembedding, changes, stream, target_change, v_range
+from .last_layer import Change, Neurons, Progress, Rows, Unembedding, changes, target_change
 from .moments import (
     LEVELS,
     STREAM_COST,
-    Central,
     Key,
-    RowMoments,
     central,
     error_bound,
     keys,
@@ -23,9 +21,10 @@ from .moments import (
     series,
     undone,
 )
+from .streaming import stream
 
-# Neurons whose series are evaluated at a time: some twenty tables of this width are alive at once.
-NEURONS_AT_ONCE = 512
+# Pairs whose series are evaluated at a time: some twenty tables of so many numbers are alive at once, in cache.
+PAIRS_AT_ONCE = 2**16
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class BlockScan:
 def scan_block(
     unembedding: Unembedding,
     rows: Rows,
-    w: Float[Tensor, "neuron d_model"],
+    neurons: Neurons,
     da: Float[Tensor, "row neuron"],
     *,
     tolerance: float,
@@ -53,73 +52,68 @@ def scan_block(
     """Change of loss and entropy when each neuron alone changes by da.
 
     Args:
-        w: the neurons' output weights, centred where the final norm centres.
         tolerance: largest truncation error of a series (nats).
         method: "moments", or "stream" for exact sums throughout.
     """
-    total, frozen = changes(unembedding, rows, w, da)
+    total, frozen = changes(unembedding, rows, neurons.w, da)
     kinds = [total] if total is frozen else [total, frozen]
     done = _Work(progress, 0.7 if method == "moments" else 0.0)
     log_a = [torch.zeros_like(da) for _ in kinds]  # logsumexp of the changed logits less the old one
     entropy = [torch.zeros_like(da) for _ in kinds]
-    left, bound = torch.ones_like(da, dtype=torch.bool), 0.0
+    left, bound = [torch.ones_like(da, dtype=torch.bool) for _ in kinds], 0.0
     if method == "moments":
-        left, bound = _by_series(unembedding, rows, w, kinds, tolerance, log_a, entropy, done)
-    if left.any():
-        for i, change in enumerate(kinds):
-            grown, new = stream(unembedding, rows, w, change, left, done.stage(i, len(kinds)))
-            log_a[i] = torch.where(left, grown, log_a[i])
-            entropy[i] = torch.where(left, new - rows.entropy[:, None], entropy[i])
-    loss = [grown - target_change(unembedding, rows, w, change) for grown, change in zip(log_a, kinds)]
-    return BlockScan(loss[0], entropy[0], loss[-1], entropy[-1], left, bound)
+        left, bound = _by_series(unembedding, rows, neurons, kinds, tolerance, log_a, entropy, done)
+    for i, change in enumerate(kinds):
+        if left[i].any():
+            grown, new = stream(unembedding, rows, neurons, change, left[i], done.stage(i, len(kinds)))
+            log_a[i] = torch.where(left[i], grown, log_a[i])
+            entropy[i] = torch.where(left[i], new - rows.entropy[:, None], entropy[i])
+    loss = [
+        grown - target_change(unembedding, rows, neurons.w, change) for grown, change in zip(log_a, kinds)
+    ]
+    return BlockScan(loss[0], entropy[0], loss[-1], entropy[-1], left[0] | left[-1], bound)
 
 
-def _by_series(unembedding, rows: Rows, w, kinds: list[Change], tolerance, log_a, entropy, done):
-    """Fills log_a and entropy; returns which pairs are not certified, and the largest bound among those that are."""
-    extremes = v_range(unembedding, w)
+def _by_series(
+    unembedding, rows: Rows, neurons: Neurons, kinds: list[Change], tolerance, log_a, entropy, done
+):
+    """Fills log_a and entropy; returns each kind's pairs that are not certified, and the largest bound of the rest."""
     own = row_moments(unembedding, rows, len(kinds) > 1)
-    active = torch.arange(len(w), device=w.device)
-    left = torch.ones(len(rows.x), len(w), dtype=torch.bool, device=w.device)
+    n_rows, device = len(rows.x), neurons.w.device
+    active = torch.arange(len(neurons.w), device=device)
+    left = [torch.ones(n_rows, len(active), dtype=torch.bool, device=device) for _ in kinds]
     raw: dict[Key, Tensor] = {}
     largest = 0.0
     for level, powers in enumerate(LEVELS):
         wanted = [key for key in keys(powers, len(kinds) > 1) if key not in raw]
-        raw |= matrix_moments(unembedding, rows, w[active], wanted, done.part(level, len(LEVELS)))
+        raw |= matrix_moments(unembedding, rows, neurons.w[active], wanted, done.part(level, len(LEVELS)))
         following = LEVELS[level + 1] if level + 1 < len(LEVELS) else None
-        gain = []
-        for columns in torch.arange(len(active), device=w.device).split(NEURONS_AT_ONCE):
-            where = active[columns]
-            moments = _central_of(raw, own, extremes, columns, where)
-            parts = [change.neurons(where) for change in kinds]
-            size = torch.zeros_like(parts[0].t)
-            ahead = torch.zeros_like(size)
-            for i, change in enumerate(parts):
+        spared = torch.zeros(len(active), device=device)
+        height = max(1, PAIRS_AT_ONCE // len(active))
+        for part in (slice(i, i + height) for i in range(0, n_rows, height)):
+            moments = central({key: value[part] for key, value in raw.items()}, own[part], neurons[active])
+            for i, kind in enumerate(kinds):
+                change = kind[part, active]
                 grown, changed = series(moments, change, powers)
                 shift = change.t * moments.raw[0, 0, 1]
                 if change.alpha is not None:
-                    shift = shift + change.alpha * rows.mean_m[:, None]
-                log_a[i][:, where], entropy[i][:, where] = grown + shift, changed
-                size = torch.maximum(size, error_bound(moments, change, powers, grown - changed))
+                    shift.addcmul_(change.alpha, rows.mean_m[part, None])
+                log_a[i][part, active], entropy[i][part, active] = grown + shift, changed
+                size = error_bound(moments, change, powers, grown - changed)
+                left[i][part, active] = missing = undone(size, tolerance)
+                largest = max(largest, size.masked_fill(missing, 0.0).max().item())
                 if following is not None:
-                    ahead = torch.maximum(ahead, error_bound(moments, change, following))
-            left[:, where] = missing = undone(size, tolerance)
-            if not missing.all():
-                largest = max(largest, size[~missing].max().item())
-            gain.append((missing.sum(0) - undone(ahead, tolerance).sum(0)) * STREAM_COST * len(kinds))
+                    ahead = undone(error_bound(moments, change, following), tolerance)
+                    spared += missing.sum(0) - ahead.sum(0)
         if following is None:
             break
         # The next level is for the neurons whose exact sums it would spare are worth its matrix products.
-        price = sum(key not in raw for key in keys(following, len(kinds) > 1)) * len(rows.x)
-        keep = (torch.cat(gain) > price).nonzero()[:, 0]
+        price = sum(key not in raw for key in keys(following, len(kinds) > 1)) * n_rows
+        keep = (spared * STREAM_COST > price).nonzero()[:, 0]
         if len(keep) == 0:
             break
         active, raw = active[keep], {key: value[:, keep] for key, value in raw.items()}
     return left, largest
-
-
-def _central_of(raw: dict[Key, Tensor], own: RowMoments, extremes, columns, where) -> Central:
-    part = {key: value[:, columns] for key, value in raw.items()}
-    return central(part, own, (extremes[0][where], extremes[1][where]))
 
 
 class _Work:
