@@ -279,6 +279,7 @@ def run(
     start_layer: int = 0,
     hooks: Mapping[str, Hook] | None = None,
     positions: Sequence[int] | slice | None = None,
+    past: Sequence[tuple[Tensor, Tensor]] | None = None,
     packed: PackedWeights | None = None,
 ) -> Float[Tensor, "batch kept_pos d_model"]:
     """The final residual stream (before the final norm), with hooks along the way.
@@ -290,10 +291,13 @@ def run(
             shapes are TransformerLens' (`blocks.0.attn.hook_z`); each must be a hook of the model.
         positions: compute and return the last block's residual stream at these positions only. Queries, z, and
             all that comes after are then at these positions, keys and values at all.
+        past: the keys and values of earlier positions, (k, v) of every layer, each Float[Tensor, "batch past_pos head
+            d_head"]: the tokens follow them.
         packed: weights to run in place of the model's own: with other norms or another activation function, say.
 
     Raises:
-        ValueError: a hook name the model does not have; other weights and a hook the packed forward does not serve.
+        ValueError: a hook name the model does not have; `past` or other weights where the packed forward does not
+            serve.
     """
     hooks = dict(hooks or {})
     for name in hooks:
@@ -303,7 +307,9 @@ def run(
         raise ValueError(f"hooks {sorted(hooks)} are not all served by the packed forward")
     packed = packed or packed_weights(model)
     if packed is not None and _served(hooks):
-        return _run_packed(packed, tokens, resid, start_layer, hooks, positions)
+        return _run_packed(packed, tokens, resid, start_layer, hooks, positions, past)
+    if past is not None:
+        raise ValueError("past keys and values need a model and hooks that the packed forward serves")
     return _run_hooked(model, tokens, resid, start_layer, hooks, positions)
 
 
@@ -317,15 +323,16 @@ def _served(hooks: Mapping[str, Hook]) -> bool:
     return all(name.endswith(_SERVED) for name in hooks)
 
 
-def _run_packed(packed, tokens, resid, start_layer, hooks, positions) -> Tensor:
+def _run_packed(packed, tokens, resid, start_layer, hooks, positions, past) -> Tensor:
     def at(name: str, x: Tensor) -> Tensor:
         hook = hooks.get(name)
         new = hook(x) if hook is not None else None
         return x if new is None else new
 
+    n_past = 0 if past is None else past[0][0].shape[1]
     if resid is None:
         embed = at("hook_embed", packed.W_E[tokens])
-        pos_embed = packed.W_pos[: tokens.shape[1]]
+        pos_embed = packed.W_pos[n_past : n_past + tokens.shape[1]]
         if "hook_pos_embed" in hooks:
             pos_embed = at("hook_pos_embed", pos_embed.expand_as(embed))
         resid = embed + pos_embed
@@ -337,8 +344,10 @@ def _run_packed(packed, tokens, resid, start_layer, hooks, positions) -> Tensor:
         if positions is not None and i == len(packed.layers) - 1:
             n_pos = resid.shape[1]
             resid, q = resid[:, positions], q[:, positions]
-            mask = causal_mask(n_pos, n_pos, resid.device)[positions]
+            mask = causal_mask(n_pos, n_past + n_pos, resid.device)[positions]
         q, k, v = at(name + "attn.hook_q", q), at(name + "attn.hook_k", k), at(name + "attn.hook_v", v)
+        if past is not None:
+            k, v = torch.cat([past[i][0], k], 1), torch.cat([past[i][1], v], 1)
         if name + "attn.hook_pattern" in hooks:
             z = _attend_by_pattern(layer, q, k, v, mask, partial(at, name + "attn.hook_pattern"))
         else:

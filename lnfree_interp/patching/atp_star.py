@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..forward import PackedWeights, attend, run
-from .cells import read_metric
 from .sides import Case, gradients, site_hooks
 
 
@@ -27,9 +26,7 @@ def exact_softmax(case: Case, packed: PackedWeights) -> Tensor:
         for name in "qkv":
             hooks[f"blocks.{i}.attn.hook_{name}"] = lambda x, at=(name, i): kept.__setitem__(at, x.detach())
     final = run(model, case.tokens, hooks=hooks)
-    everyone = torch.arange(len(case.pairs), device=case.tokens.device)
-    value = read_metric(model, request, case.pairs, final[:, list(request.reads)], everyone)
-    grads = gradients(value, base)
+    grads = gradients(case.metric(final[:, list(request.reads)]), base)
     units, by_layer = list(request.units), []
     for i in request.layers:
         layer, z, g = packed.layers[i], base[i].detach(), grads[i]

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..forward import packed_weights, run
+from ..forward import packed_weights
 from ..metrics import Metric, logit_diff
 from ..pairs import PromptPairs
 from .activation import Progress, rows_of_metric
 from .atp_star import exact_softmax
-from .cells import MetricLike, Request, checked, memory_budget, read_metric
+from .cells import MetricLike, Request, checked, memory_budget
 from .effect import METHODS, SITES, PatchingEffect
 from .relp import relp_weights
 from .second_order import cell_by_cell, jointly
@@ -113,13 +113,13 @@ def attribution_patching(
             here = slice(i, i + n_together)
             part = rows_of_metric(request, here, model.cfg.device)
             one_backward = method in ("gradient", "relp")
-            case = both_sides(
-                model, part, pairs[here], packed if method == "relp" else None, norm, graph=one_backward
-            )
+            weights = packed if method == "relp" else None
+            cut = one_backward or method == "integrated"
+            case = both_sides(model, part, pairs[here], weights, norm, graph=one_backward, cut=cut)
             if one_backward:
-                estimate = contract(part, products(case.delta, case.gradients())), None
+                estimate = _of_cells(case, case.gradients()), None
             elif method == "integrated":
-                estimate = contract(part, products(case.delta, integrated_gradients(case, steps, path))), None
+                estimate = _of_cells(case, integrated_gradients(case, steps, path)), None
             elif method == "atp_star":
                 estimate = exact_softmax(case, packed), None
             else:
@@ -138,6 +138,12 @@ def attribution_patching(
     )  # fmt: skip
 
 
+def _of_cells(case: Case, grads: Activations) -> Tensor:
+    """d times a gradient, one number per cell, 0 at the positions before the window."""
+    values = contract(case.request, products(case.delta, grads))
+    return torch.nn.functional.pad(values, (case.window.first, 0)) if "pos" in case.request.axes else values
+
+
 def _placed(parts: Sequence[Tensor], request: Request) -> Tensor:
     """Values of all prompts, with 0 at the positions beyond the last one read."""
     values = torch.cat(list(parts)).detach()
@@ -148,13 +154,11 @@ def _placed(parts: Sequence[Tensor], request: Request) -> Tensor:
 
 def integrated_gradients(case: Case, steps: int, path: str) -> Activations:
     """The gradient averaged over the midpoints of `steps` equal parts of the path from base to source."""
-    request, model = case.request, case.model
-    everyone = torch.arange(len(case.pairs), device=case.tokens.device)
+    request = case.request
     total = {i: torch.zeros_like(x) for i, x in case.base.items()}
 
     def add(resid: Tensor, start: int, hooks: dict[str, Callable], nodes: Activations) -> None:
-        final = run(model, resid=resid, start_layer=start, hooks=hooks)
-        value = read_metric(model, request, case.pairs, final[:, list(request.reads)], everyone)
+        value = case.metric(case.window.run(resid=resid, start_layer=start, hooks=hooks))
         for i, g in gradients(value, nodes).items():
             total[i] += g / steps
 

@@ -7,11 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..forward import run
 from ..metrics import Metric
 from . import hooked
 from .activation import alike
-from .cells import find_cells, read_metric
+from .cells import find_cells
 from .effect import SITES
 from .sides import Case, contract, gradients, numbers_per_prompt
 
@@ -36,12 +35,11 @@ def _with_reliability(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _patched_value(case: Case, layer: int, hook: Callable, prompt: Tensor) -> Tensor:
-    request, model = case.request, case.model
-    hooks = _explicit_attention(model.cfg.n_layers, layer) | {
-        f"blocks.{layer}.{SITES[request.site].hook}": hook
+    hooks = _explicit_attention(case.model.cfg.n_layers, layer) | {
+        f"blocks.{layer}.{SITES[case.request.site].hook}": hook
     }
-    final = run(model, resid=case.resid[layer][prompt], start_layer=layer, hooks=hooks)
-    return read_metric(model, request, case.pairs, final[:, list(request.reads)], prompt)
+    final = case.window.run(resid=case.resid[layer][prompt], start_layer=layer, hooks=hooks)
+    return case.metric(final, prompt)
 
 
 def cell_by_cell(case: Case, budget: int) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from ..forward import Norm, PackedWeights, run
+from ..forward import Norm, PackedWeights, packed_weights, run
 from ..pairs import PromptPairs
 from .cells import Request, read_metric
 from .effect import SITES
@@ -39,25 +40,62 @@ def frozen(model) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Case:
-    """The two runs of some prompts, as far as gradients need them."""
+class Window:
+    """The positions that are run: from `first` on, before which the prompts agree and the metric reads nothing, up to
+    the last one that the metric reads."""
 
     model: object
     request: Request
+    first: int
+    past: Sequence[tuple[Tensor, Tensor]] | None  # keys and values of the positions before
+    packed: PackedWeights | None
+
+    def run(
+        self, tokens=None, *, resid=None, start_layer: int = 0, hooks: Mapping[str, Callable]
+    ) -> Float[Tensor, "prompt read d_model"]:
+        """The final residual stream where the metric reads it."""
+        request, last = self.request, self.model.cfg.n_layers - 1
+        reads = [position - self.first for position in request.reads]
+        # Where the site is seen at all positions, the last layer computes no others than those read.
+        only_reads = request.site in ("resid_pre", "k", "v") or last not in request.layers
+        final = run(
+            self.model, tokens, resid=resid, start_layer=start_layer, hooks=hooks, past=self.past, packed=self.packed,
+            positions=reads if only_reads else None,
+        )  # fmt: skip
+        return final if only_reads else final[:, reads]
+
+
+@dataclass(frozen=True)
+class Case:
+    """The two runs of some prompts, as far as gradients need them."""
+
+    window: Window
     pairs: PromptPairs
-    tokens: Tensor  # of the base run
+    tokens: Tensor  # of the base run, in the window
     base: Activations
     source: Activations
     delta: Activations  # source - base, exactly 0 before the first different token
-    resid: dict[
-        int, Tensor
-    ]  # residual stream that enters each layer of the base run; 0 also of the source run at -1
+    # The residual stream that enters each layer of the base run; 0 also of the source run at -1.
+    resid: dict[int, Tensor]
     at_base: Tensor
     at_source: Tensor
     nodes: Activations  # the base run's, in the graph of `value`
     value: Tensor
-    packed: PackedWeights | None
     norm: Norm | None
+
+    @property
+    def model(self):
+        return self.window.model
+
+    @property
+    def request(self) -> Request:
+        return self.window.request
+
+    def metric(self, final: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """Of final residual streams at the positions read, of all prompts or of those named."""
+        if prompt is None:
+            prompt = torch.arange(len(self.pairs), device=final.device)
+        return read_metric(self.model, self.request, self.pairs, final, prompt, norm=self.norm)
 
     def gradients(self) -> Activations:
         return gradients(self.value, self.nodes)
@@ -81,17 +119,31 @@ def gradients(value: Tensor, nodes: Activations, *, create_graph: bool = False) 
 
 
 def both_sides(
-    model, request: Request, pairs: PromptPairs, packed=None, norm=None, *, graph: bool = True
+    model,
+    request: Request,
+    pairs: PromptPairs,
+    packed=None,
+    norm=None,
+    *,
+    graph: bool = True,
+    cut: bool = False,
 ) -> Case:
-    """One forward of the source prompts, without a graph, and one of the base prompts, with it if asked for."""
+    """One forward of the source prompts, without a graph, and one of the base prompts, with it if asked for.
+
+    Args:
+        cut: leave out of the second what comes before the prompts differ, if the model allows.
+    """
     denoising = request.direction == "denoising"
     tokens = (pairs.corrupted, pairs.clean) if denoising else (pairs.clean, pairs.corrupted)
     base_tokens, source_tokens = (t[:, : request.n_read] for t in tokens)
     everyone = torch.arange(len(pairs), device=base_tokens.device)
-    reads = list(request.reads)
+    layers = range(model.cfg.n_layers)
+    start = min(int(pairs.first_difference.min()), *request.reads) if cut and packed_weights(model) else 0
     source: Activations = {}
     nodes: Activations = {}
     resid: dict[int, Tensor] = {}
+    keys: dict[int, Tensor] = {}
+    values: dict[int, Tensor] = {}
 
     def keep(x: Tensor, i: int) -> None:
         source[i] = x
@@ -100,46 +152,49 @@ def both_sides(
         nodes[i] = x if x.requires_grad or not graph else x.detach().requires_grad_()
         return nodes[i]
 
-    first = "blocks.0.hook_resid_pre"
+    window = Window(model, request, 0, None, packed)
+    hooks = site_hooks(request, keep)
+    _note(hooks, "blocks.0.hook_resid_pre", resid, -1)
+    for i in layers if start else ():
+        _note(hooks, f"blocks.{i}.attn.hook_k", keys, i)
+        _note(hooks, f"blocks.{i}.attn.hook_v", values, i)
     with torch.no_grad():
-        hooks = site_hooks(request, keep)
-        own = hooks.get(first)
-
-        def entrance(x: Tensor) -> None:
-            resid[-1] = x
-            if own is not None:
-                own(x)
-
-        final = run(model, source_tokens, hooks=hooks | {first: entrance}, packed=packed)
-        at_source = read_metric(model, request, pairs, final[:, reads], everyone, norm=norm)
+        final = window.run(source_tokens, hooks=hooks)
+        at_source = read_metric(model, request, pairs, final, everyone, norm=norm)
+    if start:
+        past = [(keys[i][:, :start], values[i][:, :start]) for i in layers]
+        window = Window(model, request, start, past, packed)
+        source = {
+            i: x[:, :, start:] if request.site == "pattern" else x[:, start:] for i, x in source.items()
+        }
+        resid[-1], base_tokens = resid[-1][:, start:], base_tokens[:, start:]
     hooks = site_hooks(request, watch)
-    for i in range(model.cfg.n_layers):
-        name = f"blocks.{i}.hook_resid_pre"
-
-        hooks[name] = _noting(resid, i, hooks.get(name))
+    for i in layers:
+        _note(hooks, f"blocks.{i}.hook_resid_pre", resid, i)
     with torch.set_grad_enabled(graph):
-        final = run(model, base_tokens, hooks=hooks, packed=packed)
-        value = read_metric(model, request, pairs, final[:, reads], everyone, norm=norm)
+        final = window.run(base_tokens, hooks=hooks)
+        value = read_metric(model, request, pairs, final, everyone, norm=norm)
     base = {i: x.detach() for i, x in nodes.items()}
-    after = torch.arange(request.n_read, device=final.device) >= pairs.first_difference[:, None]
+    positions = torch.arange(start, request.n_read, device=final.device)
+    after = positions >= pairs.first_difference[:, None]
     delta = {
         i: torch.where(_over_positions(after, request, source[i]), source[i] - base[i], 0.0) for i in base
     }
     return Case(
-        model, request, pairs, base_tokens, base, source, delta, resid, value.detach(), at_source, nodes, value,
-        packed, norm,
-    )  # fmt: skip
+        window, pairs, base_tokens, base, source, delta, resid, value.detach(), at_source, nodes, value, norm
+    )
 
 
-def _noting(resid: dict[int, Tensor], i: int, own: Callable | None) -> Callable:
-    """A hook that notes the residual stream that enters a layer, after the site's own hook if it has one there."""
+def _note(hooks: dict[str, Callable], name: str, into: Activations, key: int) -> None:
+    """A hook more, that notes an activation, after the one that is there if there is one."""
+    own = hooks.get(name)
 
     def note(x: Tensor) -> Tensor | None:
         new = None if own is None else own(x)
-        resid[i] = (x if new is None else new).detach()
+        into[key] = (x if new is None else new).detach()
         return new
 
-    return note
+    hooks[name] = note
 
 
 def _over_positions(mask: Tensor, request: Request, like: Tensor) -> Tensor:
