@@ -14,7 +14,7 @@ so that callers who keep keys and values of earlier positions can run a layer on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -226,7 +226,10 @@ def layer_qkv(
     Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"]
 ]:
     """Queries, keys and values of the rows given."""
-    qkv = F.linear(layer.ln1(resid), layer.W_QKV.T, layer.b_QKV)
+    return split_qkv(packed, F.linear(layer.ln1(resid), layer.W_QKV.T, layer.b_QKV))
+
+
+def split_qkv(packed: PackedWeights, qkv: Float[Tensor, "*rows three_d"]) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv.unflatten(-1, (3, packed.n_heads, -1)).unbind(-3)
     return q, k, v
 
@@ -271,6 +274,17 @@ def layer_mlp_out(layer: Layer, post: Float[Tensor, "*rows d_mlp"]) -> Float[Ten
 # Whole passes
 
 
+@dataclass(frozen=True)
+class Past:
+    """Keys and values of the first `length` positions: layer -> (k, v), each Float[Tensor, "batch length head d_head"].
+
+    A layer's are read when the pass gets there, so that another pass may be filling them in.
+    """
+
+    length: int
+    kept: dict[int, tuple[Tensor, Tensor]]
+
+
 def run(
     model,
     tokens: Int[Tensor, "batch pos"] | None = None,
@@ -279,7 +293,7 @@ def run(
     start_layer: int = 0,
     hooks: Mapping[str, Hook] | None = None,
     positions: Sequence[int] | slice | None = None,
-    past: Sequence[tuple[Tensor, Tensor]] | None = None,
+    past: Past | None = None,
     packed: PackedWeights | None = None,
 ) -> Float[Tensor, "batch kept_pos d_model"]:
     """The final residual stream (before the final norm), with hooks along the way.
@@ -291,8 +305,7 @@ def run(
             shapes are TransformerLens' (`blocks.0.attn.hook_z`); each must be a hook of the model.
         positions: compute and return the last block's residual stream at these positions only. Queries, z, and
             all that comes after are then at these positions, keys and values at all.
-        past: the keys and values of earlier positions, (k, v) of every layer, each Float[Tensor, "batch past_pos head
-            d_head"]: the tokens follow them.
+        past: the keys and values of earlier positions, which the tokens follow.
         packed: weights to run in place of the model's own: with other norms or another activation function, say.
 
     Raises:
@@ -307,7 +320,7 @@ def run(
         raise ValueError(f"hooks {sorted(hooks)} are not all served by the packed forward")
     packed = packed or packed_weights(model)
     if packed is not None and _served(hooks):
-        return _run_packed(packed, tokens, resid, start_layer, hooks, positions, past)
+        return _finish(_steps(packed, tokens, resid, start_layer, hooks, positions, past))
     if past is not None:
         raise ValueError("past keys and values need a model and hooks that the packed forward serves")
     return _run_hooked(model, tokens, resid, start_layer, hooks, positions)
@@ -323,13 +336,19 @@ def _served(hooks: Mapping[str, Hook]) -> bool:
     return all(name.endswith(_SERVED) for name in hooks)
 
 
-def _run_packed(packed, tokens, resid, start_layer, hooks, positions, past) -> Tensor:
+Product = tuple[Tensor, Tensor, Tensor]
+"""x, W and b of a product x W + b that a pass asks for."""
+
+
+def _steps(packed, tokens, resid, start_layer, hooks, positions, past) -> Generator[Product, Tensor, Tensor]:
+    """A pass through the packed weights that leaves its matrix products to whoever drives it."""
+
     def at(name: str, x: Tensor) -> Tensor:
         hook = hooks.get(name)
         new = hook(x) if hook is not None else None
         return x if new is None else new
 
-    n_past = 0 if past is None else past[0][0].shape[1]
+    n_past = 0 if past is None else past.length
     if resid is None:
         embed = at("hook_embed", packed.W_E[tokens])
         pos_embed = packed.W_pos[n_past : n_past + tokens.shape[1]]
@@ -339,7 +358,7 @@ def _run_packed(packed, tokens, resid, start_layer, hooks, positions, past) -> T
     for i in range(start_layer, len(packed.layers)):
         layer, name = packed.layers[i], f"blocks.{i}."
         resid = at(name + "hook_resid_pre", resid)
-        q, k, v = layer_qkv(packed, layer, resid)
+        q, k, v = split_qkv(packed, (yield layer.ln1(resid), layer.W_QKV, layer.b_QKV))
         mask = None
         if positions is not None and i == len(packed.layers) - 1:
             n_pos = resid.shape[1]
@@ -347,24 +366,88 @@ def _run_packed(packed, tokens, resid, start_layer, hooks, positions, past) -> T
             mask = causal_mask(n_pos, n_past + n_pos, resid.device)[positions]
         q, k, v = at(name + "attn.hook_q", q), at(name + "attn.hook_k", k), at(name + "attn.hook_v", v)
         if past is not None:
-            k, v = torch.cat([past[i][0], k], 1), torch.cat([past[i][1], v], 1)
+            k, v = (torch.cat(both, 1) for both in zip(past.kept[i], (k, v)))
         if name + "attn.hook_pattern" in hooks:
             z = _attend_by_pattern(layer, q, k, v, mask, partial(at, name + "attn.hook_pattern"))
         else:
             z = attend(layer, q, k, v, mask)
-        attn_out = at(name + "hook_attn_out", layer_attn_out(layer, at(name + "attn.hook_z", z)))
-        resid = resid + attn_out
+        attn_out = yield at(name + "attn.hook_z", z).flatten(-2), layer.W_O, layer.b_O
+        resid = resid + at(name + "hook_attn_out", attn_out)
         if layer.W_in is not None:
             resid = at(name + "hook_resid_mid", resid)
-            if name + "mlp.hook_pre" in hooks:
-                pre = F.linear(layer.ln2(resid), layer.W_in.T, layer.b_in)
-                post = packed.act(at(name + "mlp.hook_pre", pre))
-            else:
-                post = layer_mlp_post(packed, layer, resid)
-            mlp_out = at(name + "hook_mlp_out", layer_mlp_out(layer, at(name + "mlp.hook_post", post)))
-            resid = resid + mlp_out
+            pre = at(name + "mlp.hook_pre", (yield layer.ln2(resid), layer.W_in, layer.b_in))
+            mlp_out = yield at(name + "mlp.hook_post", packed.act(pre)), layer.W_out, layer.b_out
+            resid = resid + at(name + "hook_mlp_out", mlp_out)
         resid = at(name + "hook_resid_post", resid)
     return resid
+
+
+def _finish(steps: Generator[Product, Tensor, Tensor]) -> Tensor:
+    try:
+        x, W, b = next(steps)
+        while True:
+            x, W, b = steps.send(F.linear(x, W.T, b))
+    except StopIteration as end:
+        return end.value
+
+
+def run_both(
+    model, graph: Mapping[str, Any], plain: Mapping[str, Any], *, packed: PackedWeights | None = None
+) -> tuple[Float[Tensor, "batch kept_pos d_model"], Float[Tensor, "batch other_kept_pos d_model"]]:
+    """Two passes in step, the first with a graph for gradients and the second without, each weight read once for both.
+
+    In every layer the second goes first, so its keys and values can be the first's `past`. The gradients of both
+    passes' weights are left out.
+
+    Args:
+        graph, plain: what `run` takes by name: tokens, hooks, positions, past.
+
+    Raises:
+        ValueError: the packed forward does not serve the model or the hooks.
+    """
+    packed = packed or packed_weights(model)
+    passes = []
+    for options in (plain, graph):
+        hooks = dict(options.get("hooks") or {})
+        if packed is None or not _served(hooks):
+            raise ValueError("two passes in step need a model and hooks that the packed forward serves")
+        start = options.get("start_layer", 0)
+        given = (options.get(name) for name in ("positions", "past"))
+        passes.append(_steps(packed, options.get("tokens"), options.get("resid"), start, hooks, *given))
+    answers: tuple[Tensor | None, Tensor | None] = (None, None)
+    while True:
+        asked: list[Product] = []
+        ends = []
+        for steps, answer, with_graph in zip(passes, answers, (False, True)):
+            with torch.set_grad_enabled(with_graph):
+                try:
+                    asked.append(steps.send(answer))
+                except StopIteration as end:
+                    ends.append(end.value)
+        if ends:
+            return ends[1], ends[0]
+        (others, W, b), (x, _, _) = asked
+        with torch.enable_grad():
+            answers = _LinearOfBoth.apply(x, others, W, b)[::-1]
+
+
+class _LinearOfBoth(torch.autograd.Function):
+    """x W + b for two tensors at once, with a gradient for the first alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, others: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(W)
+        rows = torch.cat([x.flatten(0, -2), others.flatten(0, -2)])
+        of_x, of_others = F.linear(rows, W.T, b).split([x[..., 0].numel(), others[..., 0].numel()])
+        of_x, of_others = of_x.view(*x.shape[:-1], -1), of_others.view(*others.shape[:-1], -1)
+        ctx.mark_non_differentiable(of_others)
+        ctx.set_materialize_grads(False)
+        return of_x, of_others
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, _):
+        (W,) = ctx.saved_tensors
+        return None if grad is None else grad @ W.T, None, None, None
 
 
 def attention_pattern(layer: Layer, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:

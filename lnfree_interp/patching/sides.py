@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..forward import Norm, PackedWeights, packed_weights, run
+from ..forward import Norm, PackedWeights, Past, packed_weights, run, run_both
 from ..pairs import PromptPairs
 from .cells import Request, read_metric
 from .effect import SITES
@@ -47,22 +48,34 @@ class Window:
     model: object
     request: Request
     first: int
-    past: Sequence[tuple[Tensor, Tensor]] | None  # keys and values of the positions before
+    past: Past | None  # keys and values of the positions before
     packed: PackedWeights | None
+
+    @property
+    def reads(self) -> list[int]:
+        return [position - self.first for position in self.request.reads]
+
+    @property
+    def only_reads(self) -> bool:
+        """Whether the last layer computes only the positions read: where the site is seen at all positions."""
+        last = self.model.cfg.n_layers - 1
+        return self.request.site in ("resid_pre", "k", "v") or last not in self.request.layers
+
+    def options(self, hooks: Mapping[str, Callable]) -> dict:
+        """What `forward.run` takes by name."""
+        return {"hooks": hooks, "past": self.past, "positions": self.reads if self.only_reads else None}
+
+    def at_reads(self, final: Tensor) -> Float[Tensor, "prompt read d_model"]:
+        return final if self.only_reads else final[:, self.reads]
 
     def run(
         self, tokens=None, *, resid=None, start_layer: int = 0, hooks: Mapping[str, Callable]
     ) -> Float[Tensor, "prompt read d_model"]:
         """The final residual stream where the metric reads it."""
-        request, last = self.request, self.model.cfg.n_layers - 1
-        reads = [position - self.first for position in request.reads]
-        # Where the site is seen at all positions, the last layer computes no others than those read.
-        only_reads = request.site in ("resid_pre", "k", "v") or last not in request.layers
-        final = run(
-            self.model, tokens, resid=resid, start_layer=start_layer, hooks=hooks, past=self.past, packed=self.packed,
-            positions=reads if only_reads else None,
-        )  # fmt: skip
-        return final if only_reads else final[:, reads]
+        options = self.options(hooks)
+        return self.at_reads(
+            run(self.model, tokens, resid=resid, start_layer=start_layer, packed=self.packed, **options)
+        )
 
 
 @dataclass(frozen=True)
@@ -138,12 +151,13 @@ def both_sides(
     base_tokens, source_tokens = (t[:, : request.n_read] for t in tokens)
     everyone = torch.arange(len(pairs), device=base_tokens.device)
     layers = range(model.cfg.n_layers)
-    start = min(int(pairs.first_difference.min()), *request.reads) if cut and packed_weights(model) else 0
+    fast = packed_weights(model) is not None
+    start = min(int(pairs.first_difference.min()), *request.reads) if cut and fast else 0
     source: Activations = {}
     nodes: Activations = {}
     resid: dict[int, Tensor] = {}
-    keys: dict[int, Tensor] = {}
-    values: dict[int, Tensor] = {}
+    keys: Activations = {}
+    past = Past(start, {})
 
     def keep(x: Tensor, i: int) -> None:
         source[i] = x
@@ -152,28 +166,33 @@ def both_sides(
         nodes[i] = x if x.requires_grad or not graph else x.detach().requires_grad_()
         return nodes[i]
 
-    window = Window(model, request, 0, None, packed)
-    hooks = site_hooks(request, keep)
-    _note(hooks, "blocks.0.hook_resid_pre", resid, -1)
-    for i in layers if start else ():
-        _note(hooks, f"blocks.{i}.attn.hook_k", keys, i)
-        _note(hooks, f"blocks.{i}.attn.hook_v", values, i)
-    with torch.no_grad():
-        final = window.run(source_tokens, hooks=hooks)
-        at_source = read_metric(model, request, pairs, final, everyone, norm=norm)
-    if start:
-        past = [(keys[i][:, :start], values[i][:, :start]) for i in layers]
-        window = Window(model, request, start, past, packed)
-        source = {
-            i: x[:, :, start:] if request.site == "pattern" else x[:, start:] for i, x in source.items()
-        }
-        resid[-1], base_tokens = resid[-1][:, start:], base_tokens[:, start:]
-    hooks = site_hooks(request, watch)
+    of_source = Window(model, request, 0, None, packed)
+    window = Window(model, request, start, past if start else None, packed)
+    hooks_of_source, hooks = site_hooks(request, keep), site_hooks(request, watch)
+    _note(hooks_of_source, "blocks.0.hook_resid_pre", partial(resid.__setitem__, -1))
     for i in layers:
-        _note(hooks, f"blocks.{i}.hook_resid_pre", resid, i)
+        if start:
+            _note(hooks_of_source, f"blocks.{i}.attn.hook_k", partial(keys.__setitem__, i))
+            _note(hooks_of_source, f"blocks.{i}.attn.hook_v", partial(_keep_past, past, keys, i))
+        _note(hooks, f"blocks.{i}.hook_resid_pre", partial(resid.__setitem__, i))
+    base_tokens = base_tokens[:, start:]
+    if graph and fast:
+        final, final_of_source = run_both(
+            model, {"tokens": base_tokens} | window.options(hooks),
+            {"tokens": source_tokens} | of_source.options(hooks_of_source), packed=packed,
+        )  # fmt: skip
+        final, final_of_source = window.at_reads(final), of_source.at_reads(final_of_source)
+    else:
+        with torch.no_grad():
+            final_of_source = of_source.run(source_tokens, hooks=hooks_of_source)
+        with torch.set_grad_enabled(graph):
+            final = window.run(base_tokens, hooks=hooks)
+    with torch.no_grad():
+        at_source = read_metric(model, request, pairs, final_of_source, everyone, norm=norm)
     with torch.set_grad_enabled(graph):
-        final = window.run(base_tokens, hooks=hooks)
         value = read_metric(model, request, pairs, final, everyone, norm=norm)
+    source = {i: x[:, :, start:] if request.site == "pattern" else x[:, start:] for i, x in source.items()}
+    resid[-1] = resid[-1][:, start:]
     base = {i: x.detach() for i, x in nodes.items()}
     positions = torch.arange(start, request.n_read, device=final.device)
     after = positions >= pairs.first_difference[:, None]
@@ -185,16 +204,21 @@ def both_sides(
     )
 
 
-def _note(hooks: dict[str, Callable], name: str, into: Activations, key: int) -> None:
-    """A hook more, that notes an activation, after the one that is there if there is one."""
+def _note(hooks: dict[str, Callable], name: str, note: Callable[[Tensor], None]) -> None:
+    """A hook more, which is told the activation, after the one that is there if there is one."""
     own = hooks.get(name)
 
-    def note(x: Tensor) -> Tensor | None:
+    def hook(x: Tensor) -> Tensor | None:
         new = None if own is None else own(x)
-        into[key] = (x if new is None else new).detach()
+        note((x if new is None else new).detach())
         return new
 
-    hooks[name] = note
+    hooks[name] = hook
+
+
+def _keep_past(past: Past, keys: Activations, layer: int, values: Tensor) -> None:
+    """Called with a layer's values, when its keys are there."""
+    past.kept[layer] = keys[layer][:, : past.length], values[:, : past.length]
 
 
 def _over_positions(mask: Tensor, request: Request, like: Tensor) -> Tensor:
