@@ -153,7 +153,7 @@ class Analysis:
             "claims": [asdict(claim) for claim in output.claims],
         }
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        cli._replace(args.out / f"{self.name}.json", lambda path: path.write_text(text))
+        cli.replace_file(args.out / f"{self.name}.json", lambda path: path.write_text(text))
 
     def settings(self, args: argparse.Namespace) -> dict:
         """The arguments that decide what is written."""
@@ -299,5 +299,5 @@ def picture(figure, path: Path) -> bool:
             return False
         if not shot.is_file():
             return False
-        cli._replace(path, lambda beside: shutil.copyfile(shot, beside))
+        cli.replace_file(path, lambda beside: shutil.copyfile(shot, beside))
     return True

@@ -123,15 +123,16 @@ def save(out: Path, stem: str, table=None, figure=None) -> None:
     """Write out/stem.csv and out/stem.html: beside, then renamed, so that neither is ever half-written."""
     out.mkdir(parents=True, exist_ok=True)
     if table is not None:
-        _replace(out / f"{stem}.csv", lambda path: table.to_csv(path, index=False))
+        replace_file(out / f"{stem}.csv", lambda path: table.to_csv(path, index=False))
     if figure is not None:
         # The plotting library is linked, not embedded: 4 MB less per file.
-        _replace(out / f"{stem}.html", lambda path: figure.write_html(path, include_plotlyjs="cdn"))
+        replace_file(out / f"{stem}.html", lambda path: figure.write_html(path, include_plotlyjs="cdn"))
     files = [f"{stem}.csv"] * (table is not None) + [f"{stem}.html"] * (figure is not None)
     print(f"wrote {' and '.join(str(out / f) for f in files)}")
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside the path, then rename: what was there stays whole until the new file is."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(beside)

@@ -20,6 +20,12 @@ def read_documents(path: str | Path) -> list[str]:
 
     Raises:
         ValueError: the file is missing, is not UTF-8 text, or has no words in it.
+
+    Example:
+        >>> from lnfree_interp import cli, read_documents
+        >>> documents = read_documents(cli.VALIDATION_TEXT)
+        >>> len(documents) > 5, all(documents)
+        (True, True)
     """
     path = Path(path)
     try:
@@ -69,6 +75,12 @@ def token_blocks(
 
     Raises:
         ValueError: there are fewer tokens than one block.
+
+    Example:
+        >>> from lnfree_interp import load_model, token_blocks
+        >>> tokenizer = load_model("tiny").tokenizer
+        >>> token_blocks(tokenizer, ["It was the best of times,", "it was the worst of times."], block_size=5).shape
+        torch.Size([3, 5])
     """
     ids: list[int] = []
     for document in token_stream(tokenizer, documents):

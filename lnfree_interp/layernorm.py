@@ -41,6 +41,12 @@ def is_ln_free(config, state: Mapping[str, Tensor]) -> bool:
 
     Raises:
         ValueError: half-way: some LayerNorms neutral and some not, or epsilon and weights that disagree.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+        >>> is_ln_free(config, GPT2LMHeadModel(config).state_dict())
+        False
     """
     eps, scale = float(config.layer_norm_epsilon), float(config.layer_norm_epsilon) ** 0.5
     sites = [f"h.{layer}.ln_{i}" for layer in range(config.n_layer) for i in (1, 2)]
@@ -226,6 +232,12 @@ def make_removable(model: GPT2LMHeadModel, *, eot: int | None = None) -> GPT2LMH
 
     Raises:
         ValueError: the model has cross-attention, or is removable or LN-free already.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+        >>> sorted(kind for kind, _ in removal_sites(make_removable(GPT2LMHeadModel(config), eot=0)))
+        ['ln_2', 'ln_f', 'qk', 'v']
     """
     if removal_sites(model):
         raise ValueError("model is removable already")
@@ -347,6 +359,19 @@ def export_ln_free(model: GPT2LMHeadModel, config=None) -> GPT2LMHeadModel:
 
     Raises:
         ValueError: a site is not frozen, or a treatment is still on.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+        >>> model = make_removable(GPT2LMHeadModel(config), eot=0).train()
+        >>> _ = model(torch.randint(1, 50, (2, 8)))
+        >>> collect_std(model)
+        >>> update_averages(model)
+        >>> freeze(model, removal_sites(model))
+        >>> plain = export_ln_free(model)
+        >>> plain.config.layer_norm_epsilon, is_ln_free(plain.config, plain.state_dict())
+        (1000000000000.0, True)
     """
     sites = removal_sites(model)
     if not sites:

@@ -61,7 +61,13 @@ def _weighted(p: Tensor, x: Tensor) -> Tensor:
 def kl_divergence(
     logits: Float[Tensor, "*rows d_vocab"], other: Float[Tensor, "*rows d_vocab"]
 ) -> Float[Tensor, "*rows"]:
-    """KL(logits || other) of the predicted distributions (nats)."""
+    """KL(logits || other) of the predicted distributions (nats).
+
+    Example:
+        >>> import torch
+        >>> kl_divergence(torch.tensor([0.0, -1e9]), torch.tensor([0.0, 0.0])).exp()
+        tensor(2.)
+    """
     log_p, log_q = log_probs(logits), log_probs(other)
     return _weighted(log_p.exp(), log_p - log_q).sum(-1)
 
@@ -101,6 +107,13 @@ class Metric:
         positions: positions read, negative ones from the end; None: all.
         tokens: "answers": the pairs' (right, wrong); or Int[Tensor, "prompt k"]; or None: the whole vocabulary.
         context: tensors with one row per prompt that the function needs besides.
+
+    Example:
+        >>> from lnfree_interp import activation_patching, induction_pairs, load_model
+        >>> right = Metric("right_logit", lambda logits: logits[:, -1, 0])  # of the two answers' logits
+        >>> model = load_model("tiny-noLN")
+        >>> activation_patching(model, induction_pairs(model, 2, length=8), metric=right).values.shape
+        torch.Size([2, 4, 8])
     """
 
     name: str
@@ -154,12 +167,29 @@ logit_diff = Metric("logit_diff", _difference)
 
 
 def right_log_prob(pairs) -> Metric:
-    """The metric log p(right answer) at the last position (nats); reads the whole vocabulary there."""
+    """The metric log p(right answer) at the last position (nats); reads the whole vocabulary there.
+
+    Example:
+        >>> from lnfree_interp import activation_patching, induction_pairs, load_model
+        >>> model = load_model("tiny-noLN")
+        >>> pairs = induction_pairs(model, 2, length=8)
+        >>> activation_patching(model, pairs, metric=right_log_prob(pairs)).metric
+        'right_log_prob'
+    """
     return Metric("right_log_prob", _right_log_prob, tokens=None, context=(pairs.answers[:, 0],))
 
 
 def kl_from_clean(model, pairs) -> Metric:
-    """The metric KL(clean || patched) of the prediction at the last position (nats): 0 once all is restored."""
+    """The metric KL(clean || patched) of the prediction at the last position (nats): 0 once all is restored.
+
+    Example:
+        >>> from lnfree_interp import activation_patching, induction_pairs, load_model
+        >>> model = load_model("tiny-noLN")
+        >>> pairs = induction_pairs(model, 2, length=8)
+        >>> effect = activation_patching(model, pairs, metric=kl_from_clean(model, pairs))
+        >>> bool((effect.clean.abs() < 1e-5).all()), bool((effect.corrupted > 0).all())
+        (True, True)
+    """
     from .forward import run, unembed
 
     with torch.no_grad():

@@ -65,6 +65,10 @@ def available_models():
 
     Returns:
         DataFrame with columns name, kind (embedded, original, fine-tuned control, LN-free), source, revision.
+
+    Example:
+        >>> available_models().query("kind == 'LN-free'").name.tolist()[:3]
+        ['gpt2-noLN', 'gpt2-medium-noLN', 'gpt2-large-noLN']
     """
     import pandas as pd
 

@@ -149,6 +149,13 @@ def pairs_from_text(
     Raises:
         ValueError: no tokenizer, prompts that do not align or do not differ, longer than the model's context, an
             answer that is not one token (its tokens are shown).
+
+    Example:
+        >>> from lnfree_interp import load_model
+        >>> rows = [("the girl said that", "the man said that", " she", " he")]
+        >>> groups = pairs_from_text(load_model("tiny"), rows)
+        >>> {n: pairs.clean.shape for n, pairs in groups.items()}
+        {5: torch.Size([1, 5])}
     """
     encode, bos = _encoder(model), _bos(model) if prepend_bos else []
     groups: dict[int, list[tuple[list[int], list[int], list[int]]]] = {}
@@ -181,6 +188,17 @@ def groups_from_file(path: str | Path, model, *, prepend_bos: bool = True) -> di
     Raises:
         ValueError: a file that is missing, empty, of another kind or lacks a column; a pair that does not align,
             does not differ or has an answer of several tokens. The line is named.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from lnfree_interp import load_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "pairs.csv"
+        ...     _ = file.write_text("clean,corrupted,right,wrong\\nthe girl said that,the man said that, she, he\\n")
+        ...     groups = groups_from_file(file, load_model("tiny"))
+        >>> list(groups), groups[5].answers.shape
+        ([5], torch.Size([1, 2]))
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".csv"):

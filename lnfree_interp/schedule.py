@@ -49,6 +49,11 @@ class RemovalSchedule:
 
     Raises:
         ValueError: a value that makes no schedule.
+
+    Example:
+        >>> schedule = RemovalSchedule.preset("small")
+        >>> schedule.steps, [tuple(event) for event in schedule.events(n_layer=12)[:2]]
+        (300, [(20, 'ln_2', 0), (22, 'ln_2', 1)])
     """
 
     steps: int

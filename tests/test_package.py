@@ -1,5 +1,6 @@
 """The package's public names, and what importing them costs."""
 
+import inspect
 import subprocess
 import sys
 
@@ -35,3 +36,15 @@ def test_nothing_heavy_is_imported_before_it_is_needed(statement, unwanted):
     code = f"import sys; {statement}; print([m for m in {unwanted} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert out.stdout.strip() == "[]", out.stdout + out.stderr
+
+
+def test_every_public_function_has_a_runnable_example():
+    from lnfree_interp.figures import dla, evaluate, neurons, norms, patching
+
+    functions = [getattr(lnfree_interp, name) for name in lnfree_interp.__all__]
+    for module in (dla, evaluate, neurons, norms, patching):
+        own = [x for name, x in vars(module).items() if not name.startswith("_")]
+        functions += [x for x in own if getattr(x, "__module__", None) == module.__name__]
+    functions = [f for f in functions if inspect.isfunction(f)]
+    assert len(functions) > 30
+    assert [f.__qualname__ for f in functions if ">>> " not in (f.__doc__ or "")] == []

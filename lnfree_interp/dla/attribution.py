@@ -147,7 +147,15 @@ def logit_attributions(
     by: str = "component",
     exact: bool = True,
 ) -> tuple[LogitAttribution, LogitAttribution | None]:
-    """`direct_logit_attribution` and, if `exact`, `direct_effect`, from one forward pass."""
+    """`direct_logit_attribution` and, if `exact`, `direct_effect`, from one forward pass.
+
+    Example:
+        >>> from lnfree_interp import load_model, logit_attributions
+        >>> model = load_model("tiny-noLN")
+        >>> approximate, exact = logit_attributions(model, model.to_tokens("It was a dark and stormy night."))
+        >>> bool((approximate.values - exact.values).abs().max() < 1e-4)
+        True
+    """
     check_model(model, by)
     tokens = check_tokens(model, tokens)
     kept, targets, versus = align_targets(model, tokens, targets, versus, positions)

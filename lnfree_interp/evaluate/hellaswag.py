@@ -59,6 +59,17 @@ def hellaswag_items(
     Raises:
         ValueError: a file that cannot be read, a line that is no such item (it is named), a data set that is
             not reachable, no items.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> line = '{"ctx": "He opened the door", "endings": ["and went in.", "of the sea."], "label": 0}'
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder) / "items.jsonl"
+        ...     _ = file.write_text(line, encoding="utf-8")
+        ...     items = hellaswag_items(file)
+        >>> items[0]["endings"]
+        ['and went in.', 'of the sea.']
     """
     rows = _lines(Path(source)) if str(source).endswith(".jsonl") else _from_hub(str(source), split)
     items = list(islice(rows, limit))

@@ -23,6 +23,12 @@ def head_heatmaps(
         title: of the figure.
         unit: of the values, for the colour bar.
         columns: panels per row.
+
+    Example:
+        >>> import torch
+        >>> panels = {"direct effect": torch.randn(4, 4), "attribution": torch.randn(4, 4)}
+        >>> len(head_heatmaps(panels, title="Heads", unit="logits").data)
+        2
     """
     names = list(panels)
     n_rows = -(-len(names) // columns)
@@ -58,7 +64,15 @@ def head_heatmaps(
 
 
 def heads_of(values: Float[Tensor, "component ..."], labels: tuple[str, ...]) -> Float[Tensor, "layer head"]:
-    """The head components' mean over everything else, as [layer, head]."""
+    """The head components' mean over everything else, as [layer, head].
+
+    Example:
+        >>> from lnfree_interp import direct_effect, load_model
+        >>> model = load_model("tiny")
+        >>> effect = direct_effect(model, model.to_tokens("It was a dark and stormy night."), by="head")
+        >>> heads_of(effect.values, effect.labels).shape
+        torch.Size([4, 4])
+    """
     cells = {}
     for value, label in zip(values.flatten(1).double().mean(1), labels):
         layer, _, head = label.removeprefix("L").partition("H")

@@ -13,7 +13,15 @@ from .style import colour, line, styled
 
 
 def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
-    """Mean loss by position in the sequence, and quantiles of tokens' losses."""
+    """Mean loss by position in the sequence, and quantiles of tokens' losses.
+
+    Example:
+        >>> from lnfree_interp import evaluate_loss, load_model
+        >>> model = load_model("tiny")
+        >>> result = evaluate_loss(model, model.to_tokens("It was a dark and stormy night."))
+        >>> loss_figure({"tiny": result}).layout.title.text
+        'Loss'
+    """
     figure = make_subplots(cols=2, subplot_titles=("by position", "quantiles over tokens"))
     levels = np.concatenate([np.linspace(0, 0.99, 100), 1 - np.logspace(-2, -4, 21)[1:]])
     for i, (name, result) in enumerate(results.items()):
@@ -33,7 +41,15 @@ def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
 
 
 def reliability_figure(result: ModelComparison) -> go.Figure:
-    """Accuracy of the top token against its probability, and how many predictions each bin holds."""
+    """Accuracy of the top token against its probability, and how many predictions each bin holds.
+
+    Example:
+        >>> from lnfree_interp import compare_models, load_model
+        >>> models = {name: load_model(name) for name in ("tiny", "tiny-noLN")}
+        >>> result = compare_models(models, models["tiny"].to_tokens("It was a dark and stormy night."))
+        >>> reliability_figure(result).layout.title.text
+        'Reliability'
+    """
     figure = make_subplots(rows=2, shared_xaxes=True, row_heights=[0.75, 0.25], vertical_spacing=0.05)
     diagonal = {"dash": "dot", "color": "#999999"}
     figure.add_trace(

@@ -18,6 +18,13 @@ def effects_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
     """Box plots of |change of cross-entropy| and |change of entropy| over tokens, per neuron and model.
 
     Boxes are drawn from the quartiles and the 5% and 95% quantiles: the file does not grow with the tokens.
+
+    Example:
+        >>> from lnfree_interp import ablate_neurons, load_model
+        >>> model = load_model("tiny")
+        >>> result = ablate_neurons(model, model.to_tokens("It was a dark and stormy night."), neurons=[5, 8])
+        >>> len(effects_figure({"tiny": result}).data)  # a box trace for cross-entropy, one for entropy
+        2
     """
     figure = make_subplots(cols=2, subplot_titles=[f"|change of {word}|" for word in QUANTITIES.values()])
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
@@ -44,7 +51,15 @@ def _quantiles(row: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
 
 def cumulative_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
-    """Change of the mean cross-entropy and entropy, in percent, as neurons are ablated one after the other."""
+    """Change of the mean cross-entropy and entropy, in percent, as neurons are ablated one after the other.
+
+    Example:
+        >>> from lnfree_interp import ablate_cumulatively, load_model
+        >>> model = load_model("tiny")
+        >>> result = ablate_cumulatively(model, model.to_tokens("It was a dark and stormy night."), [5, 8])
+        >>> cumulative_figure({"tiny": result}).data[0].x
+        ('none', 'L3N5', '+L3N8')
+    """
     figure = make_subplots(cols=2, subplot_titles=list(QUANTITIES.values()))
     for i, (name, result) in enumerate(results.items()):
         for col, quantity in enumerate(QUANTITIES, 1):
@@ -60,7 +75,15 @@ def cumulative_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
 
 
 def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, object]) -> go.Figure:
-    """Mean |change of cross-entropy| of every neuron against its score, and the part through the scale."""
+    """Mean |change of cross-entropy| of every neuron against its score, and the part through the scale.
+
+    Example:
+        >>> from lnfree_interp import ablate_neurons, load_model, rank_confidence_neurons
+        >>> model = load_model("tiny")
+        >>> result = ablate_neurons(model, model.to_tokens("It was a dark and stormy night."))
+        >>> len(scan_figure({"tiny": result}, {"tiny": rank_confidence_neurons(model)}).data[0].x)
+        512
+    """
     figure = make_subplots(
         cols=2, subplot_titles=("total", "through the final norm's scale"), shared_yaxes=True
     )

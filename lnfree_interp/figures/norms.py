@@ -16,6 +16,14 @@ def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean
 
     The first model is dashed, the others solid. Results per position are drawn over positions instead, one line
     per model at the last point.
+
+    Example:
+        >>> from lnfree_interp import load_model, residual_norms
+        >>> models = {name: load_model(name) for name in ("tiny", "tiny-noLN")}
+        >>> tokens = models["tiny"].to_tokens("It was a dark and stormy night.")
+        >>> figure = norms_figure({name: residual_norms(model, tokens) for name, model in models.items()})
+        >>> figure.data[0].line.dash
+        'dash'
     """
     first = next(iter(results.values()))
     if first.groups[:2] == ("position 0", "position 1"):
@@ -59,7 +67,15 @@ def _over_positions(results: Mapping[str, ResidualNorms], statistic: str) -> go.
 
 
 def sinks_figure(results: Mapping[str, AttentionSinks]) -> go.Figure:
-    """Mean attention on position 0 of every head, layer by layer, with each model's sink rate in the legend."""
+    """Mean attention on position 0 of every head, layer by layer, with each model's sink rate in the legend.
+
+    Example:
+        >>> from lnfree_interp import attention_sinks, load_model
+        >>> model = load_model("tiny")
+        >>> sinks = attention_sinks(model, model.to_tokens("It was a dark and stormy night."))
+        >>> len(sinks_figure({"tiny": sinks}).data)
+        1
+    """
     figure = go.Figure()
     for i, (name, result) in enumerate(results.items()):
         layers = [label.split("H")[0] for label in result.labels]

@@ -32,6 +32,19 @@ def effect_heatmaps(
         axis: what the columns are: pos, head or neuron.
         unit: of the effects, for the colour bar.
         title: of the figure.
+
+    Example:
+        >>> from lnfree_interp import activation_patching, attribution_patching, induction_pairs, load_model
+        >>> model = load_model("tiny")
+        >>> pairs = induction_pairs(model, 2, length=8)
+        >>> panels = {
+        ...     ("activation", "tiny"): activation_patching(model, pairs).values.mean(0),
+        ...     ("gradient", "tiny"): attribution_patching(model, pairs).values.mean(0),
+        ... }
+        >>> labels = [str(i) for i in range(8)]
+        >>> figure = effect_heatmaps(panels, layers=range(4), labels=labels, axis="pos", unit="logits", title="")
+        >>> len(figure.data)
+        2
     """
     methods = list(dict.fromkeys(method for method, _ in panels))
     models = list(dict.fromkeys(model for _, model in panels))

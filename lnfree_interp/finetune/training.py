@@ -152,6 +152,24 @@ def remove_layernorm(
     Raises:
         ValueError: schedule, model, data and directory do not fit together.
         Diverged: the loss is not finite, or exploded.
+
+    Example:
+        >>> import tempfile
+        >>> from dataclasses import replace
+        >>> from lnfree_interp import RemovalSchedule, cli, read_documents, remove_layernorm, token_blocks
+        >>> from lnfree_interp.data import Blocks
+        >>> from lnfree_interp.finetune import load_trainable
+        >>> from lnfree_interp.layernorm import is_ln_free
+        >>> model, tokenizer = load_trainable("tiny")
+        >>> data = Blocks(token_blocks(tokenizer, read_documents(cli.VALIDATION_TEXT), 64))
+        >>> schedule = replace(RemovalSchedule.preset("tiny").scaled(20), tokens_per_step=128, block_size=64)
+        >>> quiet = {"logging_strategy": "no", "disable_tqdm": True}
+        >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +ELLIPSIS
+        ...     plain = remove_layernorm(model, tokenizer, data, schedule, folder, device="cpu", **quiet)
+        {'loss': ...
+        {'train_runtime': ...}
+        >>> is_ln_free(plain.config, plain.state_dict())
+        True
     """
     out, config, eot = Path(out), copy.deepcopy(model.config), tokenizer.eos_token_id
     n_blocks = len(dataset) if hasattr(dataset, "__len__") else None
