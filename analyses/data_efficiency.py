@@ -52,7 +52,8 @@ def tokens_needed(tokens, gaps, target: float = GAP) -> float:
 
 
 def claims(table: pd.DataFrame, needed: pd.DataFrame) -> list[Claim]:
-    """table: model, tokens, gap, sd; needed: model, parameters, tokens (to come within GAP of the control)."""
+    """table: model, tokens, gap, sd; needed: model, parameters, tokens (to come within GAP of the control), at_most
+    (whether the shortest runs came that near already)."""
     paper = published()
     slope = exponent(paper.parameters, paper.tokens)
     reached = needed.dropna()
@@ -87,7 +88,8 @@ def claims(table: pd.DataFrame, needed: pd.DataFrame) -> list[Claim]:
             predicted = paper.tokens[0] * (row.parameters / paper.parameters[0]) ** slope
             ours = (
                 f"{row.model} ({row.parameters / 1e6:.1f}M parameters) comes within {GAP} nats of the control after "
-                f"{row.tokens / 1e6:.2g}M tokens, {row.tokens / row.parameters:.2f} per parameter; the papers' line, "
+                f"{'at most ' if row.at_most else ''}{row.tokens / 1e6:.2g}M tokens, "
+                f"{row.tokens / row.parameters:.2f} per parameter; the papers' line, "
                 f"drawn on to its size, says {predicted / 1e6:.0f}M"
             )
         else:
@@ -126,11 +128,14 @@ def figure(table: pd.DataFrame, needed: pd.DataFrame) -> go.Figure:
             row=1,
             col=1,
         )
-    fig.add_hline(
-        y=GAP,
-        line={"dash": "dot", "color": "#999999"},
-        annotation_text=f"{GAP} nats",
-        annotation_position="bottom right",
+    fig.add_hline(y=GAP, line={"dash": "dot", "color": "#999999"}, row=1, col=1)
+    fig.add_annotation(
+        x=1,
+        xref="x domain",
+        y=np.log10(GAP),
+        yanchor="top",
+        text=f"{GAP} nats",
+        showarrow=False,
         row=1,
         col=1,
     )
@@ -152,7 +157,7 @@ def figure(table: pd.DataFrame, needed: pd.DataFrame) -> go.Figure:
         y=paper.tokens,
         text=paper.model,
         mode="markers+text",
-        textposition="top left",
+        textposition=["bottom right", "top left", "bottom right", "top left"],
         marker={"color": "#555555", "size": 9, "symbol": "diamond"},
         name="published (P2)",
         row=1,
@@ -163,7 +168,7 @@ def figure(table: pd.DataFrame, needed: pd.DataFrame) -> go.Figure:
             fig.add_scatter(
                 x=[row.parameters],
                 y=[row.tokens],
-                text=[f"{row.model}, to {GAP} nats"],
+                text=[f"{row.model}, {'at most, ' if row.at_most else ''}to {GAP} nats"],
                 mode="markers+text",
                 textposition="middle right",
                 marker={"color": colour(i + 2), "size": 10},
@@ -171,10 +176,14 @@ def figure(table: pd.DataFrame, needed: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=2,
             )
-    fig.update_xaxes(title_text="fine-tuning tokens", type="log", row=1, col=1)
-    fig.update_yaxes(title_text="LN-free minus control (nats per token)", type="log", row=1, col=1)
-    fig.update_xaxes(title_text="parameters", type="log", row=1, col=2)
-    fig.update_yaxes(title_text="fine-tuning tokens", type="log", row=1, col=2)
+    fig.update_xaxes(title_text="fine-tuning tokens", type="log", dtick="D2", row=1, col=1)
+    fig.update_yaxes(
+        title_text="LN-free minus control (nats per token)", type="log", dtick="D2", row=1, col=1
+    )
+    fig.update_xaxes(
+        title_text="parameters", type="log", dtick=1, range=[np.log10(ends[0]) - 0.3, 10], row=1, col=2
+    )
+    fig.update_yaxes(title_text="fine-tuning tokens", type="log", dtick=1, row=1, col=2)
     fig.update_layout(legend={"orientation": "h", "y": -0.2, "x": 0})
     return styled(fig, title="Data needed to remove LayerNorm", height=460)
 
@@ -229,11 +238,13 @@ def run(args) -> common.Output:
     for name in args.model:
         part = table[table.model == cli.display_name(name)]
         parameters = load_trainable(name)[0].num_parameters()
+        tokens = tokens_needed(part.tokens, part.gap)
         needed.append(
             {
                 "model": cli.display_name(name),
                 "parameters": parameters,
-                "tokens": tokens_needed(part.tokens, part.gap),
+                "tokens": tokens,
+                "at_most": tokens == part.tokens.min(),  # near enough in the shortest runs already
             }
         )
     needed = pd.DataFrame(needed)

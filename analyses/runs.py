@@ -223,13 +223,13 @@ class History(StatusLine):
                 self.ce.append(log["ce"])
 
 
-def spike(finished: Finished, *, width: int = 5) -> float:
-    """The largest training loss from the first removal on, over the mean of the steps just before it (nats)."""
-    if not finished.events:
-        return 0.0
-    first = finished.events[0][0]
-    before = [c for s, c in zip(finished.steps, finished.ce) if first - width < s <= first] or [
-        finished.ce[0]
-    ]
-    after = [c for s, c in zip(finished.steps, finished.ce) if s > first]
-    return max(after) - sum(before) / len(before)
+def largest_rise(finished: Finished, control: Finished) -> float:
+    """The most that the training loss lies above the control's from the first removal on (nats).
+
+    Both read the same tokens in the same step, so that a hard batch is no rise.
+    """
+    first = finished.events[0][0] if finished.events else 0
+    usual = dict(zip(control.steps, control.ce))
+    return max(
+        (c - usual[s] for s, c in zip(finished.steps, finished.ce) if s > first and s in usual), default=0.0
+    )

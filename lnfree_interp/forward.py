@@ -393,7 +393,7 @@ def _finish(steps: Generator[Product, Tensor, Tensor]) -> Tensor:
 
 def run_both(
     model, graph: Mapping[str, Any], plain: Mapping[str, Any], *, packed: PackedWeights | None = None
-) -> tuple[Float[Tensor, "batch kept_pos d_model"], Float[Tensor, "batch other_kept_pos d_model"]]:
+) -> tuple[Float[Tensor, "batch kept_pos d_model"], Float[Tensor, "other_batch other_kept_pos d_model"]]:
     """Two passes in step, the first with a graph for gradients and the second without, each weight read once for both.
 
     In every layer the second goes first, so its keys and values can be the first's `past`. The gradients of both

@@ -328,8 +328,9 @@ def induction_pairs(model, n: int, *, length: int = 16, seed: int = 0) -> Prompt
     """Random tokens repeated up to the one before the last: the model must copy what came next the first time.
 
     The pairs differ in that token's first occurrence alone; what stands there is the answer, right in the clean
-    and wrong in the corrupted prompt. Needs no tokenizer: tokens are drawn from the whole vocabulary but the
-    special ones, all different within a prompt. A BOS token comes first where the tokenizer has one.
+    and wrong in the corrupted prompt. Tokens are all different within a prompt, and drawn from the whole
+    vocabulary; where there is a tokenizer, without special tokens and parts of characters, and with a BOS token
+    first if it has one.
 
     Args:
         length: positions per prompt, BOS included; at least 4.
@@ -352,17 +353,25 @@ def induction_pairs(model, n: int, *, length: int = 16, seed: int = 0) -> Prompt
         bos, special = _bos(model), set(model.tokenizer.all_special_ids)
     period = (length - len(bos)) // 2 + 1
     allowed = [i for i in range(model.cfg.d_vocab) if i not in special]
-    if len(allowed) < period + 1:
-        raise ValueError(
-            f"length {length} needs {period + 1} different tokens, the vocabulary has {len(allowed)}"
-        )
     # The first period is repeated up to the token before the one asked for, which stands at offset `asked`.
     asked = length - len(bos) - period
     draw, clean, corrupted, answers = random.Random(seed), [], [], []
     for _ in range(n):
-        *first, other = draw.sample(allowed, period + 1)
+        *first, other = _whole_tokens(model, allowed, period + 1, draw, length)
         changed = [*first[:asked], other, *first[asked + 1 :]]
         clean.append(bos + first + first[:asked])
         corrupted.append(bos + changed + changed[:asked])
         answers.append([first[asked], other])
     return PromptPairs(torch.tensor(clean), torch.tensor(corrupted), torch.tensor(answers))
+
+
+def _whole_tokens(model, allowed: list[int], n: int, draw: random.Random, length: int) -> list[int]:
+    """n different tokens that are text by themselves."""
+    found: list[int] = []
+    for size in (4 * n, len(allowed)):  # nearly always, a few are enough to look at
+        found = draw.sample(allowed, min(size, len(allowed)))
+        if model.tokenizer is not None:
+            found = [i for i in found if "\ufffd" not in model.tokenizer.decode([i])]
+        if len(found) >= n:
+            return found[:n]
+    raise ValueError(f"length {length} needs {n} different tokens, the vocabulary has {len(found)}")

@@ -1,5 +1,7 @@
 """The packed forward is TransformerLens' forward: same activations, same effect of hooks, at any positions."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import NORMALIZATIONS, make_model, random_tokens
@@ -137,3 +139,63 @@ def test_other_blocks_go_through_transformer_lens(fields):
 def test_an_unknown_hook_is_an_error(any_model):
     with pytest.raises(ValueError, match=r"no hook 'blocks\.9\.hook_z'"):
         forward.run(any_model, random_tokens(any_model), hooks={"blocks.9.hook_z": lambda x: x})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Two passes in step
+
+
+@pytest.mark.parametrize("kind", [None, "LN", "LNPre", "RMS"])
+@pytest.mark.parametrize("positions", [None, [-1, 1]])
+def test_a_pass_that_follows_kept_keys_and_values_is_the_end_of_the_whole(kind, positions, random_model):
+    model = random_model(kind)
+    tokens = random_tokens(model, batch=3, pos=7)
+    kept = {"k": {}, "v": {}}
+    hooks = {
+        f"blocks.{i}.attn.hook_{name}": partial(lambda into, i, x: into.__setitem__(i, x[:, :3]), into, i)
+        for name, into in kept.items()
+        for i in range(model.cfg.n_layers)
+    }
+    whole = forward.run(model, tokens, hooks=hooks)
+    past = forward.Past(3, {i: (kept["k"][i], kept["v"][i]) for i in kept["k"]})
+    end = forward.run(model, tokens[:, 3:], past=past, positions=positions)
+    torch.testing.assert_close(end, whole[:, 3:] if positions is None else whole[:, 3:][:, positions])
+
+
+@pytest.mark.parametrize("kind", [None, "LNPre"])
+def test_two_passes_in_step_are_the_two_passes(kind, random_model):
+    model = random_model(kind)
+    first, second = random_tokens(model, batch=3, pos=5), random_tokens(model, batch=2, pos=7, seed=1)
+    nodes = {}
+
+    def watch(where, x):
+        nodes[where] = x.detach().requires_grad_()
+        return nodes[where]
+
+    def gradient(where, run):
+        final = run({"blocks.0.hook_resid_mid": partial(watch, where)})
+        return final, torch.autograd.grad(final.square().sum(), nodes[where])[0]
+
+    options = {"tokens": second, "positions": [-1]}
+    plain = []
+
+    def in_step(hooks):
+        final, other = forward.run_both(model, {"tokens": first, "hooks": hooks}, options)
+        plain.append(other)
+        return final
+
+    expected, expected_gradient = gradient("alone", lambda hooks: forward.run(model, first, hooks=hooks))
+    final, found_gradient = gradient("in step", in_step)
+    torch.testing.assert_close(final, expected)
+    torch.testing.assert_close(found_gradient, expected_gradient)
+    torch.testing.assert_close(plain[0], forward.run(model, **options))
+    assert final.requires_grad and not plain[0].requires_grad
+
+
+def test_what_the_packed_forward_does_not_serve_is_said(random_model):
+    model = random_model(None, positional_embedding_type="rotary", rotary_dim=4)
+    tokens = random_tokens(model)
+    with pytest.raises(ValueError, match="past keys and values need a model"):
+        forward.run(model, tokens, past=forward.Past(1, {}))
+    with pytest.raises(ValueError, match="two passes in step need a model"):
+        forward.run_both(model, {"tokens": tokens}, {"tokens": tokens})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 import plotly.graph_objects as go
@@ -13,7 +14,7 @@ from .style import colour, line, styled
 
 
 def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
-    """Mean loss by position in the sequence, and quantiles of tokens' losses.
+    """Mean loss by position in the sequence (in bins that widen with it), and quantiles of tokens' losses.
 
     Example:
         >>> from lnfree_interp import evaluate_loss, load_model
@@ -25,16 +26,23 @@ def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
     figure = make_subplots(cols=2, subplot_titles=("by position", "quantiles over tokens"))
     levels = np.concatenate([np.linspace(0, 0.99, 100), 1 - np.logspace(-2, -4, 21)[1:]])
     for i, (name, result) in enumerate(results.items()):
-        by_position = result.losses.double().mean(0)
+        by_position = result.losses.double().mean(0).numpy()
+        edges = np.unique(np.geomspace(1, len(by_position) + 1, 25).round().astype(int)) - 1
+        bins = [slice(a, b) for a, b in pairwise(edges)]
         quantiles = np.quantile(result.losses.flatten().numpy(), levels)
         common = {"name": name, "legendgroup": name, "line": line(i), "mode": "lines"}
-        figure.add_trace(go.Scatter(y=by_position.tolist(), **common), row=1, col=1)
+        trace = go.Scatter(
+            x=[(part.start + part.stop + 1) / 2 for part in bins], y=[by_position[part].mean() for part in bins],
+            customdata=[f"{p.start + 1} to {p.stop}" for p in bins],
+            hovertemplate="position %{customdata}: %{y:.3f} nats", **common,
+        )  # fmt: skip
+        figure.add_trace(trace, row=1, col=1)
         hover = "%{customdata:.2%} of tokens lose less than %{y:.3f}"
         trace = go.Scatter(
             x=levels, y=quantiles, customdata=levels, hovertemplate=hover, showlegend=False, **common
         )
         figure.add_trace(trace, row=1, col=2)
-    figure.update_xaxes(title_text="position", type="log", row=1, col=1)
+    figure.update_xaxes(title_text="position (the first is 1)", type="log", dtick="D2", row=1, col=1)
     figure.update_xaxes(title_text="share of tokens", row=1, col=2)
     figure.update_yaxes(title_text="loss (nats per token)", row=1, col=1)
     return styled(figure, title="Loss")

@@ -97,7 +97,7 @@ def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, ob
                 hovertemplate="%{text}: %{y:.3g} nats, score %{x:.3g}",
             )  # fmt: skip
             figure.add_trace(trace, row=1, col=col)
-    figure.update_xaxes(type="log", title_text="|w_out| / LogitVar")
-    figure.update_yaxes(type="log")
+    figure.update_xaxes(type="log", dtick="D2", title_text="|w_out| / LogitVar")
+    figure.update_yaxes(type="log", dtick="D2")
     figure.update_yaxes(title_text="mean |change of cross-entropy| (nats)", row=1, col=1)
     return styled(figure, title="Every neuron of the layer, ablated alone")

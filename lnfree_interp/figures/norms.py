@@ -47,9 +47,11 @@ def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean
                     ),
                     row=row, col=col,
                 )  # fmt: skip
-    figure.update_yaxes(type="log", col=1)
+    figure.update_yaxes(type="log", dtick="D2", col=1)
     figure.update_xaxes(tickangle=-60)
-    figure.update_layout(legend={"orientation": "h", "y": 1.1, "x": 0})
+    figure.update_layout(
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.05, "yanchor": "bottom"}
+    )
     return styled(
         figure, title=f"Residual stream ({statistic} over sequences)", height=160 + 230 * len(groups)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from .style import DIVERGING, styled
+from .style import DIVERGING, WIDTH, styled
 
 
 def effect_heatmaps(
@@ -56,6 +57,9 @@ def effect_heatmaps(
     # Space for titles and for tokens that stand on end, in pixels of the whole.
     each = max(130, 16 * len(layers))
     height = 150 + len(methods) * (each + 60)
+    width = max(WIDTH, 150 + 250 * len(models))
+    step = max(1, math.ceil(13 * len(labels) * len(models) / (width - 150)))
+    ticks = list(range(0, len(labels), step))
     figure = make_subplots(
         rows=len(methods), cols=len(models), shared_xaxes=True, shared_yaxes=True,
         subplot_titles=[f"{model}: {method}" for method in methods for model in models],
@@ -69,8 +73,6 @@ def effect_heatmaps(
             hovertemplate=f"layer %{{y}}, {axis} %{{customdata}}: %{{z:.4f}} {unit}<extra>{model}: {method}</extra>",
         )  # fmt: skip
         figure.add_trace(heatmap, row=row, col=col)
-        step = max(1, -(-len(labels) // 40))
-        ticks = list(range(0, len(labels), step))
         figure.update_xaxes(
             row=row, col=col, tickmode="array", tickvals=ticks, ticktext=[labels[i] for i in ticks],
             tickangle=-90 if axis == "pos" else 0, title_text=axis if row == len(methods) else None,
@@ -82,5 +84,5 @@ def effect_heatmaps(
     scale = {"colorscale": DIVERGING, "cmid": 0, "cmin": -most, "cmax": most, "colorbar": bar}
     figure.update_layout(coloraxis=scale)
     figure.update_annotations(font_size=12)
-    figure = styled(figure, title=title, height=height, width=max(900, 150 + 330 * len(models)))
+    figure = styled(figure, title=title, height=height, width=width)
     return figure.update_layout(margin={"b": 110, "t": 80, "l": 70, "r": 30})
