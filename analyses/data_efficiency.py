@@ -176,7 +176,7 @@ def figure(table: pd.DataFrame, needed: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=2,
             )
-    fig.update_xaxes(title_text="fine-tuning tokens", type="log", dtick="D2", row=1, col=1)
+    fig.update_xaxes(title_text="fine-tuning tokens", type="log", row=1, col=1)
     fig.update_yaxes(
         title_text="LN-free minus control (nats per token)", type="log", dtick="D2", row=1, col=1
     )
