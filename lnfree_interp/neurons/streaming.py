@@ -81,15 +81,12 @@ def _stream(unembedding, rows, neurons, change, wanted, with_maximum, grown, ent
             total[1] += weight.mul_(z).sum(-1)
         if progress is not None:
             progress((done + 1) / len(chunks))
-    where = (
-        torch.zeros_like(wanted_of_active, dtype=w.dtype),
-        torch.zeros_like(wanted_of_active, dtype=w.dtype),
-    )
+    found = torch.zeros(2, *wanted_of_active.shape, dtype=w.dtype, device=w.device)
     for (pairs, *_), total, top in zip(tiles, sums, tops):
         log = top + total[0].log()
-        where[0][pairs], where[1][pairs] = log, log - total[1] / total[0]
-    for table, found in zip((grown, entropy), where):
-        table[:, active] = torch.where(wanted_of_active, found, table[:, active])
+        found[0][pairs], found[1][pairs] = log, log - total[1] / total[0]
+    for table, new in zip((grown, entropy), found):
+        table[:, active] = torch.where(wanted_of_active, new, table[:, active])
 
 
 def _changed(z, spare, base, m, v, row, neuron, part: Change) -> None:
