@@ -52,9 +52,10 @@ def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean
     figure.update_layout(
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.05, "yanchor": "bottom"}
     )
-    return styled(
-        figure, title=f"Residual stream ({statistic} over sequences)", height=160 + 230 * len(groups)
+    figure = styled(
+        figure, title=f"Residual stream ({statistic} over sequences)", height=190 + 230 * len(groups)
     )
+    return figure.update_layout(margin={"t": 100})
 
 
 def _over_positions(results: Mapping[str, ResidualNorms], statistic: str) -> go.Figure:
