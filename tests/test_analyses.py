@@ -24,6 +24,8 @@ import runs
 import training_curve
 from common import Claim, Family
 
+from lnfree_interp import RemovalSchedule
+
 FAMILY = Family("o", "c", "f")
 
 
@@ -210,6 +212,17 @@ def test_tokens_needed_interpolates():
     assert np.isnan(data_efficiency.tokens_needed(tokens, [0.3, 0.25, 0.2], target=0.1))
 
 
+def test_a_rise_is_over_the_control_in_the_same_step():
+    run = runs.Run("tiny", "a", RemovalSchedule.preset("tiny"), 0)
+
+    def finished(ce, events=()):
+        return runs.Finished(run, (1, 2, 3, 4), ce, events, 3.0)
+
+    control = finished((9.0, 3.0, 5.0, 3.0))
+    assert runs.largest_rise(finished((9.9, 3.1, 5.2, 3.1), ((1, "ln_2", 0),)), control) == pytest.approx(0.2)
+    assert runs.largest_rise(control, control) == 0.0
+
+
 def test_published_exponent_is_sublinear():
     paper = data_efficiency.published()
     assert paper.tokens.iloc[-1] / paper.tokens.iloc[0] == pytest.approx(
@@ -222,14 +235,20 @@ def test_data_claims():
     def of(name, gaps):
         return pd.DataFrame({"model": name, "tokens": [1e5, 1e6], "gap": gaps, "sd": 0.01})
 
-    one = pd.DataFrame({"model": ["a"], "parameters": [1e6], "tokens": [5e5]})
+    one = pd.DataFrame({"model": ["a"], "parameters": [1e6], "tokens": [5e5], "at_most": [False]})
+    ours = [
+        data_efficiency.claims(of("a", [0.3, 0.05]), one.assign(at_most=a))[-1].ours for a in (False, True)
+    ]
+    assert "after 0.5M" in ours[0] and "after at most 0.5M" in ours[1]
     assert [c.agrees for c in data_efficiency.claims(of("a", [0.3, 0.05]), one)] == ["yes", "not tested"]
     assert [c.agrees for c in data_efficiency.claims(of("a", [0.3, 0.4]), one.assign(tokens=np.nan))] == [
         "no",
         "not tested",
     ]
     both = pd.concat([of("a", [0.3, 0.05]), of("b", [0.3, 0.05])])
-    two = pd.DataFrame({"model": ["a", "b"], "parameters": [1e6, 1e7], "tokens": [5e5, 1e6]})
+    two = pd.DataFrame(
+        {"model": ["a", "b"], "parameters": [1e6, 1e7], "tokens": [5e5, 1e6], "at_most": False}
+    )
     assert data_efficiency.claims(both, two)[-1].agrees == "yes"
     assert data_efficiency.claims(both, two.assign(tokens=[1e5, 1e7]))[-1].agrees == "no"
 
