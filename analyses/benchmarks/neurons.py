@@ -87,6 +87,7 @@ def straightforward(model, tokens, neurons):
 
 def rows_of(args, kind: str | None):
     """One row per way: seconds per million (neuron, token) pairs, pairs per second, ratio to the first."""
+    torch.manual_seed(0)
     model = benchmark_model(args.shape, kind, args.device)
     n_positions = 17 if args.quick else 257
     tokens = torch.randint(model.cfg.d_vocab, (4, n_positions), device=args.device)
