@@ -298,7 +298,8 @@ class _Sample:
         self.n, self.total, self.squares = (torch.zeros(columns, dtype=torch.float64) for _ in range(3))
         self.origin = None
         self.most = max(100, KEPT_NUMBERS // columns)
-        self.rows: list[Tensor] = []
+        # One tensor that grows by doubling: many small ones would lie scattered between the passes' large ones.
+        self.rows = torch.empty(0, columns, dtype=torch.float64)
         self.seen = 0
         self.generator = torch.Generator().manual_seed(0)
 
@@ -311,10 +312,14 @@ class _Sample:
         self.total += offset.sum(0)
         self.squares += offset.square().sum(0)
         for row in rows.unbind():
-            if self.seen < self.most:
-                self.rows.append(row.clone())
-            elif (place := int(torch.randint(self.seen + 1, (), generator=self.generator))) < self.most:
-                self.rows[place] = row.clone()
+            place = self.seen
+            if place >= self.most:
+                place = int(torch.randint(self.seen + 1, (), generator=self.generator))
+            elif place == len(self.rows):
+                more = min(max(64, place), self.most - place)
+                self.rows = torch.cat([self.rows, self.rows.new_empty(more, self.rows.shape[1])])
+            if place < self.most:
+                self.rows[place] = row
             self.seen += 1
 
     def statistics(self) -> Float[Tensor, "column statistic"]:
@@ -322,7 +327,8 @@ class _Sample:
         variance = (self.squares / self.n - offset.square()).clamp_min(0)
         levels = torch.tensor([0.5, 0.025, 0.975], dtype=torch.float64)
         # A few columns at a time: quantile sorts a copy, and takes no more than 2^24 numbers.
-        columns = torch.stack(self.rows).split(max(1, 2**22 // len(self.rows)), dim=1)
+        kept = self.rows[: min(self.seen, self.most)]
+        columns = kept.split(max(1, 2**22 // len(kept)), dim=1)
         quantiles = torch.cat([part.nanquantile(levels, dim=0) for part in columns], dim=1)
         stderr = (variance / (self.n - 1)).sqrt()
         return torch.stack([self.origin + offset, stderr, *quantiles], -1)
