@@ -7,7 +7,7 @@ the last layer can be computed at chosen positions only. Models whose blocks the
 no copies of weights per call. All others go through TransformerLens' own forward with the same hooks and give
 the same results.
 
-The pieces of the fast path (`layer_qkv`, `attend`, `layer_attn_out`, `layer_mlp`) work on any number of rows,
+The pieces of the fast path (`layer_qkv`, `attend`, `layer_attn_out`, `layer_mlp_post`, `layer_mlp_out`) work on any number of rows,
 so that callers who keep keys and values of earlier positions can run a layer on the rows that changed.
 """
 
@@ -230,6 +230,7 @@ def layer_qkv(
 
 
 def split_qkv(packed: PackedWeights, qkv: Float[Tensor, "*rows three_d"]) -> tuple[Tensor, Tensor, Tensor]:
+    """The product with W_QKV as q, k and v, each Float[Tensor, "*rows head d_head"]."""
     q, k, v = qkv.unflatten(-1, (3, packed.n_heads, -1)).unbind(-3)
     return q, k, v
 

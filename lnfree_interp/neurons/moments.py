@@ -31,8 +31,8 @@ Powers = tuple[int, ...]
 LEVELS: tuple[Powers, ...] = ((3, 1, 0, 0, 0), (5, 3, 1, 0, 0), (6, 4, 2, 1, 0))
 # One pair's sums over the vocabulary cost about as much as it does in this many matrix products.
 STREAM_COST = 150.0
-FLOOR = -70.0  # nats
-CHUNK = 2048
+# Log-probabilities below count for nothing (nats); entries of the vocabulary worked on at a time.
+FLOOR, CHUNK = -70.0, 2048
 Key = tuple[int, int, int]
 
 
