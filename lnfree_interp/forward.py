@@ -7,8 +7,8 @@ the last layer can be computed at chosen positions only. Models whose blocks the
 no copies of weights per call. All others go through TransformerLens' own forward with the same hooks and give
 the same results.
 
-The pieces of the fast path (`layer_qkv`, `attend`, `layer_attn_out`, `layer_mlp_post`, `layer_mlp_out`) work on any number of rows,
-so that callers who keep keys and values of earlier positions can run a layer on the rows that changed.
+The pieces of the fast path (`layer_qkv`, `attend`, `layer_attn_out`, `layer_mlp_post`, `layer_mlp_out`) work on any
+number of rows, so that callers who keep keys and values of earlier positions can run a layer on the rows that changed.
 """
 
 from __future__ import annotations
