@@ -16,14 +16,7 @@ import torch
 from common import Claim, Family
 from plotly.subplots import make_subplots
 
-from lnfree_interp import (
-    PromptPairs,
-    activation_patching,
-    attribution_patching,
-    cli,
-    induction_pairs,
-    ioi_pairs,
-)
+from lnfree_interp import PromptPairs, activation_patching, attribution_patching, cli, induction_pairs, ioi_pairs
 from lnfree_interp.figures.style import colour, line, styled
 from lnfree_interp.pairs import pairs_from_text
 from lnfree_interp.patching import normalized, patching_error
@@ -37,9 +30,17 @@ METHODS = {
     "both (RelP)": {"method": "relp"},
 }
 NOUNS = (
-    ("man", "woman"), ("boy", "girl"), ("father", "mother"), ("brother", "sister"), ("son", "daughter"),
-    ("husband", "wife"), ("king", "queen"), ("uncle", "aunt"), ("gentleman", "lady"), ("prince", "princess"),
-)  # fmt: skip
+    ("man", "woman"),
+    ("boy", "girl"),
+    ("father", "mother"),
+    ("brother", "sister"),
+    ("son", "daughter"),
+    ("husband", "wife"),
+    ("king", "queen"),
+    ("uncle", "aunt"),
+    ("gentleman", "lady"),
+    ("prince", "princess"),
+)
 SAID = ("said", "thought", "knew", "felt", "believed", "saw", "declared", "found")
 DID = ("put on", "took off", "lifted up", "held out", "turned to", "spoke of", "looked at", "thought of")
 FEWEST = 12  # prompts a comparison is made with
@@ -48,9 +49,7 @@ LEAST = 0.5  # logits between clean and corrupted, in every model, of the prompt
 
 def pronoun_pairs(model, n: int, *, seed: int = 0):
     """Pairs such as "The man put on" -> " his", "The woman put on" -> " her": what small models know, too."""
-    endings = [(f"{word} that", (" he", " she")) for word in SAID] + [
-        (words, (" his", " her")) for words in DID
-    ]
+    endings = [(f"{word} that", (" he", " she")) for word in SAID] + [(words, (" his", " her")) for words in DID]
     rows = []
     for him, her in NOUNS:
         for words, (his, hers) in endings:
@@ -64,9 +63,7 @@ def pronoun_pairs(model, n: int, *, seed: int = 0):
             continue
         groups.setdefault(length, []).append(pair)
     most = max(groups.values(), key=len)[:n]
-    return PromptPairs(
-        *(torch.cat([getattr(p, name) for p in most]) for name in ("clean", "corrupted", "answers"))
-    )
+    return PromptPairs(*(torch.cat([getattr(p, name) for p in most]) for name in ("clean", "corrupted", "answers")))
 
 
 PAIRS = {"pronouns": pronoun_pairs, "induction": induction_pairs, "ioi": ioi_pairs}
@@ -74,9 +71,7 @@ PAIRS = {"pronouns": pronoun_pairs, "induction": induction_pairs, "ioi": ioi_pai
 
 def claims(family: Family, kind: str, table: pd.DataFrame, gain: pd.DataFrame) -> list[Claim]:
     error = table[(table.pairs == kind) & (table.measure == "total")].set_index(["model", "method"]).value
-    relative = (
-        table[(table.pairs == kind) & (table.measure == "relative")].set_index(["model", "method"]).value
-    )
+    relative = table[(table.pairs == kind) & (table.measure == "relative")].set_index(["model", "method"]).value
     row = gain.set_index(["pairs", "model"]).loc[kind, family.free]
     names = (family.original, family.control, family.free)
     return [
@@ -90,9 +85,7 @@ def claims(family: Family, kind: str, table: pd.DataFrame, gain: pd.DataFrame) -
             "yes" if abs(row["mean"]) <= row.sd or row.low <= 0 <= row.high else "no",
             ""
             if abs(row["mean"]) <= row.sd or row.low <= 0 <= row.high
-            else "Here LN-free is "
-            + ("more" if row["mean"] > 0 else "less")
-            + " accurate by more than its spread.",
+            else "Here LN-free is " + ("more" if row["mean"] > 0 else "less") + " accurate by more than its spread.",
         ),
         Claim(
             f"What RelP gains with LayerNorm: the norm's part or GELU's? (Not separated before; prompts: {kind}.)",
@@ -151,9 +144,7 @@ def figure(table: pd.DataFrame, names: list[str], site: str) -> go.Figure:
     kinds = list(table.pairs.unique())
     counts = table.groupby("pairs").prompts.first()
     titles = [
-        t
-        for k in kinds
-        for t in (f"{k} ({counts[k]} prompts): gradient, by layer", f"{k}: all layers, by method")
+        t for k in kinds for t in (f"{k} ({counts[k]} prompts): gradient, by layer", f"{k}: all layers, by method")
     ]
     fig = make_subplots(
         rows=len(kinds),
@@ -204,9 +195,7 @@ def figure(table: pd.DataFrame, names: list[str], site: str) -> go.Figure:
 
 def flags(parser) -> None:
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS), help="prompts (all kinds)")
-    parser.add_argument(
-        "--prompts", type=cli.positive_int, default=512, metavar="N", help="pairs of each kind (512)"
-    )
+    parser.add_argument("--prompts", type=cli.positive_int, default=512, metavar="N", help="pairs of each kind (512)")
     parser.add_argument("--site", default="resid_pre", help="where to patch (resid_pre)")
 
 

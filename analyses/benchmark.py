@@ -17,15 +17,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from benchmarks.common import SHAPES
 
-BENCHMARKS = sorted(
-    p.stem for p in (Path(__file__).parent / "benchmarks").glob("[a-z]*.py") if p.stem != "common"
-)
+BENCHMARKS = sorted(p.stem for p in (Path(__file__).parent / "benchmarks").glob("[a-z]*.py") if p.stem != "common")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=SHAPES, default="small")

@@ -59,13 +59,7 @@ def figure(result) -> go.Figure:
         shared_xaxes="columns",
     )
     fig.add_scatter(
-        x=[0, 1],
-        y=[0, 1],
-        mode="lines",
-        line={"dash": "dot", "color": "#999999"},
-        showlegend=False,
-        row=1,
-        col=1,
+        x=[0, 1], y=[0, 1], mode="lines", line={"dash": "dot", "color": "#999999"}, showlegend=False, row=1, col=1
     )
     n_bins = result.bin_count.shape[1]
     for i, name in enumerate(result.names):
@@ -120,9 +114,7 @@ def figure(result) -> go.Figure:
 
 
 def flags(parser) -> None:
-    parser.add_argument(
-        "--bins", type=cli.positive_int, default=15, help="bins of the calibration error (15)"
-    )
+    parser.add_argument("--bins", type=cli.positive_int, default=15, help="bins of the calibration error (15)")
 
 
 def run(args) -> common.Output:

@@ -139,9 +139,7 @@ class Analysis:
         if picture(output.figure, args.out / f"{self.name}.png"):
             print(f"wrote {args.out / self.name}.png")
         for claim in output.claims:
-            print(
-                f"\n{claim.statement}\n  paper: {claim.paper}\n  ours:  {claim.ours}\n  agrees: {claim.agrees}"
-            )
+            print(f"\n{claim.statement}\n  paper: {claim.paper}\n  ours:  {claim.ours}\n  agrees: {claim.agrees}")
             if claim.why:
                 print(f"  {claim.why}")
         record = {
@@ -194,11 +192,7 @@ def file_fingerprint(path: Path) -> str:
     if not path.is_file():
         return path.name
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            if sys.version_info >= (3, 11)
-            else _digest(file)
-        )
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16] if sys.version_info >= (3, 11) else _digest(file)
 
 
 def _digest(file) -> str:

@@ -22,17 +22,12 @@ def claims(family: Family, table: pd.DataFrame, top: list[int]) -> list[Claim]:
     names = tuple(dict.fromkeys((family.original, family.control, family.free)))
     first = {name: singles.loc[(name, top[0])] for name in names}
     medians = {name: row.loss_abs_median for name, row in first.items()}
-    through = {
-        name: row.loss_abs_through_scale / row.loss_abs if row.loss_abs else 0.0
-        for name, row in first.items()
-    }
+    through = {name: row.loss_abs_through_scale / row.loss_abs if row.loss_abs else 0.0 for name, row in first.items()}
     falls = medians[family.original] > medians[family.control] > medians[family.free]
     scan = table[(table.kind == "scan") & (table.model == family.original)]
     mostly = int((scan.loss_abs_through_scale > 0.5 * scan.loss_abs).sum())
     counted = (
-        f"; of all {len(scan)} neurons {mostly} act mostly through the scale in {family.original}"
-        if len(scan)
-        else ""
+        f"; of all {len(scan)} neurons {mostly} act mostly through the scale in {family.original}" if len(scan) else ""
     )
     gone = medians[family.free] < 0.1 * medians[family.original]
     works = through[family.original] > 0.5
@@ -57,9 +52,7 @@ def claims(family: Family, table: pd.DataFrame, top: list[int]) -> list[Claim]:
             "without LayerNorm (P2).",
             "medium, top 3: -3.3% original, -0.67% vanilla, 0 LN-free",
             ", ".join(f"{last[n]:+.2%} {n}" for n in names),
-            common.agreement(
-                last[family.original] < -0.005, abs(last[family.free]) < 0.2 * abs(last[family.original])
-            ),
+            common.agreement(last[family.original] < -0.005, abs(last[family.free]) < 0.2 * abs(last[family.original])),
         ),
     ]
 
@@ -72,9 +65,7 @@ def measure(name: str, model, tokens, top: list[int], scanned: int) -> pd.DataFr
     if scanned:
         bar = cli.progress(range(100), label=f"{name}, whole layer", unit="%")
         few = tokens[: max(1, scanned // tokens.shape[1])]
-        tables["scan"] = ablate_neurons(
-            model, few, progress=lambda share: bar.update(int(100 * share) - bar.n)
-        ).table()
+        tables["scan"] = ablate_neurons(model, few, progress=lambda share: bar.update(int(100 * share) - bar.n)).table()
         bar.close()
     table = pd.concat([t.assign(kind=kind) for kind, t in tables.items()], ignore_index=True)
     table["neuron"] = table.neuron.str.split("N").str[1].astype(int)
@@ -90,30 +81,16 @@ def figure(table: pd.DataFrame, names: list[str], top: list[int]) -> go.Figure:
         part = table[table.model == name]
         of = {kind: part[part.kind == kind] for kind in ("single", "cumulative", "scan")}
         hover = "neuron %{text}: %{y:.5f}<extra>" + name + "</extra>"
-        scan = {
-            "y": of["scan"].loss_abs,
-            "x": [name] * len(of["scan"]),
-            "boxpoints": False,
-            "line": {"width": 1.5},
-        }
+        scan = {"y": of["scan"].loss_abs, "x": [name] * len(of["scan"]), "boxpoints": False, "line": {"width": 1.5}}
         fig.add_box(**scan, name=name, marker_color=colour(i), showlegend=False, row=1, col=1)
-        dots = {
-            "x": [name] * len(top),
-            "y": of["single"].loss_abs,
-            "text": of["single"].neuron,
-            "mode": "markers",
-        }
+        dots = {"x": [name] * len(top), "y": of["single"].loss_abs, "text": of["single"].neuron, "mode": "markers"}
         dots["marker"] = {"color": colour(i), "size": 9, "line": {"color": "white", "width": 1}}
         fig.add_scatter(**dots, hovertemplate=hover, name=name, showlegend=False, row=1, col=1)
         row = of["single"].iloc[0]
         y = [row.loss_abs, row.loss_abs_through_scale, row.loss_abs_frozen]
         x = ["in all", "through<br>the scale", "scale<br>frozen"]
         fig.add_bar(x=x, y=y, marker_color=colour(i), name=name, showlegend=False, row=1, col=2)
-        curve = {
-            "x": list(range(len(top) + 1)),
-            "y": [0, *of["cumulative"].entropy_share],
-            "mode": "lines+markers",
-        }
+        curve = {"x": list(range(len(top) + 1)), "y": [0, *of["cumulative"].entropy_share], "mode": "lines+markers"}
         hover = "neuron %{text}: %{y:+.2%}<extra>" + name + "</extra>"
         text = ["none", *map(str, top)]
         fig.add_scatter(**curve, text=text, hovertemplate=hover, name=name, line=line(i), row=1, col=3)
@@ -130,13 +107,7 @@ def flags(parser) -> None:
     add = parser.add_argument
     add("--neurons", type=int, nargs="+", metavar="N", help="neurons (default: the first model's top ones)")
     add("--top", type=cli.positive_int, default=3, metavar="N", help="how many top ones (3)")
-    add(
-        "--scan",
-        type=int,
-        default=1024,
-        metavar="N",
-        help="tokens to scan the whole layer on; 0: no scan (1,024)",
-    )
+    add("--scan", type=int, default=1024, metavar="N", help="tokens to scan the whole layer on; 0: no scan (1,024)")
 
 
 def run(args) -> common.Output:
@@ -151,9 +122,7 @@ def run(args) -> common.Output:
     caption = f"{tokens.numel():,} tokens of {common.source(args)}; neurons {', '.join(map(str, top))}"
     caption += "." if args.neurons else f": the highest |w_out| / LogitVar of {next(iter(free))}."
     # Neurons are one family's own.
-    return common.Output(
-        table, figure(table, list(free), top), claims(found[0], table, top) if found else [], caption
-    )
+    return common.Output(table, figure(table, list(free), top), claims(found[0], table, top) if found else [], caption)
 
 
 ANALYSIS = common.Analysis(run, tokens=8192, flags=flags)

@@ -111,10 +111,7 @@ def figure(table: pd.DataFrame, needed: pd.DataFrame) -> go.Figure:
     fig = make_subplots(
         cols=2,
         horizontal_spacing=0.13,
-        subplot_titles=(
-            "gap against fine-tuning tokens, mean and sd over seeds",
-            "tokens against parameters",
-        ),
+        subplot_titles=("gap against fine-tuning tokens, mean and sd over seeds", "tokens against parameters"),
     )
     for i, (name, part) in enumerate(table.groupby("model", sort=False)):
         bars = {"type": "data", "array": part.sd.fillna(0)}
@@ -130,14 +127,7 @@ def figure(table: pd.DataFrame, needed: pd.DataFrame) -> go.Figure:
         )
     fig.add_hline(y=GAP, line={"dash": "dot", "color": "#999999"}, row=1, col=1)
     fig.add_annotation(
-        x=1,
-        xref="x domain",
-        y=np.log10(GAP),
-        yanchor="top",
-        text=f"{GAP} nats",
-        showarrow=False,
-        row=1,
-        col=1,
+        x=1, xref="x domain", y=np.log10(GAP), yanchor="top", text=f"{GAP} nats", showarrow=False, row=1, col=1
     )
     paper = published()
     slope = exponent(paper.parameters, paper.tokens)
@@ -177,12 +167,8 @@ def figure(table: pd.DataFrame, needed: pd.DataFrame) -> go.Figure:
                 col=2,
             )
     fig.update_xaxes(title_text="fine-tuning tokens", type="log", row=1, col=1)
-    fig.update_yaxes(
-        title_text="LN-free minus control (nats per token)", type="log", dtick="D2", row=1, col=1
-    )
-    fig.update_xaxes(
-        title_text="parameters", type="log", dtick=1, range=[np.log10(ends[0]) - 0.3, 10], row=1, col=2
-    )
+    fig.update_yaxes(title_text="LN-free minus control (nats per token)", type="log", dtick="D2", row=1, col=1)
+    fig.update_xaxes(title_text="parameters", type="log", dtick=1, range=[np.log10(ends[0]) - 0.3, 10], row=1, col=2)
     fig.update_yaxes(title_text="fine-tuning tokens", type="log", dtick=1, row=1, col=2)
     fig.update_layout(legend={"orientation": "h", "y": -0.2, "x": 0})
     return styled(fig, title="Data needed to remove LayerNorm", height=460)
@@ -205,9 +191,7 @@ def wanted(args) -> list[runs.Run]:
         for steps in sorted(args.steps):
             schedule = runs.base_schedule(args, steps)
             for seed in range(args.seeds):
-                found += [
-                    runs.Run(name, v, s, seed) for v, s in ((PAPERS, schedule), (CONTROL, schedule.vanilla()))
-                ]
+                found += [runs.Run(name, v, s, seed) for v, s in ((PAPERS, schedule), (CONTROL, schedule.vanilla()))]
     return found
 
 

@@ -57,16 +57,13 @@ def measure(name: str, model, tokens, args) -> tuple[pd.DataFrame, list]:
         parts = []
         for batch in common.passes(tokens, f"{name}, {target}", per_pass=2048):
             targets = None if target == "next token" else batch
-            parts.append(
-                [f(model, batch, targets, by="head") for f in (direct_logit_attribution, direct_effect)]
-            )
+            parts.append([f(model, batch, targets, by="head") for f in (direct_logit_attribution, direct_effect)])
         linear, exact = (joined([p[i] for p in parts]) for i in (0, 1))
         error = attribution_error(linear, exact, components=HEADS, draws=args.draws, seed=args.seed)
         errors.append(error.table().assign(model=name, target=target))
         if target == "next token":
             means = [
-                result.table().set_index("component")["mean"].filter(regex=f"^{HEADS}$")
-                for result in (linear, exact)
+                result.table().set_index("component")["mean"].filter(regex=f"^{HEADS}$") for result in (linear, exact)
             ]
     return pd.concat(errors), means
 
@@ -95,9 +92,7 @@ def largest_difference(model, tokens) -> float:
 def joined(parts: list):
     """Results on batches of sequences as one, on the CPU."""
     values = torch.cat([p.values.cpu() for p in parts], 1)
-    return type(parts[0])(
-        values, parts[0].labels, torch.cat([p.bias.cpu() for p in parts]), parts[0].positions
-    )
+    return type(parts[0])(values, parts[0].labels, torch.cat([p.bias.cpu() for p in parts]), parts[0].positions)
 
 
 def figure(table: pd.DataFrame, means: dict[str, list]) -> go.Figure:
@@ -111,13 +106,7 @@ def figure(table: pd.DataFrame, means: dict[str, list]) -> go.Figure:
         symbol = ("circle-open", "square-open", "diamond")[i % 3]
         marker = {"color": colour(i), "size": 8, "symbol": symbol, "line": {"width": 2 if i % 3 < 2 else 0}}
         hover = "%{text}: attribution %{y:.3f}, direct effect %{x:.3f}<extra>" + name + "</extra>"
-        dots = {
-            "x": exact[linear.index],
-            "y": linear,
-            "text": list(linear.index),
-            "mode": "markers",
-            "marker": marker,
-        }
+        dots = {"x": exact[linear.index], "y": linear, "text": list(linear.index), "mode": "markers", "marker": marker}
         fig.add_scatter(**dots, name=name, hovertemplate=hover, row=1, col=1)
         rows = pooled[pooled.model == name]
         text = {"text": [f"{x:.1%}" for x in rows.nmae], "insidetextanchor": "start"}
@@ -127,9 +116,7 @@ def figure(table: pd.DataFrame, means: dict[str, list]) -> go.Figure:
         fig.add_bar(**bar, **text, showlegend=False, row=1, col=2)
     fig.update_xaxes(title_text="direct effect (logits)", row=1, col=1)
     fig.update_yaxes(title_text="attribution (logits)", title_standoff=4, row=1, col=1)
-    fig.update_yaxes(
-        title_text="mean |difference| / mean |effect|", tickformat=".0%", rangemode="tozero", row=1, col=2
-    )
+    fig.update_yaxes(title_text="mean |difference| / mean |effect|", tickformat=".0%", rangemode="tozero", row=1, col=2)
     fig.update_xaxes(title_text="logit of", row=1, col=2)
     fig.update_layout(legend={"orientation": "h", "y": -0.18, "x": 0})
     return styled(fig, title="Direct logit attribution against direct effect, attention heads", height=460)
@@ -151,9 +138,7 @@ def run(args) -> common.Output:
     caption = f"{tokens.numel():,} tokens of {common.source(args)}, all positions; "
     caption += "95% intervals over heads and sequences."
     found = common.families(free)
-    return common.Output(
-        table, figure(table, means), [c for f in found for c in claims(f, table, checked)], caption
-    )
+    return common.Output(table, figure(table, means), [c for f in found for c in claims(f, table, checked)], caption)
 
 
 ANALYSIS = common.Analysis(run, tokens=32768, flags=flags)

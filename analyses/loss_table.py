@@ -62,14 +62,10 @@ def figure(table: pd.DataFrame, baselines: dict) -> go.Figure:
             gap = np.array([row.gap])
             bars = common.bars(gap, row.gap_low, row.gap_high)
             text = {"text": [f"  {row.gap:+.4f}"], "textposition": "middle right", "mode": "markers+text"}
-            fig.add_scatter(
-                x=[name], y=gap, error_y=bars, marker={"color": colour(i), "size": 10}, **text, **right
-            )
+            fig.add_scatter(x=[name], y=gap, error_y=bars, marker={"color": colour(i), "size": 10}, **text, **right)
     sizes, gaps = [f"GPT-2<br>{size}" for size in PAPER], list(PAPER.values())
     text = {"text": [f"{gap:+.4f}" for gap in gaps], "textposition": "top center", "mode": "markers+text"}
-    fig.add_scatter(
-        x=sizes, y=gaps, marker={"color": "#999999", "size": 10, "symbol": "diamond"}, **text, **right
-    )
+    fig.add_scatter(x=sizes, y=gaps, marker={"color": "#999999", "size": 10, "symbol": "diamond"}, **text, **right)
     fig.update_yaxes(title_text="nats per token", rangemode="tozero", title_standoff=8)
     fig.update_xaxes(tickangle=0)
     fig.update_xaxes(range=[-0.5, len(baselines) + len(PAPER) - 0.5], row=1, col=2)
@@ -79,17 +75,13 @@ def figure(table: pd.DataFrame, baselines: dict) -> go.Figure:
 def run(args) -> common.Output:
     models = common.loaded(args)
     tokens = common.same_tokens(args, models)
-    results = {
-        name: evaluate_loss(m, common.passes(tokens, name), seed=args.seed) for name, m in models.items()
-    }
+    results = {name: evaluate_loss(m, common.passes(tokens, name), seed=args.seed) for name, m in models.items()}
     found = common.families(common.ln_free(models))
     baselines = {family.free: family.control for family in found}
     gaps = loss_table(results, baselines, seed=args.seed).table().drop(columns="loss")
     table = pd.concat([gaps, *[pd.concat([r.table() for r in results.values()], ignore_index=True)]], axis=1)
     caption = f"{tokens.numel():,} tokens of {common.source(args)}; grey diamonds: GPT-2, Pile-filtered (P2)."
-    return common.Output(
-        table, figure(table, baselines), [c for f in found for c in claims(f, table)], caption
-    )
+    return common.Output(table, figure(table, baselines), [c for f in found for c in claims(f, table)], caption)
 
 
 ANALYSIS = common.Analysis(run, tokens=65536)

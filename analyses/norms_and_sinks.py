@@ -56,26 +56,13 @@ def figure(norms: pd.DataFrame, heads: pd.DataFrame, rates: dict[str, float], th
         for col, group in ((1, "position 0"), (2, "rest")):
             part = after[(after.model == name) & (after.group == group)]
             points = ["embed" if p == "L0.resid_pre" else p.removesuffix(".resid_post") for p in part.point]
-            curve = {
-                "x": points,
-                "y": part.norm_mean,
-                "mode": "lines+markers",
-                "marker": {"size": 5},
-                "line": line(i),
-            }
+            curve = {"x": points, "y": part.norm_mean, "mode": "lines+markers", "marker": {"size": 5}, "line": line(i)}
             fig.add_scatter(**curve, name=label, legendgroup=name, showlegend=col == 1, row=1, col=col)
         part = heads[heads.model == name]
-        box = {
-            "x": part["head"].str.split("H").str[0],
-            "y": part.attention,
-            "text": part["head"],
-            "boxpoints": "all",
-        }
+        box = {"x": part["head"].str.split("H").str[0], "y": part.attention, "text": part["head"], "boxpoints": "all"}
         look = {"pointpos": 0, "jitter": 0.4, "line": {"width": 1}, "marker": {"color": colour(i), "size": 4}}
         hover = "%{text}: %{y:.3f}<extra>" + name + "</extra>"
-        fig.add_box(
-            **box, **look, name=name, legendgroup=name, hovertemplate=hover, showlegend=False, row=1, col=3
-        )
+        fig.add_box(**box, **look, name=name, legendgroup=name, hovertemplate=hover, showlegend=False, row=1, col=3)
     fig.add_hline(y=threshold, line={"dash": "dot", "color": "#999999"}, row=1, col=3)
     top = 1.1 * after.norm_mean[after.group != "EOT"].max()
     fig.update_yaxes(title_text="L2 norm", range=[0, top], row=1, col=1)
@@ -88,9 +75,7 @@ def figure(norms: pd.DataFrame, heads: pd.DataFrame, rates: dict[str, float], th
 
 
 def flags(parser) -> None:
-    parser.add_argument(
-        "--threshold", type=float, default=0.3, help="attention on position 0 that makes a sink (0.3)"
-    )
+    parser.add_argument("--threshold", type=float, default=0.3, help="attention on position 0 that makes a sink (0.3)")
 
 
 def run(args) -> common.Output:
@@ -103,17 +88,7 @@ def run(args) -> common.Output:
         heads.append(sinks.table().assign(model=name))
         rates[name] = sinks.head_rate
     norms, heads = pd.concat(norms, ignore_index=True), pd.concat(heads, ignore_index=True)
-    kept = [
-        "model",
-        "point",
-        "group",
-        "tokens",
-        "norm_mean",
-        "norm_stderr",
-        "norm_median",
-        "norm_low",
-        "norm_high",
-    ]
+    kept = ["model", "point", "group", "tokens", "norm_mean", "norm_stderr", "norm_median", "norm_low", "norm_high"]
     table = pd.concat([norms[norms.tokens > 0][kept], heads], ignore_index=True)
     caption = f"{tokens.numel():,} tokens of {common.source(args)}; norms of the stream "
     caption += "less its mean, averaged over sequences."

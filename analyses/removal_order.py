@@ -100,10 +100,7 @@ def mean_sd(values, *, sign: bool = True) -> str:
     values = np.asarray(values, float)
     if np.isnan(values).all():
         return "no run that ended"
-    mean, sd = (
-        np.nanmean(values),
-        np.nanstd(values, ddof=1) if (~np.isnan(values)).sum() > 1 else float("nan"),
-    )
+    mean, sd = (np.nanmean(values), np.nanstd(values, ddof=1) if (~np.isnan(values)).sum() > 1 else float("nan"))
     return (f"{mean:+.4f}" if sign else f"{mean:.4f}") + ("" if np.isnan(sd) else f" (sd {sd:.4f})")
 
 
@@ -112,10 +109,7 @@ def figure(finished: list[runs.Finished], title: str) -> go.Figure:
         cols=2,
         column_widths=[0.58, 0.42],
         horizontal_spacing=0.24,
-        subplot_titles=(
-            "training loss minus the control's, mean over seeds",
-            "loss in the end, each seed and mean",
-        ),
+        subplot_titles=("training loss minus the control's, mean over seeds", "loss in the end, each seed and mean"),
     )
     variants = list(dict.fromkeys(f.run.variant for f in finished))
     colours = dict(zip(variants, ["#111111", *COLOURS[1:6], "#999999", COLOURS[6]]))
@@ -177,9 +171,7 @@ def flags(parser) -> None:
 
 def wanted(args) -> list[runs.Run]:
     schedule = runs.base_schedule(args, args.steps)
-    schedules = {name: replace(schedule, **changes) for name, changes in ORDERS.items()} | {
-        CONTROL: schedule.vanilla()
-    }
+    schedules = {name: replace(schedule, **changes) for name, changes in ORDERS.items()} | {CONTROL: schedule.vanilla()}
     return [runs.Run(args.model[0], v, s, seed) for seed in range(args.seeds) for v, s in schedules.items()]
 
 
@@ -188,13 +180,10 @@ def run(args) -> common.Output:
         raise ValueError(f"--model {' '.join(args.model)}: one model is needed here")
     finished = list(runs.perform(args, wanted(args)).values())
     by_variant = {
-        v: sorted((f for f in finished if f.run.variant == v), key=lambda f: f.run.seed)
-        for v in (*ORDERS, CONTROL)
+        v: sorted((f for f in finished if f.run.variant == v), key=lambda f: f.run.seed) for v in (*ORDERS, CONTROL)
     }
     losses = {v: [f.loss for f in fs] for v, fs in by_variant.items()}
-    rises = {
-        v: [runs.largest_rise(f, c) for f, c in zip(fs, by_variant[CONTROL])] for v, fs in by_variant.items()
-    }
+    rises = {v: [runs.largest_rise(f, c) for f, c in zip(fs, by_variant[CONTROL])] for v, fs in by_variant.items()}
     base = np.array(losses[PAPERS])
     table = pd.DataFrame(
         [

@@ -112,9 +112,7 @@ def perform(args, wanted: Sequence[Run]) -> dict[tuple[str, str, int, int], Fini
         if not (directory / "result.json").exists()
     ]
     if tasks:
-        with_bar = cli.progress(
-            _in_turn(tasks, args.jobs), total=len(tasks), label=f"{len(tasks)} runs", unit="run"
-        )
+        with_bar = cli.progress(_in_turn(tasks, args.jobs), total=len(tasks), label=f"{len(tasks)} runs", unit="run")
         for run, directory, seconds in with_bar:
             result = read(run, directory)
             print(
@@ -139,9 +137,7 @@ def directory_name(run: Run, args) -> str:
     """Readable, and different wherever the result could be."""
     schedule = json.dumps(asdict(run.schedule), sort_keys=True, default=list)
     text = common.file_fingerprint(Path(args.text or cli.VALIDATION_TEXT))
-    key = hashlib.sha256(
-        f"{schedule}{common.model_fingerprint(run.model)}{text}{bool(args.text)}".encode()
-    ).hexdigest()
+    key = hashlib.sha256(f"{schedule}{common.model_fingerprint(run.model)}{text}{bool(args.text)}".encode()).hexdigest()
     variant = "".join(c if c.isalnum() else "-" for c in run.variant)
     return f"{cli.display_name(run.model)}-{variant}-{run.schedule.steps}-seed{run.seed}-{key[:8]}"
 
@@ -230,6 +226,4 @@ def largest_rise(finished: Finished, control: Finished) -> float:
     """
     first = finished.events[0][0] if finished.events else 0
     usual = dict(zip(control.steps, control.ce))
-    return max(
-        (c - usual[s] for s, c in zip(finished.steps, finished.ce) if s > first and s in usual), default=0.0
-    )
+    return max((c - usual[s] for s, c in zip(finished.steps, finished.ce) if s > first and s in usual), default=0.0)

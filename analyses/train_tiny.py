@@ -55,20 +55,42 @@ def train_tokenizer(documents: list[str], out: Path) -> None:
 def pretrain(train: torch.Tensor, val: torch.Tensor, tokenizer, out: Path, steps: int) -> None:
     set_seed(0)
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=128, n_layer=4, n_head=4,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=VOCAB,
+        n_positions=CONTEXT,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         # The function is GPT-2's gelu_new; this name selects PyTorch's fused kernel for it.
         activation_function="gelu_pytorch_tanh",
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, use_cache=False,
-    )  # fmt: skip
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        use_cache=False,
+    )
     model = GPT2LMHeadModel(config)
     arguments = TrainingArguments(
-        output_dir=str(out.with_name(out.name + ".run")), max_steps=steps, per_device_train_batch_size=32,
-        per_device_eval_batch_size=32, learning_rate=3e-3, lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr": 1e-4}, warmup_steps=200, weight_decay=0.1, adam_beta2=0.95,
-        max_grad_norm=1.0, eval_strategy="steps", eval_steps=250, logging_steps=50, save_steps=500,
-        save_total_limit=1, report_to=[], optim="adamw_torch_fused", seed=0,
-    )  # fmt: skip
+        output_dir=str(out.with_name(out.name + ".run")),
+        max_steps=steps,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=32,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": 1e-4},
+        warmup_steps=200,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        eval_strategy="steps",
+        eval_steps=250,
+        logging_steps=50,
+        save_steps=500,
+        save_total_limit=1,
+        report_to=[],
+        optim="adamw_torch_fused",
+        seed=0,
+    )
     trainer = Trainer(model, arguments, train_dataset=Labelled(train), eval_dataset=Labelled(val))
     kept = last_checkpoint(arguments.output_dir)
     trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
@@ -86,9 +108,17 @@ def remove(source: Path, train: torch.Tensor, out: Path, schedule: RemovalSchedu
     model, tokenizer = load_trainable(str(source))
     print(f"{out.name}: {schedule.describe(model.config.n_layer)}", flush=True)
     remove_layernorm(
-        model, tokenizer, Blocks(train), schedule, out, resume=last_checkpoint(out) is not None,
-        callbacks=[StatusLine(schedule)], logging_steps=10, save_steps=100, batch_size=32,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        Blocks(train),
+        schedule,
+        out,
+        resume=last_checkpoint(out) is not None,
+        callbacks=[StatusLine(schedule)],
+        logging_steps=10,
+        save_steps=100,
+        batch_size=32,
+    )
 
 
 def embed(source: Path, target: Path) -> None:
@@ -140,16 +170,12 @@ def losses(name: str, blocks: torch.Tensor) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True, help="text to train on")
     parser.add_argument("--val", type=Path, required=True, help="text to validate on")
     parser.add_argument("--out", type=Path, required=True, help="directory for the models")
     parser.add_argument("--pretrain-steps", type=int, default=3000)
-    parser.add_argument(
-        "--only", choices=["pretrain", "vanilla", "noLN", "embed"], help="one stage (default: all)"
-    )
+    parser.add_argument("--only", choices=["pretrain", "vanilla", "noLN", "embed"], help="one stage (default: all)")
     args = parser.parse_args()
 
     documents = read_documents(args.train)

@@ -76,44 +76,25 @@ def rise(excess: pd.Series, steps: list[int], *, width: int = 10) -> float:
 def figure(curve: pd.DataFrame, events: list, title: str) -> go.Figure:
     both = curve.control.notna().any()
     fig = make_subplots(
-        rows=2 if both else 1,
-        shared_xaxes=True,
-        vertical_spacing=0.06,
-        row_heights=[0.6, 0.4] if both else None,
+        rows=2 if both else 1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4] if both else None
     )
     removal = {"color": "#111111", "width": 1.6}
     if both:
         fig.add_scatter(
-            x=curve.step,
-            y=curve.control,
-            name="control",
-            line={**line(1), "width": 1.6},
-            mode="lines",
-            row=1,
-            col=1,
+            x=curve.step, y=curve.control, name="control", line={**line(1), "width": 1.6}, mode="lines", row=1, col=1
         )
         fig.add_scatter(
-            x=curve.step,
-            y=curve.removal - curve.control,
-            line=removal,
-            mode="lines",
-            showlegend=False,
-            row=2,
-            col=1,
+            x=curve.step, y=curve.removal - curve.control, line=removal, mode="lines", showlegend=False, row=2, col=1
         )
         fig.add_hline(y=0, line={"color": "#999999", "width": 1}, row=2, col=1)
         fig.update_yaxes(title_text="minus control", row=2, col=1)
-    fig.add_scatter(
-        x=curve.step, y=curve.removal, name="LayerNorm removed", line=removal, mode="lines", row=1, col=1
-    )
+    fig.add_scatter(x=curve.step, y=curve.removal, name="LayerNorm removed", line=removal, mode="lines", row=1, col=1)
     for kind, name in NAMES.items():
         steps = [step for step, site, _ in events if site == kind]
         for step in steps:
             fig.add_vline(x=step, line={"color": COLOURS[kind], "width": 1.2}, opacity=0.9)
         if steps:
-            fig.add_scatter(
-                x=[None], y=[None], mode="lines", name=name, line={"color": COLOURS[kind], "width": 2}
-            )
+            fig.add_scatter(x=[None], y=[None], mode="lines", name=name, line={"color": COLOURS[kind], "width": 2})
     fig.update_yaxes(title_text="training loss (nats)", row=1, col=1)
     fig.update_xaxes(title_text="step", row=2 if both else 1, col=1)
     return styled(fig, title=title, height=520 if both else 400)
@@ -127,11 +108,7 @@ def from_directory(directory: Path) -> tuple[dict[int, float], list, str]:
     logs = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     config = json.loads((checkpoint / "config.json").read_text())
     schedule = RemovalSchedule(**settings["schedule"])
-    return (
-        {log["step"]: log["ce"] for log in logs if "ce" in log},
-        schedule.events(config["n_layer"]),
-        directory.name,
-    )
+    return ({log["step"]: log["ce"] for log in logs if "ce" in log}, schedule.events(config["n_layer"]), directory.name)
 
 
 def flags(parser) -> None:
@@ -139,9 +116,7 @@ def flags(parser) -> None:
     parser.add_argument(
         "--run", nargs="+", metavar="DIR", help="finished runs: with removal, and control if there is one"
     )
-    parser.add_argument(
-        "--steps", type=cli.positive_int, default=120, help="steps of the runs made here (120)"
-    )
+    parser.add_argument("--steps", type=cli.positive_int, default=120, help="steps of the runs made here (120)")
 
 
 def run(args) -> common.Output:
@@ -154,17 +129,14 @@ def run(args) -> common.Output:
         control = next((f[0] for f in found if not f[1]), {})
     else:
         name, schedule = args.model[0], runs.base_schedule(args, args.steps)
-        wanted = [
-            runs.Run(name, v, s, args.seed) for v, s in ((PAPERS, schedule), (CONTROL, schedule.vanilla()))
-        ]
+        wanted = [runs.Run(name, v, s, args.seed) for v, s in ((PAPERS, schedule), (CONTROL, schedule.vanilla()))]
         with_norm, without = runs.perform(args, wanted).values()
         removal, control = (dict(zip(r.steps, r.ce)) for r in (with_norm, without))
         events = list(with_norm.events)
     curve = pd.DataFrame({"removal": pd.Series(removal), "control": pd.Series(control, dtype=float)})
     curve = curve.rename_axis("step").reset_index()
     marks = pd.DataFrame(
-        [(s, site if layer is None else f"{site} {layer}") for s, site, layer in events],
-        columns=["step", "removed"],
+        [(s, site if layer is None else f"{site} {layer}") for s, site, layer in events], columns=["step", "removed"]
     )
     marks = marks.groupby("step").removed.agg(", ".join).reset_index()
     table = curve.merge(marks, on="step", how="outer").assign(removed=lambda t: t.removed.fillna(""))

@@ -19,13 +19,7 @@ _PUBLIC = {
         "logit_attributions",
     ],
     "pairs": ["PromptPairs", "induction_pairs", "ioi_pairs"],
-    "patching": [
-        "PatchingEffect",
-        "PatchingError",
-        "activation_patching",
-        "attribution_patching",
-        "patching_error",
-    ],
+    "patching": ["PatchingEffect", "PatchingError", "activation_patching", "attribution_patching", "patching_error"],
     "neurons": ["NeuronAblation", "ablate_cumulatively", "ablate_neurons", "rank_confidence_neurons"],
     "norms": ["AttentionSinks", "ResidualNorms", "attention_sinks", "residual_norms"],
     "evaluate": [
@@ -72,13 +66,7 @@ if TYPE_CHECKING:
     from .neurons import NeuronAblation, ablate_cumulatively, ablate_neurons, rank_confidence_neurons
     from .norms import AttentionSinks, ResidualNorms, attention_sinks, residual_norms
     from .pairs import PromptPairs, induction_pairs, ioi_pairs
-    from .patching import (
-        PatchingEffect,
-        PatchingError,
-        activation_patching,
-        attribution_patching,
-        patching_error,
-    )
+    from .patching import PatchingEffect, PatchingError, activation_patching, attribution_patching, patching_error
     from .schedule import RemovalSchedule
 
 

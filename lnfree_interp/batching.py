@@ -21,13 +21,9 @@ def check_tokens(model, tokens: Tensor, *, least: int = 1) -> Int[Tensor, "batch
     """
     cfg = model.cfg
     if not isinstance(tokens, Tensor) or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ValueError(
-            f"tokens must be a tensor of token ids, not {getattr(tokens, 'dtype', type(tokens).__name__)}"
-        )
+        raise ValueError(f"tokens must be a tensor of token ids, not {getattr(tokens, 'dtype', type(tokens).__name__)}")
     if tokens.ndim != 2 or tokens.numel() == 0:
-        raise ValueError(
-            f"tokens have shape {list(tokens.shape)}; wanted is [batch, pos], neither of them empty"
-        )
+        raise ValueError(f"tokens have shape {list(tokens.shape)}; wanted is [batch, pos], neither of them empty")
     if tokens.shape[1] < least:
         raise ValueError(f"sequences have {tokens.shape[1]} tokens, at least {least} are needed")
     if tokens.shape[1] > cfg.n_ctx:

@@ -26,9 +26,7 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parser(
-    module: str, description: str | None, *, tokens: int = 16384, out: str = "out"
-) -> argparse.ArgumentParser:
+def parser(module: str, description: str | None, *, tokens: int = 16384, out: str = "out") -> argparse.ArgumentParser:
     """The flags every command has: --model, --text, --data, --tokens, --device, --dtype, --seed, --out."""
     p = OneLineParser(prog=f"python -m lnfree_interp.{module}", description=description)
     add = p.add_argument

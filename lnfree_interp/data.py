@@ -34,9 +34,7 @@ def read_documents(path: str | Path) -> list[str]:
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
     except (OSError, EOFError) as error:
-        raise ValueError(
-            f"cannot read text file {path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        raise ValueError(f"cannot read text file {path}: {getattr(error, 'strerror', None) or error}") from None
     documents = [document for block in text.split("\n\n") if (document := block.strip("\n"))]
     if not any(document.strip() for document in documents):
         raise ValueError(f"text file {path} is empty")

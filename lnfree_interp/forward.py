@@ -197,8 +197,12 @@ def _pack(model) -> PackedWeights:
         if not getattr(cfg, "attn_only", False):
             mlp = block.mlp
             weights = {
-                "ln2": norm(block.ln2), "W_in": mlp.W_in, "b_in": mlp.b_in, "W_out": mlp.W_out, "b_out": mlp.b_out,
-            }  # fmt: skip
+                "ln2": norm(block.ln2),
+                "W_in": mlp.W_in,
+                "b_in": mlp.b_in,
+                "W_out": mlp.W_out,
+                "b_out": mlp.b_out,
+            }
         layers.append(
             Layer(
                 ln1=norm(block.ln1),
@@ -211,9 +215,15 @@ def _pack(model) -> PackedWeights:
             )
         )
     return PackedWeights(
-        layers=tuple(layers), ln_final=final_norm(model), W_E=model.embed.W_E, W_pos=model.pos_embed.W_pos,
-        W_U=model.unembed.W_U, b_U=model.unembed.b_U, n_heads=cfg.n_heads, act=ACTIVATIONS.get(cfg.act_fn, F.gelu),
-    )  # fmt: skip
+        layers=tuple(layers),
+        ln_final=final_norm(model),
+        W_E=model.embed.W_E,
+        W_pos=model.pos_embed.W_pos,
+        W_U=model.unembed.W_U,
+        b_U=model.unembed.b_U,
+        n_heads=cfg.n_heads,
+        act=ACTIVATIONS.get(cfg.act_fn, F.gelu),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -222,9 +232,7 @@ def _pack(model) -> PackedWeights:
 
 def layer_qkv(
     packed: PackedWeights, layer: Layer, resid: Float[Tensor, "*rows d_model"]
-) -> tuple[
-    Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"]
-]:
+) -> tuple[Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"]]:
     """Queries, keys and values of the rows given."""
     return split_qkv(packed, F.linear(layer.ln1(resid), layer.W_QKV.T, layer.b_QKV))
 
@@ -328,9 +336,21 @@ def run(
 
 
 _SERVED = (
-    "hook_embed", "hook_pos_embed", "hook_resid_pre", "hook_q", "hook_k", "hook_v", "hook_pattern", "hook_z",
-    "hook_attn_out", "hook_resid_mid", "mlp.hook_pre", "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
-)  # fmt: skip
+    "hook_embed",
+    "hook_pos_embed",
+    "hook_resid_pre",
+    "hook_q",
+    "hook_k",
+    "hook_v",
+    "hook_pattern",
+    "hook_z",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "mlp.hook_pre",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
 
 
 def _served(hooks: Mapping[str, Hook]) -> bool:
@@ -473,20 +493,10 @@ def _run_hooked(model, tokens, resid, start_layer, hooks, positions) -> Tensor:
     n_pos = (tokens if resid is None else resid).shape[1]
     chosen = None if positions is None else torch.arange(n_pos, device=model.cfg.device)[positions]
     # The last block's per-query activations are seen by hooks at the chosen positions only, as on the fast path.
-    per_query = (
-        "hook_attn_out",
-        "hook_resid_mid",
-        "hook_pre",
-        "hook_post",
-        "hook_mlp_out",
-        "hook_q",
-        "hook_z",
-    )
+    per_query = ("hook_attn_out", "hook_resid_mid", "hook_pre", "hook_post", "hook_mlp_out", "hook_q", "hook_z")
 
     def adapt(name: str, hook: Hook):
-        narrow = (
-            chosen is not None and name.startswith(last) and name.endswith((*per_query, "hook_resid_post"))
-        )
+        narrow = chosen is not None and name.startswith(last) and name.endswith((*per_query, "hook_resid_post"))
         pattern = chosen is not None and name.startswith(last) and name.endswith("hook_pattern")
 
         def call(x: Tensor, hook=hook, **_: Any):

@@ -55,8 +55,7 @@ def is_ln_free(config, state: Mapping[str, Tensor]) -> bool:
             size = state[_find(state, f"{site}.weight")].double().abs().median().item()
             if not size < 1e4:  # also catches inf (1e6 in float16) and nan
                 raise ValueError(
-                    f"checkpoint is half-way LN-free: {site}.weight is about {size:g} "
-                    f"but layer_norm_epsilon is {eps:g}"
+                    f"checkpoint is half-way LN-free: {site}.weight is about {size:g} but layer_norm_epsilon is {eps:g}"
                 )
         if eps > 1:
             raise ValueError(
@@ -270,11 +269,7 @@ def removal_sites(model: nn.Module) -> dict[tuple[str, int | None], StdSite]:
 
 
 def freeze(
-    model: nn.Module,
-    frozen: Collection[tuple[str, int | None]],
-    *,
-    position0: bool = False,
-    eot: bool = False,
+    model: nn.Module, frozen: Collection[tuple[str, int | None]], *, position0: bool = False, eot: bool = False
 ) -> None:
     """Set which sites divide by their running average from now on; all others divide by their own std.
 
@@ -326,9 +321,7 @@ def update_averages(model: nn.Module, momentum: float = 0.9) -> None:
         site.pending = []
 
 
-def auxiliary_loss(
-    std: Float[Tensor, "batch pos"], tokens: Int[Tensor, "batch pos"], eot: int
-) -> Float[Tensor, ""]:
+def auxiliary_loss(std: Float[Tensor, "batch pos"], tokens: Int[Tensor, "batch pos"], eot: int) -> Float[Tensor, ""]:
     """mean((std - target)^2) over all positions, target: the mean std of ordinary tokens, detached. (P2)
 
     Ordinary tokens are neither at position 0 nor end-of-text; a batch without any has no target and loss 0.
@@ -397,9 +390,7 @@ def export_ln_free(model: GPT2LMHeadModel, config=None) -> GPT2LMHeadModel:
             state[f"transformer.h.{layer}.ln_{i}.weight"] = torch.full_like(reader.ln.weight, root_eps)
             state[f"transformer.h.{layer}.ln_{i}.bias"] = torch.zeros_like(reader.ln.bias)
     ln_f = model.transformer.ln_f
-    state["transformer.ln_f.weight"] = (ln_f.weight.double() * ln_f.site.inverse().double() * root_eps).to(
-        ln_f.weight
-    )
+    state["transformer.ln_f.weight"] = (ln_f.weight.double() * ln_f.site.inverse().double() * root_eps).to(ln_f.weight)
     state["transformer.ln_f.bias"] = ln_f.bias.clone()
     config = copy.deepcopy(model.config if config is None else config)
     config.layer_norm_epsilon = LN_FREE_EPS

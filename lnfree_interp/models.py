@@ -24,19 +24,9 @@ from .layernorm import is_ln_free
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 EMBEDDED = ("tiny", "tiny-vanilla", "tiny-noLN")
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_SIZES = {
-    "gpt2": ("small", 300),
-    "gpt2-medium": ("medium", 500),
-    "gpt2-large": ("large", 600),
-    "gpt2-xl": ("xl", 800),
-}
+_SIZES = {"gpt2": ("small", 300), "gpt2-medium": ("medium", 500), "gpt2-large": ("large", 600), "gpt2-xl": ("xl", 800)}
 
 
 @dataclass(frozen=True)
@@ -74,12 +64,7 @@ def available_models():
 
     return pd.DataFrame(
         [
-            {
-                "name": name,
-                "kind": s.kind,
-                "source": s.hub_id or "in the package",
-                "revision": s.revision or "",
-            }
+            {"name": name, "kind": s.kind, "source": s.hub_id or "in the package", "revision": s.revision or ""}
             for name, s in _known().items()
         ]
     )
@@ -102,9 +87,7 @@ def locate_checkpoint(name_or_path: str | Path, revision: str | None = None) -> 
         source = Source(directory=Path(name))
     if source is None and not _is_hub_id(name):
         near = difflib.get_close_matches(name, _known(), n=3, cutoff=0.4) or list(EMBEDDED)
-        raise ValueError(
-            f"unknown model {name!r}; nearest known: {', '.join(near)} (or a hub id, or a directory)"
-        )
+        raise ValueError(f"unknown model {name!r}; nearest known: {', '.join(near)} (or a hub id, or a directory)")
     source = source or Source(name)
     if source.directory is not None:
         if revision is not None:
@@ -172,9 +155,7 @@ def read_config(directory: Path):
         raise ValueError(f"{directory}: config.json is not readable ({error})") from None
     if not isinstance(raw, dict) or raw.get("model_type") != "gpt2":
         kind = raw.get("model_type") if isinstance(raw, dict) else raw
-        raise ValueError(
-            f"{directory} is no GPT-2 checkpoint: config.json has model_type {kind!r}, not 'gpt2'"
-        )
+        raise ValueError(f"{directory} is no GPT-2 checkpoint: config.json has model_type {kind!r}, not 'gpt2'")
     config = GPT2Config.from_dict(raw)
     if config.n_embd % config.n_head:
         raise ValueError(f"{directory}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
@@ -207,9 +188,7 @@ class Weights(Mapping[str, Tensor]):
     def __init__(self, directory: Path, config):
         files = _weight_files(directory)
         if not files:
-            raise ValueError(
-                f"{directory} is no GPT-2 checkpoint: it lacks model.safetensors or a part of it"
-            )
+            raise ValueError(f"{directory} is no GPT-2 checkpoint: it lacks model.safetensors or a part of it")
         self.directory: Path = directory
         self._at: dict[str, tuple[Path, str]] = {}
         shapes: dict[str, tuple[int, ...]] = {}
@@ -234,9 +213,7 @@ class Weights(Mapping[str, Tensor]):
                 raise ValueError(f"{directory} {problem}: {_some(names)}")
         for name, shape in expected.items():
             if shapes[name] != shape:
-                raise ValueError(
-                    f"{directory}: {name} has shape {list(shapes[name])}, the config wants {list(shape)}"
-                )
+                raise ValueError(f"{directory}: {name} has shape {list(shapes[name])}, the config wants {list(shape)}")
 
     def __getitem__(self, name: str) -> Tensor:
         file, stored = self._at[name]
@@ -266,10 +243,19 @@ def expected_shapes(config) -> dict[str, tuple[int, ...]]:
     d, mlp = config.n_embd, config.n_inner or 4 * config.n_embd
     shapes = {"wte.weight": (config.vocab_size, d), "wpe.weight": (config.n_positions, d)}
     block = {
-        "ln_1.weight": (d,), "ln_1.bias": (d,), "attn.c_attn.weight": (d, 3 * d), "attn.c_attn.bias": (3 * d,),
-        "attn.c_proj.weight": (d, d), "attn.c_proj.bias": (d,), "ln_2.weight": (d,), "ln_2.bias": (d,),
-        "mlp.c_fc.weight": (d, mlp), "mlp.c_fc.bias": (mlp,), "mlp.c_proj.weight": (mlp, d), "mlp.c_proj.bias": (d,),
-    }  # fmt: skip
+        "ln_1.weight": (d,),
+        "ln_1.bias": (d,),
+        "attn.c_attn.weight": (d, 3 * d),
+        "attn.c_attn.bias": (3 * d,),
+        "attn.c_proj.weight": (d, d),
+        "attn.c_proj.bias": (d,),
+        "ln_2.weight": (d,),
+        "ln_2.bias": (d,),
+        "mlp.c_fc.weight": (d, mlp),
+        "mlp.c_fc.bias": (mlp,),
+        "mlp.c_proj.weight": (mlp, d),
+        "mlp.c_proj.bias": (d,),
+    }
     for i in range(config.n_layer):
         shapes |= {f"h.{i}.{name}": shape for name, shape in block.items()}
     return shapes | {"ln_f.weight": (d,), "ln_f.bias": (d,)}
@@ -307,9 +293,7 @@ def _tokenizer_of_gpt2() -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download("openai-community/gpt2", allow_patterns=_TOKENIZER_FILES, etag_timeout=5)
-        )
+        return Path(snapshot_download("openai-community/gpt2", allow_patterns=_TOKENIZER_FILES, etag_timeout=5))
     except Exception:
         raise ValueError("GPT-2's tokenizer is neither in the cache nor reachable on the hub") from None
 
@@ -411,9 +395,7 @@ def build_model(config, ln_free: bool, tokenizer, *, device, dtype, name: str):
         d_mlp=config.n_inner or 4 * config.n_embd,
         n_ctx=config.n_positions,
         d_vocab=config.vocab_size,
-        act_fn="gelu_new"
-        if config.activation_function == "gelu_pytorch_tanh"
-        else config.activation_function,
+        act_fn="gelu_new" if config.activation_function == "gelu_pytorch_tanh" else config.activation_function,
         eps=1e-5 if ln_free else config.layer_norm_epsilon,
         use_attn_scale=config.scale_attn_weights,
         scale_attn_by_inverse_layer_idx=config.scale_attn_by_inverse_layer_idx,

@@ -119,12 +119,7 @@ class AttentionSinks:
 
 
 def residual_norms(
-    model,
-    tokens: TokenSource,
-    *,
-    per_position: bool = False,
-    eot_token: int | None = None,
-    per_pass: int = 4096,
+    model, tokens: TokenSource, *, per_position: bool = False, eot_token: int | None = None, per_pass: int = 4096
 ) -> ResidualNorms:
     """Norm, growth and cosine similarity of the residual stream at every point (P2, residual norms).
 
@@ -158,9 +153,7 @@ def residual_norms(
         if sample is None:
             sample = _Sample(len(names) * len(groups) * len(QUANTITIES))
         elif sample.total.shape[0] != len(names) * len(groups) * len(QUANTITIES):
-            raise ValueError(
-                f"sequences have {batch.shape[1]} tokens, others another number: no common positions"
-            )
+            raise ValueError(f"sequences have {batch.shape[1]} tokens, others another number: no common positions")
         values = torch.stack(_along_stream(model, batch, list(names)))
         if per_position:
             per_sequence, n = (
@@ -174,14 +167,18 @@ def residual_norms(
     statistics = sample.statistics().unflatten(0, (len(names), len(groups), len(QUANTITIES)))
     norm, growth, cosine = statistics.unbind(2)
     return ResidualNorms(
-        points=tuple(names.values()), groups=groups, statistics=STATISTICS, norm=norm, growth=growth,
-        cosine=cosine, tokens=counts[0].long(), sequences=counts[1].long(),
-    )  # fmt: skip
+        points=tuple(names.values()),
+        groups=groups,
+        statistics=STATISTICS,
+        norm=norm,
+        growth=growth,
+        cosine=cosine,
+        tokens=counts[0].long(),
+        sequences=counts[1].long(),
+    )
 
 
-def attention_sinks(
-    model, tokens: TokenSource, *, threshold: float = 0.3, per_pass: int = 4096
-) -> AttentionSinks:
+def attention_sinks(model, tokens: TokenSource, *, threshold: float = 0.3, per_pass: int = 4096) -> AttentionSinks:
     """Mean attention on position 0 of every head, and sink rates at a threshold (P2, attention sinks).
 
     Args:
@@ -342,12 +339,8 @@ def main(argv=None) -> int:
     from . import cli
 
     parser = cli.parser("norms", "Norms of the residual stream over layers, and attention sinks.")
-    parser.add_argument(
-        "--threshold", type=float, default=0.3, help="attention on position 0 that makes a sink (0.3)"
-    )
-    parser.add_argument(
-        "--per-position", action="store_true", help="norms at every position, not by kind of token"
-    )
+    parser.add_argument("--threshold", type=float, default=0.3, help="attention on position 0 that makes a sink (0.3)")
+    parser.add_argument("--per-position", action="store_true", help="norms at every position, not by kind of token")
     args = parser.parse_args(argv)
     return cli.guard(_command, args, parser.prog)
 
@@ -365,9 +358,7 @@ def _command(args) -> None:
         tokens = cli.load_tokens(args, model)
         passes = list(tokens.split(max(1, 4096 // tokens.shape[1])))
         bar = partial(cli.progress, total=len(passes), unit="pass")
-        norms[name] = residual_norms(
-            model, bar(passes, label=f"{name} norms"), per_position=args.per_position
-        )
+        norms[name] = residual_norms(model, bar(passes, label=f"{name} norms"), per_position=args.per_position)
         sinks[name] = attention_sinks(model, bar(passes, label=f"{name} sinks"), threshold=args.threshold)
     table = pd.concat([result.table().assign(model=name) for name, result in norms.items()])
     heads = pd.concat([result.table().assign(model=name) for name, result in sinks.items()])
@@ -377,10 +368,14 @@ def _command(args) -> None:
     if not args.per_position:
         cli.show(groups[list(norms)].reset_index(), "Mean norm of the residual stream")
     rates = [
-        {"model": name, "share_of_heads": s.head_rate, "share_of_queries": s.query_rate,
-         "mean_attention": s.attention.mean().item()}
+        {
+            "model": name,
+            "share_of_heads": s.head_rate,
+            "share_of_queries": s.query_rate,
+            "mean_attention": s.attention.mean().item(),
+        }
         for name, s in sinks.items()
-    ]  # fmt: skip
+    ]
     cli.show(pd.DataFrame(rates), f"Attention on position 0 (sink: at least {args.threshold:g})")
     cli.save(args.out, "norms", table[["model", *table.columns[:-1]]], norms_figure(norms))
     cli.save(args.out, "sinks", heads[["model", *heads.columns[:-1]]], sinks_figure(sinks))

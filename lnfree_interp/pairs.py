@@ -41,17 +41,11 @@ class PromptPairs:
         if n == 0 or n_pos == 0:
             raise ValueError(f"pairs are empty: clean has shape {[n, n_pos]}")
         if self.corrupted.shape[0] != n:
-            raise ValueError(
-                f"clean has {n} prompts, corrupted has {self.corrupted.shape[0]}: pairs must align"
-            )
+            raise ValueError(f"clean has {n} prompts, corrupted has {self.corrupted.shape[0]}: pairs must align")
         if self.corrupted.shape[1] != n_pos:
-            raise ValueError(
-                f"clean has {n_pos} tokens, corrupted has {self.corrupted.shape[1]}: pairs must align"
-            )
+            raise ValueError(f"clean has {n_pos} tokens, corrupted has {self.corrupted.shape[1]}: pairs must align")
         if tuple(self.answers.shape) != (n, 2):
-            raise ValueError(
-                f"answers have shape {list(self.answers.shape)}, {n} prompts want {[n, 2]} (right, wrong)"
-            )
+            raise ValueError(f"answers have shape {list(self.answers.shape)}, {n} prompts want {[n, 2]} (right, wrong)")
         same = (~self.differ.any(1)).nonzero().flatten().tolist()
         if same:
             raise ValueError(f"clean equals corrupted in pair {same[0]}: there is nothing to patch")
@@ -86,9 +80,7 @@ class PromptPairs:
         return PromptPairs(self.corrupted, self.clean, self.answers)
 
     @classmethod
-    def from_file(
-        cls, path: str | Path, model, *, length: int | None = None, prepend_bos: bool = True
-    ) -> PromptPairs:
+    def from_file(cls, path: str | Path, model, *, length: int | None = None, prepend_bos: bool = True) -> PromptPairs:
         """The pairs of a .jsonl or .csv file with clean, corrupted, right, wrong.
 
         Args:
@@ -101,9 +93,7 @@ class PromptPairs:
         groups = groups_from_file(path, model, prepend_bos=prepend_bos)
         counts = ", ".join(f"{n} tokens ({len(group)} pairs)" for n, group in groups.items())
         if length is None and len(groups) > 1:
-            raise ValueError(
-                f"{path} has pairs of {counts}: choose one with length=, or take groups_from_file"
-            )
+            raise ValueError(f"{path} has pairs of {counts}: choose one with length=, or take groups_from_file")
         length = next(iter(groups)) if length is None else length
         if length not in groups:
             raise ValueError(f"{path} has no pairs of {length} tokens; it has {counts}")
@@ -132,9 +122,7 @@ def _answer(model, encode: Callable[[str], list[int]], text: str) -> int:
         shown = [model.tokenizer.decode([i]) for i in ids]
         raise ValueError(f"answer {text!r} is {len(ids)} tokens {shown}, it must be one")
     if ids[0] >= model.cfg.d_vocab:
-        raise ValueError(
-            f"answer {text!r} is token {ids[0]}, outside the model's vocabulary of {model.cfg.d_vocab}"
-        )
+        raise ValueError(f"answer {text!r} is token {ids[0]}, outside the model's vocabulary of {model.cfg.d_vocab}")
     return ids[0]
 
 
@@ -206,9 +194,7 @@ def groups_from_file(path: str | Path, model, *, prepend_bos: bool = True) -> di
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"cannot read pairs file {path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        raise ValueError(f"cannot read pairs file {path}: {getattr(error, 'strerror', None) or error}") from None
     records: list[tuple[int, object]] = []
     if path.suffix == ".csv":
         reader = csv.DictReader(text.splitlines())
@@ -237,20 +223,25 @@ def groups_from_file(path: str | Path, model, *, prepend_bos: bool = True) -> di
 # ---------------------------------------------------------------------------------------------------------
 # Indirect object identification
 
-NAMES = (
-    "Mary", "John", "Tom", "James", "Dan", "Martin", "Amy", "David", "Peter", "Sarah", "Anna", "Paul", "Mark",
-    "Kate", "Laura", "Simon", "Alice", "Jack", "Emma", "George", "Henry", "William", "Charles", "Robert", "Richard",
-    "Edward", "Arthur", "Frank", "Lucy", "Jane", "Elizabeth", "Margaret", "Ruth", "Helen", "Alex", "Michael",
-    "Thomas", "Philip", "Joseph", "Joe", "Sam", "Ben", "Will", "Harry", "Kelly", "Rachel", "Lisa", "Jessica",
-)  # fmt: skip
-PLACES = (
-    "store", "garden", "restaurant", "school", "hospital", "office", "house", "station", "church", "library",
-    "market", "park", "village", "town", "city", "castle", "hotel", "theatre", "river", "sea",
-)  # fmt: skip
-OBJECTS = (
-    "ring", "kiss", "bone", "basketball", "computer", "necklace", "drink", "snack", "book", "letter", "key", "box",
-    "cup", "glass", "flower", "hat", "coat", "knife", "picture", "pen", "stick", "watch", "purse", "cat", "dog",
-)  # fmt: skip
+NAMES = tuple(
+    """
+    Mary John Tom James Dan Martin Amy David Peter Sarah Anna Paul Mark Kate Laura Simon Alice Jack Emma George
+    Henry William Charles Robert Richard Edward Arthur Frank Lucy Jane Elizabeth Margaret Ruth Helen Alex Michael
+    Thomas Philip Joseph Joe Sam Ben Will Harry Kelly Rachel Lisa Jessica
+    """.split()
+)
+PLACES = tuple(
+    """
+    store garden restaurant school hospital office house station church library market park village town city castle
+    hotel theatre river sea
+    """.split()
+)
+OBJECTS = tuple(
+    """
+    ring kiss bone basketball computer necklace drink snack book letter key box cup glass flower hat coat knife
+    picture pen stick watch purse cat dog
+    """.split()
+)
 TEMPLATES = (
     "Then, {A} and {B} went to the {PLACE}. {S} gave a {OBJECT} to",
     "When {A} and {B} went to the {PLACE}, {S} gave a {OBJECT} to",
@@ -260,9 +251,7 @@ TEMPLATES = (
 """{S} is the giver. In the clean prompt it is one of the two names, in the corrupted prompt the other one."""
 
 
-def ioi_pairs(
-    model, n: int, *, seed: int = 0, template: int | str = 0, prepend_bos: bool = True
-) -> PromptPairs:
+def ioi_pairs(model, n: int, *, seed: int = 0, template: int | str = 0, prepend_bos: bool = True) -> PromptPairs:
     """Pairs for indirect object identification: clean and corrupted differ in who gives, so in who receives.
 
     Names, places and objects are drawn from those that are one token each (after a space) in the model's
@@ -289,9 +278,7 @@ def ioi_pairs(
         raise ValueError(f"n is {n}, it must be positive")
     if isinstance(template, int):
         if not 0 <= template < len(TEMPLATES):
-            raise ValueError(
-                f"template {template} is unknown; known are 0 to {len(TEMPLATES) - 1}, or a text"
-            )
+            raise ValueError(f"template {template} is unknown; known are 0 to {len(TEMPLATES) - 1}, or a text")
         template = TEMPLATES[template]
     lacking = [slot for slot in ("A", "B", "S") if f"{{{slot}}}" not in template]
     if lacking:

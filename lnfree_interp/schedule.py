@@ -196,9 +196,15 @@ class RemovalSchedule:
 def _preset(steps, tokens, lr, min_lr, warmup, aux, start, ln_2, qk, v) -> RemovalSchedule:
     gaps = {"ln_2": ln_2, "qk": qk, "v": v, "ln_f": 2}
     return RemovalSchedule(
-        steps=steps, start=start, gaps=gaps, tokens_per_step=tokens, learning_rate=lr,
-        min_learning_rate=min_lr, warmup_steps=warmup, auxiliary_weight=aux,
-    )  # fmt: skip
+        steps=steps,
+        start=start,
+        gaps=gaps,
+        tokens_per_step=tokens,
+        learning_rate=lr,
+        min_learning_rate=min_lr,
+        warmup_steps=warmup,
+        auxiliary_weight=aux,
+    )
 
 
 PRESETS = {
@@ -208,8 +214,15 @@ PRESETS = {
     "xl": _preset(800, 516_096, 1e-4, 2e-5, 20, 0.01, 50, 4, 4, 6),
     # 4 layers of d_model 128, trained on a few books: many small steps instead of few large ones
     "tiny": RemovalSchedule(
-        steps=600, start=40, gaps={"ln_2": 8, "qk": 8, "v": 12, "ln_f": 10}, position0_gap=20,
-        tokens_per_step=8192, block_size=256, learning_rate=1e-3, min_learning_rate=1e-4, warmup_steps=20,
+        steps=600,
+        start=40,
+        gaps={"ln_2": 8, "qk": 8, "v": 12, "ln_f": 10},
+        position0_gap=20,
+        tokens_per_step=8192,
+        block_size=256,
+        learning_rate=1e-3,
+        min_learning_rate=1e-4,
+        warmup_steps=20,
         auxiliary_weight=0.1,
     ),
-}  # fmt: skip
+}

@@ -25,10 +25,20 @@ def make_model(normalization_type, *, seed=0, dtype=torch.float64, **overrides):
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     fields = {
-        "n_layers": 2, "d_model": 24, "n_heads": 3, "d_head": 8, "d_mlp": 40, "n_ctx": 32, "d_vocab": 61,
-        "act_fn": "gelu_new", "normalization_type": normalization_type, "init_weights": False, "device": "cpu",
-        "dtype": dtype, "seed": None,
-    } | overrides  # fmt: skip
+        "n_layers": 2,
+        "d_model": 24,
+        "n_heads": 3,
+        "d_head": 8,
+        "d_mlp": 40,
+        "n_ctx": 32,
+        "d_vocab": 61,
+        "act_fn": "gelu_new",
+        "normalization_type": normalization_type,
+        "init_weights": False,
+        "device": "cpu",
+        "dtype": dtype,
+        "seed": None,
+    } | overrides
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = HookedTransformer(HookedTransformerConfig(**fields))

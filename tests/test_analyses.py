@@ -50,11 +50,7 @@ def test_families():
 
 
 def test_agreement():
-    assert [common.agreement(*c) for c in ((True, True), (True, False), (False, False))] == [
-        "yes",
-        "partly",
-        "no",
-    ]
+    assert [common.agreement(*c) for c in ((True, True), (True, False), (False, False))] == ["yes", "partly", "no"]
     with pytest.raises(ValueError, match="agrees is 'maybe'"):
         Claim("s", "p", "o", "maybe")
 
@@ -62,9 +58,7 @@ def test_agreement():
 def losses(gap_high, worst):
     row = {"mean": 3.0, "median": 2.5, "worst_loss": worst, "p99.95": 12.0}
     rows = [{"model": m, **row, "gap": np.nan, "gap_low": np.nan, "gap_high": np.nan} for m in "oc"]
-    return pd.DataFrame(
-        [*rows, {"model": "f", **row, "gap": gap_high - 0.01, "gap_low": 0.0, "gap_high": gap_high}]
-    )
+    return pd.DataFrame([*rows, {"model": "f", **row, "gap": gap_high - 0.01, "gap_low": 0.0, "gap_high": gap_high}])
 
 
 @pytest.mark.parametrize(
@@ -96,9 +90,7 @@ def dla_table(free, normed):
 )
 def test_dla_claims(free, normed, by_hand, verdicts):
     checked = dict.fromkeys("ocf", by_hand)
-    assert [
-        c.agrees for c in dla_vs_direct_effect.claims(FAMILY, dla_table(free, normed), checked)
-    ] == verdicts
+    assert [c.agrees for c in dla_vs_direct_effect.claims(FAMILY, dla_table(free, normed), checked)] == verdicts
 
 
 @pytest.mark.parametrize(
@@ -117,15 +109,7 @@ def test_patching_claims(mean, sd, interval, verdict):
         for method in attribution_vs_activation.METHODS
         for measure in ("total", "relative")
     ]
-    gain = {
-        "pairs": "ioi",
-        "model": "f",
-        "mean": mean,
-        "sd": sd,
-        "low": interval[0],
-        "high": interval[1],
-        "prompts": 9,
-    }
+    gain = {"pairs": "ioi", "model": "f", "mean": mean, "sd": sd, "low": interval[0], "high": interval[1], "prompts": 9}
     first, second = attribution_vs_activation.claims(FAMILY, "ioi", pd.DataFrame(rows), pd.DataFrame([gain]))
     assert (first.agrees, second.agrees) == (verdict, "open question")
     assert ("more accurate" in first.why) == (verdict == "no" and mean > 0)
@@ -142,9 +126,7 @@ def neuron_table(medians, through, entropy):
 
 def test_neuron_claims():
     as_in_the_paper = neuron_table(
-        {"o": 0.014, "c": 0.0034, "f": 0.0},
-        {"o": 0.9, "c": 0.8, "f": 0.0},
-        {"o": -0.033, "c": -0.0067, "f": 0.0},
+        {"o": 0.014, "c": 0.0034, "f": 0.0}, {"o": 0.9, "c": 0.8, "f": 0.0}, {"o": -0.033, "c": -0.0067, "f": 0.0}
     )
     assert [c.agrees for c in confidence_neurons.claims(FAMILY, as_in_the_paper, [7])] == ["yes", "yes"]
     otherwise = neuron_table(
@@ -175,11 +157,16 @@ def test_norm_claims(first, rates, verdicts):
 def test_calibration_claims():
     paper = pd.DataFrame(
         {
-            "model": ["o", "c", "f"], "loss": [2.964, 2.984, 3.049], "entropy": [3.053, 2.801, 2.794],
-            "ece": [0.0193, 0.0263, 0.0354], "jsd:o": [0, 0.0202, 0.0393], "jsd:c": [0.0202, 0, 0.0254],
-            "jsd:f": [0.0393, 0.0254, 0], "agreement:f": [0.7, 0.8, 1.0],
+            "model": ["o", "c", "f"],
+            "loss": [2.964, 2.984, 3.049],
+            "entropy": [3.053, 2.801, 2.794],
+            "ece": [0.0193, 0.0263, 0.0354],
+            "jsd:o": [0, 0.0202, 0.0393],
+            "jsd:c": [0.0202, 0, 0.0254],
+            "jsd:f": [0.0393, 0.0254, 0],
+            "agreement:f": [0.7, 0.8, 1.0],
         }
-    )  # fmt: skip
+    )
     assert [c.agrees for c in calibration.claims(FAMILY, paper)] == ["yes"] * 3
     swapped = paper.assign(ece=[0.03, 0.02, 0.01], entropy=[2.0, 3.5, 3.5])
     assert [c.agrees for c in calibration.claims(FAMILY, swapped)] == ["no", "no", "yes"]
@@ -187,17 +174,9 @@ def test_calibration_claims():
 
 def test_order_claims():
     seeds = 3
-    worse = {v: [3.2, 3.21, 3.19] for v in (*removal_order.ORDERS, runs.CONTROL)} | {
-        runs.PAPERS: [3.0, 3.01, 2.99]
-    }
+    worse = {v: [3.2, 3.21, 3.19] for v in (*removal_order.ORDERS, runs.CONTROL)} | {runs.PAPERS: [3.0, 3.01, 2.99]}
     rises = {v: [1.0] * seeds for v in worse}
-    assert [c.agrees for c in removal_order.claims(worse, rises)] == [
-        "yes",
-        "no",
-        "yes",
-        "open question",
-        "yes",
-    ]
+    assert [c.agrees for c in removal_order.claims(worse, rises)] == ["yes", "no", "yes", "open question", "yes"]
     even = {v: [3.0, 3.01, 2.99] for v in worse}
     assert [c.agrees for c in removal_order.claims(even, rises)] == ["no", "yes", "no", "open question", "no"]
     lost = even | {"all at once": [float("nan")] * seeds}
@@ -225,9 +204,7 @@ def test_a_rise_is_over_the_control_in_the_same_step():
 
 def test_published_exponent_is_sublinear():
     paper = data_efficiency.published()
-    assert paper.tokens.iloc[-1] / paper.tokens.iloc[0] == pytest.approx(
-        2.6, abs=0.05
-    )  # P2: 2.6 times the tokens
+    assert paper.tokens.iloc[-1] / paper.tokens.iloc[0] == pytest.approx(2.6, abs=0.05)  # P2: 2.6 times the tokens
     assert 0.3 < data_efficiency.exponent(paper.parameters, paper.tokens) < 0.5
 
 
@@ -236,9 +213,7 @@ def test_data_claims():
         return pd.DataFrame({"model": name, "tokens": [1e5, 1e6], "gap": gaps, "sd": 0.01})
 
     one = pd.DataFrame({"model": ["a"], "parameters": [1e6], "tokens": [5e5], "at_most": [False]})
-    ours = [
-        data_efficiency.claims(of("a", [0.3, 0.05]), one.assign(at_most=a))[-1].ours for a in (False, True)
-    ]
+    ours = [data_efficiency.claims(of("a", [0.3, 0.05]), one.assign(at_most=a))[-1].ours for a in (False, True)]
     assert "after 0.5M" in ours[0] and "after at most 0.5M" in ours[1]
     assert [c.agrees for c in data_efficiency.claims(of("a", [0.3, 0.05]), one)] == ["yes", "not tested"]
     assert [c.agrees for c in data_efficiency.claims(of("a", [0.3, 0.4]), one.assign(tokens=np.nan))] == [
@@ -246,9 +221,7 @@ def test_data_claims():
         "not tested",
     ]
     both = pd.concat([of("a", [0.3, 0.05]), of("b", [0.3, 0.05])])
-    two = pd.DataFrame(
-        {"model": ["a", "b"], "parameters": [1e6, 1e7], "tokens": [5e5, 1e6], "at_most": False}
-    )
+    two = pd.DataFrame({"model": ["a", "b"], "parameters": [1e6, 1e7], "tokens": [5e5, 1e6], "at_most": False})
     assert data_efficiency.claims(both, two)[-1].agrees == "yes"
     assert data_efficiency.claims(both, two.assign(tokens=[1e5, 1e7]))[-1].agrees == "no"
 
@@ -280,9 +253,12 @@ def test_rise_and_curve_claims():
 
 
 CHEAP = {
-    "loss_table": "2048", "dla_vs_direct_effect": "512", "confidence_neurons": "512",
-    "norms_and_sinks": "1024", "calibration": "2048",
-}  # fmt: skip
+    "loss_table": "2048",
+    "dla_vs_direct_effect": "512",
+    "confidence_neurons": "512",
+    "norms_and_sinks": "1024",
+    "calibration": "2048",
+}
 
 
 @pytest.mark.slow
@@ -290,9 +266,7 @@ CHEAP = {
 def test_cheap_analyses_write_what_they_should(name, tmp_path, capsys):
     analysis = every.analyses()[name]
     assert analysis.main(["--tokens", CHEAP[name], "--device", "cpu", "--out", str(tmp_path)]) == 0
-    assert sorted(f.name for f in tmp_path.iterdir()) == [
-        f"{name}.{suffix}" for suffix in ("csv", "html", "json")
-    ]
+    assert sorted(f.name for f in tmp_path.iterdir()) == [f"{name}.{suffix}" for suffix in ("csv", "html", "json")]
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["claims"] and record["command"] == f"python analyses/{name}.py --tokens {CHEAP[name]}"
     assert len(pd.read_csv(tmp_path / f"{name}.csv")) > 2
@@ -312,9 +286,7 @@ def test_patching_analysis(tmp_path):
 
 @pytest.mark.slow
 def test_runs_are_kept_and_order_is_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        removal_order, "ORDERS", {k: removal_order.ORDERS[k] for k in (runs.PAPERS, "ln_f first")}
-    )
+    monkeypatch.setattr(removal_order, "ORDERS", {k: removal_order.ORDERS[k] for k in (runs.PAPERS, "ln_f first")})
     monkeypatch.setattr(removal_order, "claims", lambda losses, rises: [])
     monkeypatch.setattr(runs, "EVALUATED", 1024)
     flags = ["--steps", "14", "--step-tokens", "512", "--seeds", "1", "--device", "cpu"]

@@ -35,9 +35,7 @@ def test_dla_on_the_embedded_models(tmp_path, capsys):
 
 def test_dla_on_a_file_at_the_last_position(tmp_path, text_file, capsys):
     arguments = ["--model", "tiny-noLN", "--text", text_file, "--positions", "last", "--context", "64"]
-    assert (
-        dla.main([*arguments, "--tokens", "640", "--out", str(tmp_path / "out"), "--dtype", "float64"]) == 0
-    )
+    assert dla.main([*arguments, "--tokens", "640", "--out", str(tmp_path / "out"), "--dtype", "float64"]) == 0
     assert " 0.00%" in capsys.readouterr().out
 
 
@@ -64,9 +62,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"), BAD, ids=lambda x: " ".join(x)[:30] if isinstance(x, list) else ""
-)
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=lambda x: " ".join(x)[:30] if isinstance(x, list) else "")
 def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "EMPTY").mkdir()

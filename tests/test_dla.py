@@ -54,19 +54,14 @@ def target_logits(model, resid, targets, versus=None):
     logits = model.unembed(x)
     targets = targets.expand(logits.shape[:-1])
     picked = logits.gather(-1, targets[..., None])[..., 0]
-    return (
-        picked if versus is None else picked - logits.gather(-1, versus.expand_as(targets)[..., None])[..., 0]
-    )
+    return picked if versus is None else picked - logits.gather(-1, versus.expand_as(targets)[..., None])[..., 0]
 
 
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("difference", [False, True])
 def test_attributions_sum_to_the_models_logit(any_model, by, difference):
     tokens = random_tokens(any_model)
-    targets, versus = (
-        random_tokens(any_model, seed=1),
-        random_tokens(any_model, seed=2) if difference else None,
-    )
+    targets, versus = (random_tokens(any_model, seed=1), random_tokens(any_model, seed=2) if difference else None)
     result = direct_logit_attribution(any_model, tokens, targets, versus=versus, by=by)
     logits = any_model(tokens)
     expected = logits.gather(-1, targets[..., None])[..., 0]
@@ -80,10 +75,7 @@ def test_attributions_sum_to_the_models_logit(any_model, by, difference):
 @pytest.mark.parametrize("difference", [False, True])
 def test_direct_effect_is_removal_and_renormalisation(any_model, by, difference):
     tokens = random_tokens(any_model)
-    targets, versus = (
-        random_tokens(any_model, seed=1),
-        random_tokens(any_model, seed=2) if difference else None,
-    )
+    targets, versus = (random_tokens(any_model, seed=1), random_tokens(any_model, seed=2) if difference else None)
     outputs, resid = component_outputs(any_model, tokens, by)
     whole = target_logits(any_model, resid, targets, versus)
     brute = torch.stack([whole - target_logits(any_model, resid - c, targets, versus) for c in outputs])
@@ -168,9 +160,7 @@ def test_transformer_lens_own_attribution(random_model, normalization, differenc
     by_component = theirs(model, tokens, targets, versus, unit="component")
     ours = direct_logit_attribution(model, tokens, targets, versus=versus)
     translated = {"embed": "embed", "pos_embed": "pos_embed"}
-    translated |= {
-        f"{i}_{part}_out": f"L{i}.{part}" for i in range(model.cfg.n_layers) for part in ("attn", "mlp")
-    }
+    translated |= {f"{i}_{part}_out": f"L{i}.{part}" for i in range(model.cfg.n_layers) for part in ("attn", "mlp")}
     assert [translated[label] for label in by_component.labels] == list(ours.labels)
     close(ours.values[..., 0], by_component.attribution, 1e-6)
 
@@ -185,9 +175,10 @@ def test_transformer_lens_own_attribution(random_model, normalization, differenc
 
 
 @pytest.mark.parametrize(
-    "fields", [{"positional_embedding_type": "rotary", "rotary_dim": 8}, {"n_key_value_heads": 1}, {"gated_mlp": True}],
+    "fields",
+    [{"positional_embedding_type": "rotary", "rotary_dim": 8}, {"n_key_value_heads": 1}, {"gated_mlp": True}],
     ids=lambda f: next(iter(f)),
-)  # fmt: skip
+)
 @pytest.mark.parametrize("by", BY)
 def test_models_the_packed_forward_does_not_cover(fields, by):
     model = make_model("RMSPre", **fields)
@@ -224,9 +215,7 @@ def test_nothing_of_head_batch_pos_d_model_is_made(random_model):
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(
-                t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t)
-            )
+            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t))
             return out
 
     with Sizes():

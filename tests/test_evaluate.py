@@ -173,9 +173,7 @@ def test_comparison_is_the_plain_one(random_model):
 def test_a_model_that_predicts_its_own_draws_is_calibrated(kind):
     model = make_model(kind, n_layers=1, d_vocab=5, n_ctx=2)
     contexts = random_tokens(model, batch=5000, pos=1)
-    drawn = torch.multinomial(
-        model(contexts)[:, 0].softmax(-1), 1, generator=torch.Generator().manual_seed(0)
-    )
+    drawn = torch.multinomial(model(contexts)[:, 0].softmax(-1), 1, generator=torch.Generator().manual_seed(0))
     result = compare_models({"model": model}, torch.cat([contexts, drawn], 1), draws=10)
     assert result.calibration_error[0] < 0.04
     shifted = compare_models({"model": model}, torch.cat([contexts, (drawn + 1) % 5], 1), draws=10)
@@ -256,12 +254,7 @@ def test_hellaswag_names_what_is_wrong(tmp_path):
 
 
 @settings(max_examples=8, deadline=None)
-@given(
-    kind=st.sampled_from(NORMALIZATIONS),
-    cut=st.integers(1, 8),
-    attn_only=st.booleans(),
-    seed=st.integers(0, 2),
-)
+@given(kind=st.sampled_from(NORMALIZATIONS), cut=st.integers(1, 8), attn_only=st.booleans(), seed=st.integers(0, 2))
 def test_going_on_from_kept_keys_is_the_whole_pass(kind, cut, attn_only, seed):
     model = make_model(kind, attn_only=attn_only, seed=seed)
     tokens = random_tokens(model, batch=4, pos=9, seed=seed)
@@ -272,9 +265,7 @@ def test_going_on_from_kept_keys_is_the_whole_pass(kind, cut, attn_only, seed):
     rest, cache = extend(packed, tokens[:, cut:], past)
     torch.testing.assert_close(rest, whole[:, cut:])
     assert cache[0][0].shape[:2] == (4, 9)
-    expected = model.run_with_cache(tokens, names_filter=f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")[
-        1
-    ]
+    expected = model.run_with_cache(tokens, names_filter=f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")[1]
     torch.testing.assert_close(whole, next(iter(expected.values())))
 
 
@@ -286,9 +277,7 @@ def test_greedy_samples_are_the_likeliest_tokens(kind):
         ids = torch.cat([ids, model(ids)[:, -1].argmax(-1, keepdim=True)], 1)
     expected = model.tokenizer.decode(ids[0, 3:].tolist())
     for temperature, top_k in ((0.0, None), (1.0, 1)):
-        samples = generate_samples(
-            {"m": model}, "abc", max_new_tokens=6, temperature=temperature, top_k=top_k
-        )
+        samples = generate_samples({"m": model}, "abc", max_new_tokens=6, temperature=temperature, top_k=top_k)
         assert samples.texts == ((expected,),)
     slow = generate_samples({"m": uncovered(model)}, "abc", max_new_tokens=6, temperature=0.0)
     assert slow.texts == ((expected,),)

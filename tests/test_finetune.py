@@ -95,11 +95,15 @@ def test_schedules_that_are_none_are_refused():
     with pytest.raises(ValueError, match="not before the end of its 300 steps"):
         small.events(48)
     for changes, message in (
-        ({"start": 0}, "start is 0"), ({"order": ("qk", "v")}, "order"), ({"by": "head"}, "by is 'head'"),
-        ({"layers": "up"}, "layers is 'up'"), ({"tokens_per_step": 1000}, "no multiple"),
-        ({"gaps": {"ln_2": 1}}, "gaps"), ({"min_learning_rate": 1.0}, "learning rate"),
+        ({"start": 0}, "start is 0"),
+        ({"order": ("qk", "v")}, "order"),
+        ({"by": "head"}, "by is 'head'"),
+        ({"layers": "up"}, "layers is 'up'"),
+        ({"tokens_per_step": 1000}, "no multiple"),
+        ({"gaps": {"ln_2": 1}}, "gaps"),
+        ({"min_learning_rate": 1.0}, "learning rate"),
         ({"by": "layer", "order": ("qk", "ln_f", "v", "ln_2")}, "first or last"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             replace(small, **changes)
     assert RemovalSchedule(**json.loads(json.dumps(asdict(small)))) == small
@@ -118,15 +122,11 @@ def test_summary_and_description_name_what_is_frozen():
 @pytest.fixture(scope="module")
 def tokenizer():
     """Bytes and an end-of-text token: 257 in all."""
-    vocabulary = {"<|endoftext|>": 0} | {
-        c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
-    }
+    vocabulary = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
 
 
 def minute_gpt2(n_positions=16, dtype=torch.float32, **config) -> GPT2LMHeadModel:
@@ -141,9 +141,17 @@ def minute_blocks(n=64, pos=16) -> Blocks:
 
 # 2 layers gone by step 11 of 14, four sequences of 16 tokens a step
 MINUTE = RemovalSchedule(
-    steps=14, start=2, gaps={"ln_2": 1, "qk": 1, "v": 1, "ln_f": 1}, position0_gap=2, tokens_per_step=64,
-    block_size=16, learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=2, auxiliary_weight=0.1,
-)  # fmt: skip
+    steps=14,
+    start=2,
+    gaps={"ln_2": 1, "qk": 1, "v": 1, "ln_f": 1},
+    position0_gap=2,
+    tokens_per_step=64,
+    block_size=16,
+    learning_rate=1e-2,
+    min_learning_rate=1e-3,
+    warmup_steps=2,
+    auxiliary_weight=0.1,
+)
 
 
 class Recorder(TrainerCallback):
@@ -196,12 +204,7 @@ def test_a_run_ends_with_an_ln_free_checkpoint_of_the_model_trained(finished):
     with torch.no_grad():
         ours, theirs = (m.double().eval()(tokens).logits for m in (finished.model, reloaded))
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
-    assert sorted(p.name for p in finished.out.iterdir()) == [
-        "checkpoint-10",
-        "checkpoint-14",
-        "final",
-        "run.json",
-    ]
+    assert sorted(p.name for p in finished.out.iterdir()) == ["checkpoint-10", "checkpoint-14", "final", "run.json"]
 
 
 def test_losses_are_logged_apart_until_removal_is_done(finished):
@@ -313,15 +316,9 @@ class Sabotage(TrainerCallback):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tokenizer, tmp_path):
-    with pytest.raises(
-        Diverged, match=r"is nan at step 13: stopped; the last good checkpoint is .*checkpoint-10"
-    ):
+    with pytest.raises(Diverged, match=r"is nan at step 13: stopped; the last good checkpoint is .*checkpoint-10"):
         train(tokenizer, tmp_path / "out", callbacks=[Sabotage(12, math.nan)])
-    assert sorted(p.name for p in (tmp_path / "out").glob("*")) == [
-        "checkpoint-10",
-        "checkpoint-5",
-        "run.json",
-    ]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*")) == ["checkpoint-10", "checkpoint-5", "run.json"]
     # in the middle of the removal it shows in the running averages first
     with pytest.raises(Diverged, match="there is no checkpoint yet"):
         train(tokenizer, tmp_path / "early", callbacks=[Sabotage(1, math.nan)])
@@ -351,9 +348,7 @@ def test_the_guard_lets_spikes_pass_and_stops_explosions(tmp_path):
     with pytest.raises(Diverged, match=r"loss is 6\.40 at step 14, was 3\.00"):
         log(14, 6.4)
     with pytest.raises(Diverged, match="grad_norm is inf"):
-        guard.on_log(
-            args, SimpleNamespace(global_step=1, max_steps=9), None, {"ce": 1.0, "grad_norm": math.inf}
-        )
+        guard.on_log(args, SimpleNamespace(global_step=1, max_steps=9), None, {"ce": 1.0, "grad_norm": math.inf})
 
 
 # -- the library's and the command's answers to bad input ---------------------------------------------------
@@ -388,9 +383,7 @@ def files(tokenizer, tmp_path_factory):
     (root / "no-gpt2" / "config.json").write_text('{"model_type": "llama"}')
     (root / "empty.txt").write_text("\n\n")
     (root / "short.txt").write_text("too short")
-    (root / "text.txt").write_text(
-        "\n\n".join(f"Chapter {i}. " + "all work and no play " * 20 for i in range(40))
-    )
+    (root / "text.txt").write_text("\n\n".join(f"Chapter {i}. " + "all work and no play " * 20 for i in range(40)))
     (root / "run" / "checkpoint-5").mkdir(parents=True)
     (root / "run" / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5}')
     return root
@@ -426,9 +419,12 @@ BAD = {
 def test_bad_input_is_one_line_and_status_2(files, tmp_path, capsys, case):
     changes = [word.format(root=files) for word in BAD[case][0]]
     words = {
-        "--model": str(files / "model"), "--preset": "tiny", "--text": str(files / "text.txt"),
-        "--out": str(tmp_path / "out"), "--device": "cpu",
-    }  # fmt: skip
+        "--model": str(files / "model"),
+        "--preset": "tiny",
+        "--text": str(files / "text.txt"),
+        "--out": str(tmp_path / "out"),
+        "--device": "cpu",
+    }
     if changes[0] == "--data":
         del words["--text"]
     words |= {changes[0]: changes[1] if len(changes) > 1 else None}
@@ -463,10 +459,7 @@ def test_the_command_trains_resumes_and_reports(files, tmp_path, capsys):
 def test_a_dataset_is_streamed_in_blocks(tokenizer, tmp_path, column):
     texts = [f"line {i} of a dataset" for i in range(7)]
     ids = [[*tokenizer(text)["input_ids"], 0] for text in texts]
-    rows = [
-        {"text": text} if column == "text" else {"input_ids": row}
-        for text, row in zip(texts, ids, strict=True)
-    ]
+    rows = [{"text": text} if column == "text" else {"input_ids": row} for text, row in zip(texts, ids, strict=True)]
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     blocks = list(StreamedBlocks(str(tmp_path), tokenizer, 16))
     stream = [i for row in ids for i in row]

@@ -12,9 +12,19 @@ from lnfree_interp import forward
 
 TOLERANCE = 1e-10
 SITES = (
-    "hook_resid_pre", "attn.hook_q", "attn.hook_k", "attn.hook_v", "attn.hook_pattern", "attn.hook_z",
-    "hook_attn_out", "hook_resid_mid", "mlp.hook_pre", "mlp.hook_post", "hook_mlp_out", "hook_resid_post",
-)  # fmt: skip
+    "hook_resid_pre",
+    "attn.hook_q",
+    "attn.hook_k",
+    "attn.hook_v",
+    "attn.hook_pattern",
+    "attn.hook_z",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "mlp.hook_pre",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
 
 
 @settings(max_examples=25, deadline=None)
@@ -28,13 +38,17 @@ SITES = (
     inverse=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_logits_are_the_models_own(
-    normalization, n_layers, n_heads, d_head, act_fn, attn_only, inverse, seed
-):
+def test_logits_are_the_models_own(normalization, n_layers, n_heads, d_head, act_fn, attn_only, inverse, seed):
     model = make_model(
-        normalization, n_layers=n_layers, n_heads=n_heads, d_head=d_head, act_fn=act_fn, attn_only=attn_only,
-        scale_attn_by_inverse_layer_idx=inverse, seed=seed,
-    )  # fmt: skip
+        normalization,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        d_head=d_head,
+        act_fn=act_fn,
+        attn_only=attn_only,
+        scale_attn_by_inverse_layer_idx=inverse,
+        seed=seed,
+    )
     assert forward.covers(model)
     tokens = random_tokens(model, seed=seed)
     logits = forward.unembed(model, forward.run(model, tokens))
@@ -83,8 +97,10 @@ def test_hooks_at_positions_are_the_same_on_both_paths(any_model, site):
 def test_starting_from_a_layer_continues_the_run(any_model):
     tokens, kept = random_tokens(any_model), {}
     whole = forward.run(any_model, tokens, hooks={"blocks.1.hook_resid_pre": lambda x: kept.update(x=x)})
-    for run in (forward.run(any_model, resid=kept["x"], start_layer=1),
-                forward._run_hooked(any_model, None, kept["x"], 1, {}, None)):  # fmt: skip
+    for run in (
+        forward.run(any_model, resid=kept["x"], start_layer=1),
+        forward._run_hooked(any_model, None, kept["x"], 1, {}, None),
+    ):
         torch.testing.assert_close(run, whole, atol=TOLERANCE, rtol=TOLERANCE)
 
 

@@ -26,10 +26,18 @@ EOT = 3
 def make_gpt2(*, n_head=2, d_head=4, n_layer=2, seed=0, **config) -> GPT2LMHeadModel:
     """A minute GPT-2 in fp64 without dropout, every weight random, the LayerNorms' included."""
     fields = {
-        "vocab_size": 23, "n_positions": 12, "n_embd": n_head * d_head, "n_layer": n_layer, "n_head": n_head,
-        "bos_token_id": EOT, "eos_token_id": EOT, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+        "vocab_size": 23,
+        "n_positions": 12,
+        "n_embd": n_head * d_head,
+        "n_layer": n_layer,
+        "n_head": n_head,
+        "bos_token_id": EOT,
+        "eos_token_id": EOT,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
         "use_cache": False,
-    } | config  # fmt: skip
+    } | config
     torch.manual_seed(seed)
     model = GPT2LMHeadModel(GPT2Config(**fields)).double().eval()
     for p in model.parameters():
@@ -66,9 +74,13 @@ def same(a, b, atol=1e-9):
 
 @settings(max_examples=12, deadline=None)
 @given(
-    n_head=st.integers(1, 3), d_head=st.integers(2, 5), n_layer=st.integers(1, 3),
-    n_inner=st.sampled_from([None, 7]), tied=st.booleans(), seed=st.integers(0, 99),
-)  # fmt: skip
+    n_head=st.integers(1, 3),
+    d_head=st.integers(2, 5),
+    n_layer=st.integers(1, 3),
+    n_inner=st.sampled_from([None, 7]),
+    tied=st.booleans(),
+    seed=st.integers(0, 99),
+)
 def test_frozen_exported_and_reloaded_agree(tmp_path_factory, n_head, d_head, n_layer, n_inner, tied, seed):
     shape = {"n_head": n_head, "d_head": d_head, "n_layer": n_layer, "n_inner": n_inner}
     model = make_gpt2(**shape, tie_word_embeddings=tied, seed=seed)
@@ -293,8 +305,12 @@ def test_a_std_is_computed_only_where_it_is_needed_and_nothing_syncs():
     measured(model, tokens)
     sites = removal_sites(model)
     for kinds, computed in (
-        ((), 5), (("ln_2",), 3), (("ln_2", "qk"), 3), (("ln_2", "qk", "v"), 1), (("ln_2", "qk", "v", "ln_f"), 0),
-    ):  # fmt: skip
+        ((), 5),
+        (("ln_2",), 3),
+        (("ln_2", "qk"), 3),
+        (("ln_2", "qk", "v"), 1),
+        (("ln_2", "qk", "v", "ln_f"), 0),
+    ):
         for position0, eot in ((True, True), (True, False), (False, False)):
             freeze(model, [name for name in sites if name[0] in kinds], position0=position0, eot=eot)
             ops = ops_of_a_training_step(model, tokens)
@@ -320,9 +336,7 @@ def test_auxiliary_loss_equals_a_loop():
     tokens = make_tokens()
     std = torch.rand(tokens.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     std = std.requires_grad_()
-    ordinary = [
-        std[b, p].item() for b in range(4) for p in range(1, 9) if tokens[b, p] != EOT
-    ]  # fmt: skip
+    ordinary = [std[b, p].item() for b in range(4) for p in range(1, 9) if tokens[b, p] != EOT]
     target = sum(ordinary) / len(ordinary)
     loss = auxiliary_loss(std, tokens, EOT)
     assert loss.item() == pytest.approx(sum((s - target) ** 2 for s in std.flatten().tolist()) / std.numel())

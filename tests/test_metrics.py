@@ -32,9 +32,7 @@ def pairs():
 
 def test_cross_entropy_is_torch_s(logits):
     tokens = torch.arange(15).view(3, 5) % 11
-    wanted = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-    )
+    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     torch.testing.assert_close(cross_entropy(logits, tokens), wanted.view(3, 4))
     with pytest.raises(ValueError, match=r"logits are of \[3, 5\] tokens, tokens are \[3, 4\]"):
         cross_entropy(logits, tokens[:, 1:])
@@ -71,17 +69,13 @@ def test_low_precision_logits_are_summed_in_fp32():
 
 
 def test_logit_diff_reads_the_answers_at_the_last_position(logits, pairs):
-    wanted = torch.stack(
-        [logits[i, -1, a] - logits[i, -1, b] for i, (a, b) in enumerate(pairs.answers.tolist())]
-    )
+    wanted = torch.stack([logits[i, -1, a] - logits[i, -1, b] for i, (a, b) in enumerate(pairs.answers.tolist())])
     torch.testing.assert_close(logit_diff(logits, pairs), wanted)
     assert logit_diff.reads(5) == (4,)
 
 
 def test_right_log_prob(logits, pairs):
-    wanted = torch.stack(
-        [logits[i, -1].log_softmax(-1)[a] for i, (a, _) in enumerate(pairs.answers.tolist())]
-    )
+    wanted = torch.stack([logits[i, -1].log_softmax(-1)[a] for i, (a, _) in enumerate(pairs.answers.tolist())])
     torch.testing.assert_close(right_log_prob(pairs)(logits, pairs), wanted)
 
 

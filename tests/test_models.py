@@ -72,22 +72,34 @@ def test_log_probabilities_are_hf_s(tmp_path, ln_free, prefix):
     act=st.sampled_from(["gelu_new", "gelu_pytorch_tanh", "relu"]),
     seed=st.integers(0, 99),
 )
-def test_on_random_configurations(
-    tmp_path_factory, ln_free, n_head, n_layer, n_inner, inverse, scaled, act, seed
-):
+def test_on_random_configurations(tmp_path_factory, ln_free, n_head, n_layer, n_inner, inverse, scaled, act, seed):
     directory = tmp_path_factory.mktemp("checkpoint")
     random_checkpoint(
-        directory, ln_free=ln_free, seed=seed, n_head=n_head, n_embd=6 * n_head, n_layer=n_layer, n_inner=n_inner,
-        scale_attn_by_inverse_layer_idx=inverse, scale_attn_weights=scaled, activation_function=act,
-    )  # fmt: skip
+        directory,
+        ln_free=ln_free,
+        seed=seed,
+        n_head=n_head,
+        n_embd=6 * n_head,
+        n_layer=n_layer,
+        n_inner=n_inner,
+        scale_attn_by_inverse_layer_idx=inverse,
+        scale_attn_weights=scaled,
+        activation_function=act,
+    )
     compare(directory, ln_free)
 
 
 def test_an_untied_head_is_read(tmp_path):
     config = GPT2Config(
-        n_embd=24, n_layer=1, n_head=3, vocab_size=97, n_positions=16, tie_word_embeddings=False,
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        n_embd=24,
+        n_layer=1,
+        n_head=3,
+        vocab_size=97,
+        n_positions=16,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     compare(tmp_path, ln_free=False)
 
@@ -96,16 +108,7 @@ def test_an_untied_head_is_read(tmp_path):
 def test_both_kinds_are_in_centred_coordinates(tmp_path, ln_free):
     random_checkpoint(tmp_path, ln_free=ln_free)
     model = load_model(tmp_path, dtype="float64", device="cpu")
-    for writer in (
-        model.W_E,
-        model.W_pos,
-        model.W_O,
-        model.b_O,
-        model.W_out,
-        model.b_out,
-        model.W_U,
-        model.b_U,
-    ):
+    for writer in (model.W_E, model.W_pos, model.W_O, model.b_O, model.W_out, model.b_out, model.W_U, model.b_U):
         assert writer.mean(-1).abs().max() < 1e-12
     for reader in (model.W_Q, model.W_K, model.W_V, model.W_in):
         assert reader.mean(-2).abs().max() < 1e-12
@@ -158,9 +161,7 @@ def test_loading_holds_one_matrix_at_a_time(tmp_path):
     )
     fields = {"n_embd": 512, "n_layer": 12, "n_head": 8, "vocab_size": 2000, "n_positions": 64}
     random_checkpoint(tmp_path, ln_free=True, **fields)
-    out = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, tmp_path], capture_output=True, text=True
-    )
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path], capture_output=True, text=True)
     assert float(out.stdout) < 2.5, out.stderr
 
 
@@ -183,9 +184,7 @@ def test_unknown_names_name_the_nearest(name):
 
 def test_hub_models_out_of_reach_say_so(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        ValueError, match=r"'gpt2-xl-noLN' \(schaeff/gpt2-xl_LNFree800\) is neither in the cache"
-    ):
+    with pytest.raises(ValueError, match=r"'gpt2-xl-noLN' \(schaeff/gpt2-xl_LNFree800\) is neither in the cache"):
         load_model("gpt2-xl-noLN")
     with pytest.raises(ValueError, match=r"apollo-research/gpt2_noLN at revision v2\) is neither"):
         load_model("gpt2-noLN-v2")

@@ -47,9 +47,11 @@ def assert_is_by_hook(result, model, tokens, layer, sets, ablation="mean", *, at
     loss, entropy = by_hook(model, tokens, layer, sets, ablation)
     frozen_loss, frozen_entropy = by_hook(model, tokens, layer, sets, ablation, freeze=True)
     for found, expected in (
-        (result.loss, loss), (result.entropy, entropy),
-        (result.loss_frozen, frozen_loss), (result.entropy_frozen, frozen_entropy),
-    ):  # fmt: skip
+        (result.loss, loss),
+        (result.entropy, entropy),
+        (result.loss_frozen, frozen_loss),
+        (result.entropy_frozen, frozen_entropy),
+    ):
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=atol)
 
 
@@ -164,9 +166,7 @@ def test_no_series_is_further_off_than_certified(kind, strength, level, seed):
         grown, entropy = stream(unembedding, rows, neurons, change, wanted)
         shift = change.t * raw[0, 0, 1] + (0 if change.alpha is None else change.alpha * rows.mean_m[:, None])
         certified = bound < 1.0  # larger ones certify nothing anybody uses
-        error = torch.maximum(
-            (log_a + shift - grown).abs(), (changed - entropy + rows.entropy[:, None]).abs()
-        )
+        error = torch.maximum((log_a + shift - grown).abs(), (changed - entropy + rows.entropy[:, None]).abs())
         assert (error <= bound + 1e-11)[certified].all()
         if strength <= 0.05:
             assert certified.double().mean() > 0.9  # and it does certify
@@ -187,9 +187,7 @@ def pieces(model, seed=0):
 def test_the_tolerance_decides_what_is_summed_exactly(kind):
     model = strengthened(kind, 0.1)
     tokens = random_tokens(model)
-    shares = [
-        ablate_neurons(model, tokens, method="moments", tolerance=t).streamed for t in (0.0, 1e-9, 1e-4, 1e6)
-    ]
+    shares = [ablate_neurons(model, tokens, method="moments", tolerance=t).streamed for t in (0.0, 1e-9, 1e-4, 1e6)]
     # A neuron that is dead on all tokens needs no sums: its series is exactly 0.
     assert shares[0] > 0.9 and shares[0] >= shares[1] > shares[2] >= shares[3]
     result = ablate_neurons(model, tokens, method="moments", tolerance=1e-6)
@@ -234,9 +232,7 @@ def test_ranking_is_the_papers_score(any_model, layer):
         w = w_out[i]
         cosines = (w @ W_U) / (w.norm() * W_U.norm(dim=0))
         assert ranking.score[i] == pytest.approx((w.norm() / cosines.var(unbiased=False)).item())
-        assert ranking.null_share[i] == pytest.approx(
-            ((w @ U).square().sum() / w.norm() ** 2).item(), abs=1e-9
-        )
+        assert ranking.null_share[i] == pytest.approx(((w @ U).square().sum() / w.norm() ** 2).item(), abs=1e-9)
     assert ranking.score.is_monotonic_decreasing and len(ranking) == 40
 
 

@@ -77,10 +77,7 @@ def test_batching_changes_nothing(kind, per_pass, seed):
     parts = residual_norms(model, iter([tokens[:2], tokens[2:]]), eot_token=3, per_pass=per_pass)
     torch.testing.assert_close(parts.norm, whole.norm, equal_nan=True)
     torch.testing.assert_close(parts.cosine, whole.cosine, equal_nan=True)
-    a, b = (
-        attention_sinks(model, tokens),
-        attention_sinks(model, iter([tokens[:2], tokens[2:]]), per_pass=per_pass),
-    )
+    a, b = (attention_sinks(model, tokens), attention_sinks(model, iter([tokens[:2], tokens[2:]]), per_pass=per_pass))
     torch.testing.assert_close(a.attention, b.attention)
     assert a.query_rate == pytest.approx(b.query_rate)
 

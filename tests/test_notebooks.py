@@ -15,9 +15,7 @@ def test_runs(path, tmp_path):
     from nbclient import NotebookClient
 
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
-    )
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
     client.execute()
     figures = [
         output
@@ -40,9 +38,7 @@ def test_is_stripped_and_public(path):
         if cell["cell_type"] == "code":
             source = "".join(cell["source"])
             private = [
-                line
-                for line in source.splitlines()
-                if "import" in line and "lnfree_interp" in line and " _" in line
+                line for line in source.splitlines() if "import" in line and "lnfree_interp" in line and " _" in line
             ]
             assert not private
     kinds = [cell["cell_type"] for cell in notebook["cells"]]

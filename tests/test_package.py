@@ -26,10 +26,7 @@ def test_an_unknown_name_is_an_attribute_error():
         ("import lnfree_interp", ("torch", "transformers", "transformer_lens", "plotly")),
         ("import lnfree_interp.finetune", ("transformer_lens", "plotly")),
         ("from lnfree_interp import direct_logit_attribution, load_model", ("plotly",)),
-        (
-            "from lnfree_interp import activation_patching, ablate_neurons, evaluate_loss, residual_norms",
-            ("plotly",),
-        ),
+        ("from lnfree_interp import activation_patching, ablate_neurons, evaluate_loss, residual_norms", ("plotly",)),
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(statement, unwanted):

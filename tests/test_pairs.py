@@ -36,9 +36,7 @@ def make_tokenizer(words):
     from tokenizers.decoders import ByteLevel
 
     tokenizer.decoder = ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +48,7 @@ def model():
 
 
 def bare(d_vocab=50, n_ctx=32):
-    return SimpleNamespace(
-        tokenizer=None, cfg=SimpleNamespace(n_ctx=n_ctx, d_vocab=d_vocab, model_name="bare")
-    )
+    return SimpleNamespace(tokenizer=None, cfg=SimpleNamespace(n_ctx=n_ctx, d_vocab=d_vocab, model_name="bare"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -93,16 +89,15 @@ def test_ioi_pairs(model):
     for clean, corrupted, (right, wrong) in zip(pairs.clean, pairs.corrupted, pairs.answers.tolist()):
         where = (clean != corrupted).nonzero().flatten().tolist()
         assert len(where) == 1
-        assert (clean[where[0]], corrupted[where[0]]) == (
-            wrong,
-            right,
-        )  # the giver receives in the other prompt
+        assert (clean[where[0]], corrupted[where[0]]) == (wrong, right)  # the giver receives in the other prompt
         text = decode(clean.tolist())
         assert text.count(decode([wrong])) == 2 and text.count(decode([right])) == 1
         names.add(decode([right]).strip())
     assert names <= {"Mary", "John", "Tom"} and len(names) > 1  # the only names known as single tokens
-    first = [decode(row.tolist()).index(decode([right])) < decode(row.tolist()).index(decode([wrong]))
-             for row, (right, wrong) in zip(pairs.clean, pairs.answers.tolist())]  # fmt: skip
+    first = [
+        decode(row.tolist()).index(decode([right])) < decode(row.tolist()).index(decode([wrong]))
+        for row, (right, wrong) in zip(pairs.clean, pairs.answers.tolist())
+    ]
     assert first == [True, False] * 6  # ABBA, BABA in turn
     assert pairs.clean[0, 0] == model.tokenizer.bos_token_id
     assert ioi_pairs(model, 12, seed=3, prepend_bos=False).clean.shape[1] == pairs.clean.shape[1] - 1
@@ -117,9 +112,7 @@ def test_every_template(model):
 
 def test_wrong_ioi(model):
     nameless = SimpleNamespace(tokenizer=make_tokenizer(["and"]), cfg=model.cfg)
-    with pytest.raises(
-        ValueError, match="the tokenizer has 0 names, 0 places and 0 objects that are one token"
-    ):
+    with pytest.raises(ValueError, match="the tokenizer has 0 names, 0 places and 0 objects that are one token"):
         ioi_pairs(nameless, 2)
     with pytest.raises(ValueError, match="template 9 is unknown; known are 0 to"):
         ioi_pairs(model, 2, template=9)
@@ -143,9 +136,7 @@ def test_induction_pairs(model, length, with_tokenizer):
     pairs = induction_pairs(m, 5, length=length)
     assert pairs.clean.shape == (5, length)
     n_bos = int(with_tokenizer)
-    for row, other, (right, wrong) in zip(
-        pairs.clean.tolist(), pairs.corrupted.tolist(), pairs.answers.tolist()
-    ):
+    for row, other, (right, wrong) in zip(pairs.clean.tolist(), pairs.corrupted.tolist(), pairs.answers.tolist()):
         for tokens, answer in ((row, right), (other, wrong)):
             # What followed the last token where it stood before is the answer.
             before = tokens[n_bos:-1].index(tokens[-1]) + n_bos
@@ -157,11 +148,7 @@ def test_induction_pairs(model, length, with_tokenizer):
 
 
 def test_wrong_induction():
-    for n, length, message in (
-        (0, 8, "n is 0"),
-        (1, 3, "length is 3"),
-        (1, 33, "length is 33, it must be from 4"),
-    ):
+    for n, length, message in ((0, 8, "n is 0"), (1, 3, "length is 3"), (1, 33, "length is 33, it must be from 4")):
         with pytest.raises(ValueError, match=message):
             induction_pairs(bare(), n, length=length)
     with pytest.raises(ValueError, match="length 16 needs 10 different tokens, the vocabulary has 6"):
@@ -192,14 +179,9 @@ def test_file_of_pairs(model, tmp_path, kind):
     n = min(groups)
     only = PromptPairs.from_file(path, model, length=n)
     assert torch.equal(only.clean, groups[n].clean)
-    decoded = (
-        model.tokenizer.decode(only.clean[0].tolist()),
-        model.tokenizer.decode([int(only.answers[0, 0])]),
-    )
+    decoded = (model.tokenizer.decode(only.clean[0].tolist()), model.tokenizer.decode([int(only.answers[0, 0])]))
     assert decoded == ("<|endoftext|>Mary and John", " Mary")
-    with pytest.raises(
-        ValueError, match=rf"pairs of {n} tokens \(2 pairs\), {max(groups)} tokens \(1 pairs\)"
-    ):
+    with pytest.raises(ValueError, match=rf"pairs of {n} tokens \(2 pairs\), {max(groups)} tokens \(1 pairs\)"):
         PromptPairs.from_file(path, model)
     with pytest.raises(ValueError, match="no pairs of 3 tokens"):
         PromptPairs.from_file(path, model, length=3)
@@ -208,26 +190,14 @@ def test_file_of_pairs(model, tmp_path, kind):
 
 def test_wrong_files(model, tmp_path):
     cases = [
-        (
-            [GOOD, GOOD | {"right": " Mississippi"}],
-            r"line 2: answer ' Mississippi' is \d+ tokens \[' M', 'i'",
-        ),
-        (
-            [GOOD | {"corrupted": "Mary and the John"}],
-            r"line 1: clean has \d+ tokens, corrupted has \d+: pairs must",
-        ),
+        ([GOOD, GOOD | {"right": " Mississippi"}], r"line 2: answer ' Mississippi' is \d+ tokens \[' M', 'i'"),
+        ([GOOD | {"corrupted": "Mary and the John"}], r"line 1: clean has \d+ tokens, corrupted has \d+: pairs must"),
         ([GOOD | {"corrupted": GOOD["clean"]}], "line 1: clean equals corrupted"),
         ([GOOD | {"wrong": " Mary"}], "line 1: ' Mary' is the right and the wrong answer"),
-        (
-            [{k: v for k, v in GOOD.items() if k != "wrong"}],
-            "line 1 lacks wrong; wanted are clean, corrupted",
-        ),
+        ([{k: v for k, v in GOOD.items() if k != "wrong"}], "line 1 lacks wrong; wanted are clean, corrupted"),
         (["[1, 2]"], "line 1 lacks clean"),
         (["{nonsense"], "line 1 is not JSON"),
-        (
-            [GOOD | {"clean": "Mary " * 300, "corrupted": "John " + "Mary " * 299}],
-            "the model's context is 200",
-        ),
+        ([GOOD | {"clean": "Mary " * 300, "corrupted": "John " + "Mary " * 299}], "the model's context is 200"),
         ([], "holds no pairs"),
     ]
     for records, message in cases:

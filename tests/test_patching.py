@@ -148,9 +148,7 @@ def first_and_third(logits):
 
 METRICS = {
     "middle": Metric("middle", lambda x: x[:, 0, 0] * x[:, 1, 1], positions=(4, -5)),
-    "own tokens": Metric(
-        "own", lambda x: x[:, 0].sum(-1), tokens=torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    ),
+    "own tokens": Metric("own", lambda x: x[:, 0].sum(-1), tokens=torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])),
     "plain function": first_and_third,
     "prompts by place": lambda logits: logits[:, -1].gather(-1, torch.tensor([[3], [9], [20]]))[:, 0],
 }
@@ -161,10 +159,7 @@ METRICS = {
 def test_any_metric(random_model, name, site, kind):
     model = random_model(kind)
     pairs = make_pairs(model, pos=6, changed=((1, 4), (3,), (2, 5)))
-    special = {
-        "right_log_prob": lambda: right_log_prob(pairs),
-        "kl_from_clean": lambda: kl_from_clean(model, pairs),
-    }
+    special = {"right_log_prob": lambda: right_log_prob(pairs), "kl_from_clean": lambda: kl_from_clean(model, pairs)}
     metric = special[name]() if name in special else METRICS[name]
     effect = activation_patching(model, pairs, site=site, metric=metric)
     assert_matches_plain_hooks(model, pairs, effect, site, metric)
@@ -175,22 +170,21 @@ def test_any_metric(random_model, name, site, kind):
 
 @settings(max_examples=8, deadline=None)
 @given(
-    kind=st.sampled_from([None, "LNPre", "LN", "RMSPre"]), n_layers=st.integers(1, 3), n_heads=st.integers(1, 3),
-    attn_only=st.booleans(), act_fn=st.sampled_from(["gelu_new", "gelu", "relu"]), n_pos=st.integers(2, 6),
-    site=st.sampled_from(sorted(SITES)), direction=st.sampled_from(["denoising", "noising"]), data=st.data(),
-)  # fmt: skip
+    kind=st.sampled_from([None, "LNPre", "LN", "RMSPre"]),
+    n_layers=st.integers(1, 3),
+    n_heads=st.integers(1, 3),
+    attn_only=st.booleans(),
+    act_fn=st.sampled_from(["gelu_new", "gelu", "relu"]),
+    n_pos=st.integers(2, 6),
+    site=st.sampled_from(sorted(SITES)),
+    direction=st.sampled_from(["denoising", "noising"]),
+    data=st.data(),
+)
 def test_patched_cell_is_plain_hook_on_random_models(
     kind, n_layers, n_heads, attn_only, act_fn, n_pos, site, direction, data
 ):
     model = make_model(
-        kind,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        d_head=4,
-        d_model=12,
-        d_mlp=9,
-        attn_only=attn_only,
-        act_fn=act_fn,
+        kind, n_layers=n_layers, n_heads=n_heads, d_head=4, d_model=12, d_mlp=9, attn_only=attn_only, act_fn=act_fn
     )
     if attn_only and site in ("resid_mid", "mlp_out", "neurons"):
         with pytest.raises(ValueError, match="is not in this model"):

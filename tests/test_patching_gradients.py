@@ -6,17 +6,9 @@ from conftest import make_model
 from test_patching import make_pairs
 
 from lnfree_interp.metrics import Metric, logit_diff
-from lnfree_interp.patching import (
-    METHODS,
-    SITES,
-    activation_patching,
-    attribution_patching,
-    total_effect,
-)
+from lnfree_interp.patching import METHODS, SITES, activation_patching, attribution_patching, total_effect
 
-quadratic = Metric(
-    "quadratic", lambda x: x[..., 0].pow(2).sum(1) - x[:, 0, 1] * x[:, 1, 1], positions=(-1, -2)
-)
+quadratic = Metric("quadratic", lambda x: x[..., 0].pow(2).sum(1) - x[:, 0, 1] * x[:, 1, 1], positions=(-1, -2))
 
 
 def every_site(model):
@@ -90,11 +82,11 @@ def test_prompts_do_not_mix_and_memory_changes_nothing(random_model, kind, metho
     pairs = make_pairs(model, changed=((2, 4), (5,), (6,)))
     for site in ("q", "k") if method == "atp_star" else ("resid_mid", "z", "pattern"):
         whole = attribution_patching(model, pairs, site=site, method=method, by_position=True, steps=2)
-        parts = attribution_patching(
-            model, pairs, site=site, method=method, by_position=True, steps=2, max_memory=1
-        )
-        alone = [attribution_patching(model, pairs[i : i + 1], site=site, method=method, by_position=True, steps=2)
-                 for i in range(len(pairs))]  # fmt: skip
+        parts = attribution_patching(model, pairs, site=site, method=method, by_position=True, steps=2, max_memory=1)
+        alone = [
+            attribution_patching(model, pairs[i : i + 1], site=site, method=method, by_position=True, steps=2)
+            for i in range(len(pairs))
+        ]
         torch.testing.assert_close(parts.values, whole.values, atol=1e-11, rtol=1e-9)
         torch.testing.assert_close(torch.cat([a.values for a in alone]), whole.values, atol=1e-11, rtol=1e-9)
         summed = attribution_patching(model, pairs, site=site, method=method, steps=2)
@@ -143,9 +135,7 @@ def test_second_order_is_exact_for_a_quadratic(random_model):
     model = random_model(None)
     pairs = make_pairs(model, changed=((2, 4), (5,)))
     for site in ("mlp_out", "resid_post", "neurons"):
-        approximate, exact = both(
-            model, pairs, site=site, layers=[-1], metric=quadratic, method="second_order"
-        )
+        approximate, exact = both(model, pairs, site=site, layers=[-1], metric=quadratic, method="second_order")
         torch.testing.assert_close(approximate, exact, atol=1e-9, rtol=1e-9)
         first = attribution_patching(model, pairs, site=site, layers=[-1], metric=quadratic)
         assert (first.values - exact).abs().max() > 1e-2
@@ -167,9 +157,7 @@ def test_joint_second_order_sums_to_the_quadratics_total(random_model):
 
 
 @pytest.mark.parametrize("kind", [None, "LNPre"])
-@pytest.mark.parametrize(
-    "site, metric", [("resid_pre", logit_diff), ("k", logit_diff), ("pattern", quadratic)]
-)
+@pytest.mark.parametrize("site, metric", [("resid_pre", logit_diff), ("k", logit_diff), ("pattern", quadratic)])
 def test_second_order_is_the_second_derivative_along_each_cell(random_model, kind, site, metric):
     model = random_model(kind)
     pairs = make_pairs(model, n=2, changed=((2, 4), (5,)))
@@ -183,9 +171,7 @@ def test_second_order_is_the_second_derivative_along_each_cell(random_model, kin
         delta = torch.zeros_like(clean[name])
         at = (slice(None), unit) if site in ("resid_pre", "pattern") else (slice(None), slice(None), unit)
         delta[at] = (clean[name] - corrupted[name])[at]
-        return metric(
-            model.run_with_hooks(pairs.corrupted, fwd_hooks=[(name, lambda x, hook: x + t * delta)]), pairs
-        )
+        return metric(model.run_with_hooks(pairs.corrupted, fwd_hooks=[(name, lambda x, hook: x + t * delta)]), pairs)
 
     eps = 1e-3
     for layer in (0, 1):
@@ -235,9 +221,7 @@ def test_relp_is_the_gradient_of_the_model_with_frozen_norms(random_model):
     """Last layer's mlp_out: with the final norm's scale a constant, the path is the linear one of DLA."""
     model = random_model("LNPre")
     pairs = make_pairs(model, changed=(6,))
-    got = attribution_patching(
-        model, pairs, site="mlp_out", layers=[-1], method="relp", linear_gelu=False
-    ).values
+    got = attribution_patching(model, pairs, site="mlp_out", layers=[-1], method="relp", linear_gelu=False).values
     _, clean = model.run_with_cache(pairs.clean)
     _, base = model.run_with_cache(pairs.corrupted)
     name = "blocks.1.hook_mlp_out"

@@ -84,9 +84,7 @@ def test_other_dtypes_agree_to_their_rounding(dtype):
 
 
 def test_models_the_packed_forward_does_not_cover():
-    model = make_model(
-        "LNPre", positional_embedding_type="rotary", rotary_dim=8, gated_mlp=True, act_fn="silu"
-    )
+    model = make_model("LNPre", positional_embedding_type="rotary", rotary_dim=8, gated_mlp=True, act_fn="silu")
     pairs = make_pairs(model, n=2, pos=5, changed=((1,), (3,)))
     effect = activation_patching(model, pairs, site="resid_mid")
     assert effect.flops is None
@@ -119,20 +117,23 @@ def infinite_metric(logits):
     return logits[:, -1, 0] / 0
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"site": "resid"}, "unknown site 'resid'; known are resid_pre, resid_mid"),
-    ({"direction": "up"}, "unknown direction 'up'; known are denoising, noising"),
-    ({"layers": [2]}, "layer 2 is not there; the model has 2 layers"),
-    ({"layers": [1, -1]}, "name a layer twice"),
-    ({"layers": []}, "layers is empty"),
-    ({"site": "z", "units": [3]}, "head 3 is not there; layer has 3"),
-    ({"units": [0]}, "neither heads nor neurons"),
-    ({"site": "neurons"}, "site 'neurons' needs layers="),
-    ({"metric": wrong_metric}, r"metric wrong_metric returned \[3, 61\], wanted is one number per prompt, \[3\]"),
-    ({"metric": infinite_metric}, "metric infinite_metric is -?inf for prompt"),
-    ({"metric": Metric("far", lambda x: x[:, 0, 0], positions=(9,))}, r"metric far reads position \[9\]"),
-    ({"max_memory": 0}, "max_memory is 0 bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"site": "resid"}, "unknown site 'resid'; known are resid_pre, resid_mid"),
+        ({"direction": "up"}, "unknown direction 'up'; known are denoising, noising"),
+        ({"layers": [2]}, "layer 2 is not there; the model has 2 layers"),
+        ({"layers": [1, -1]}, "name a layer twice"),
+        ({"layers": []}, "layers is empty"),
+        ({"site": "z", "units": [3]}, "head 3 is not there; layer has 3"),
+        ({"units": [0]}, "neither heads nor neurons"),
+        ({"site": "neurons"}, "site 'neurons' needs layers="),
+        ({"metric": wrong_metric}, r"metric wrong_metric returned \[3, 61\], wanted is one number per prompt, \[3\]"),
+        ({"metric": infinite_metric}, "metric infinite_metric is -?inf for prompt"),
+        ({"metric": Metric("far", lambda x: x[:, 0, 0], positions=(9,))}, r"metric far reads position \[9\]"),
+        ({"max_memory": 0}, "max_memory is 0 bytes"),
+    ],
+)
 def test_bad_input(random_model, options, message):
     model = random_model("LNPre")
     for function in (activation_patching, attribution_patching):
@@ -152,12 +153,15 @@ def test_tokens_outside_the_vocabulary_and_beyond_the_context(random_model):
         activation_patching(model, make_pairs(model, pos=33))
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"method": "exact"}, "unknown method 'exact'; known are gradient, integrated"),
-    ({"method": "atp_star"}, "method 'atp_star' is for sites q and k, not 'resid_pre'"),
-    ({"method": "integrated", "path": "zigzag"}, "unknown path 'zigzag'"),
-    ({"method": "integrated", "steps": 0}, "steps is 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "exact"}, "unknown method 'exact'; known are gradient, integrated"),
+        ({"method": "atp_star"}, "method 'atp_star' is for sites q and k, not 'resid_pre'"),
+        ({"method": "integrated", "path": "zigzag"}, "unknown path 'zigzag'"),
+        ({"method": "integrated", "steps": 0}, "steps is 0"),
+    ],
+)
 def test_bad_methods(random_model, options, message):
     model = random_model(None)
     with pytest.raises(ValueError, match=message):
@@ -171,11 +175,21 @@ def test_bad_methods(random_model, options, message):
 def effect_of(values, method="activation", clean=None, **fields):
     n, n_layers, n_units = values.shape
     clean = torch.ones(n, dtype=torch.float64) if clean is None else clean
-    return PatchingEffect(**{
-        "values": values, "site": "resid_pre", "method": method, "direction": "denoising", "metric": "logit_diff",
-        "axes": ("prompt", "layer", "pos"), "layers": tuple(range(n_layers)), "units": tuple(range(n_units)),
-        "clean": clean, "corrupted": torch.zeros_like(clean),
-    } | fields)  # fmt: skip
+    return PatchingEffect(
+        **{
+            "values": values,
+            "site": "resid_pre",
+            "method": method,
+            "direction": "denoising",
+            "metric": "logit_diff",
+            "axes": ("prompt", "layer", "pos"),
+            "layers": tuple(range(n_layers)),
+            "units": tuple(range(n_units)),
+            "clean": clean,
+            "corrupted": torch.zeros_like(clean),
+        }
+        | fields
+    )
 
 
 def random_effects(n=6, n_layers=3, n_units=4):
@@ -189,9 +203,7 @@ def random_effects(n=6, n_layers=3, n_units=4):
 
 def test_table_has_every_cell(random_model):
     model = random_model(None)
-    effect = activation_patching(
-        model, make_pairs(model), site="neurons", layers=[-1], units=[7, 2], by_position=True
-    )
+    effect = activation_patching(model, make_pairs(model), site="neurons", layers=[-1], units=[7, 2], by_position=True)
     table = effect.table()
     assert list(table.columns) == ["prompt", "layer", "neuron", "pos", "effect"] and len(table) == 3 * 2 * 7
     row = table[(table.prompt == 2) & (table.layer == 1) & (table.neuron == 2) & (table.pos == 6)]
@@ -201,9 +213,7 @@ def test_table_has_every_cell(random_model):
 def test_error_measures_are_what_they_say():
     x, y = random_effects()
     clean = torch.tensor([1.0, 2, -1, 0.5, 3, 1], dtype=torch.float64)
-    error = patching_error(
-        effect_of(x, "gradient", clean), effect_of(y, clean=clean), normalize=True, draws=200
-    )
+    error = patching_error(effect_of(x, "gradient", clean), effect_of(y, clean=clean), normalize=True, draws=200)
     x, y = ((v / clean[:, None, None]).numpy() for v in (x, y))
     np.testing.assert_allclose(error.per_layer, np.abs(x - y).sum(2).mean(0))
     assert math.isclose(error.total, np.abs(x - y).sum(2).mean(), rel_tol=1e-9)
@@ -250,13 +260,7 @@ def test_only_like_is_compared_with_like():
 
 
 def test_sizes():
-    assert [parse_size(s) for s in (None, "1000", "2K", "1.5M", "4GB")] == [
-        None,
-        1000,
-        2048,
-        3 * 2**19,
-        2**32,
-    ]
+    assert [parse_size(s) for s in (None, "1000", "2K", "1.5M", "4GB")] == [None, 1000, 2048, 3 * 2**19, 2**32]
     for bad in ("0", "many", "-3", "5T"):
         with pytest.raises(ValueError, match="is not a positive size"):
             parse_size(bad)
@@ -271,9 +275,15 @@ def checkpoints(tmp_path_factory):
     for name, eps in (("original", 1e-5), ("free", 1e12)):
         torch.manual_seed(0)
         config = GPT2Config(
-            n_embd=16, n_layer=2, n_head=2, vocab_size=200, n_positions=32, layer_norm_epsilon=eps,
-            bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            vocab_size=200,
+            n_positions=32,
+            layer_norm_epsilon=eps,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
         model = GPT2LMHeadModel(config)
         for n, p in model.named_parameters():
             p.data += torch.randn_like(p) * 0.1
@@ -300,16 +310,19 @@ def test_command(checkpoints, tmp_path, capsys):
     assert "free: activation" in html and "original: integrated" in html
 
 
-@pytest.mark.parametrize("more, message", [
-    (["--method", "atp_star"], "--method atp_star is for sites q and k, not resid_pre"),
-    (["--site", "nowhere"], "invalid choice: 'nowhere'"),
-    (["--pairs", "pairs.txt"], "--pairs 'pairs.txt' is none of induction, ioi"),
-    (["--pairs", "absent.csv"], "cannot read pairs file absent.csv"),
-    (["--pairs", "ioi"], "no tokenizer"),
-    (["--length", "99"], "length is 99"),
-    (["--max-memory", "lots"], "--max-memory 'lots' is not a positive size"),
-    (["--site", "neurons"], "site 'neurons' needs layers="),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--method", "atp_star"], "--method atp_star is for sites q and k, not resid_pre"),
+        (["--site", "nowhere"], "invalid choice: 'nowhere'"),
+        (["--pairs", "pairs.txt"], "--pairs 'pairs.txt' is none of induction, ioi"),
+        (["--pairs", "absent.csv"], "cannot read pairs file absent.csv"),
+        (["--pairs", "ioi"], "no tokenizer"),
+        (["--length", "99"], "length is 99"),
+        (["--max-memory", "lots"], "--max-memory 'lots' is not a positive size"),
+        (["--site", "neurons"], "site 'neurons' needs layers="),
+    ],
+)
 def test_command_says_what_is_wrong_and_writes_nothing(checkpoints, tmp_path, capsys, more, message):
     out = tmp_path / "out"
     try:
@@ -333,8 +346,9 @@ def test_summary_keeps_the_order_of_models():
     x, y = random_effects()
     parts = [
         patching_error(effect_of(x, m), effect_of(y)).table().assign(model=name, tokens=16, pairs=6)
-        for name in ("tiny", "free", "also") for m in ("relp", "gradient")
-    ]  # fmt: skip
+        for name in ("tiny", "free", "also")
+        for m in ("relp", "gradient")
+    ]
     table = summary(pd.concat(parts))
     assert list(table.model) == ["tiny", "tiny", "free", "free", "also", "also"]
     assert list(table.method) == ["relp", "gradient"] * 3

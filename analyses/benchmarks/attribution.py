@@ -81,18 +81,22 @@ def run(args) -> pd.DataFrame:
     difference = (results["gradient"] - results["loop"]).abs().max().item()
     slow, one, packed = (
         seconds[n]
-        for n in (
-            "loop over prompts, hooks on everything",
-            "one forward, transformer_lens",
-            "one forward, packed",
-        )
+        for n in ("loop over prompts, hooks on everything", "one forward, transformer_lens", "one forward, packed")
     )
-    return pd.DataFrame([
-        {"way": name, "s": s, "times faster than the loop": slow / s, "forwards (transformer_lens)": s / one,
-         "forwards (packed)": s / packed, "gradients": s / seconds["gradient"],
-         "largest difference to the loop": difference if name == "gradient" else float("nan")}
-        for name, s in seconds.items()
-    ])  # fmt: skip
+    return pd.DataFrame(
+        [
+            {
+                "way": name,
+                "s": s,
+                "times faster than the loop": slow / s,
+                "forwards (transformer_lens)": s / one,
+                "forwards (packed)": s / packed,
+                "gradients": s / seconds["gradient"],
+                "largest difference to the loop": difference if name == "gradient" else float("nan"),
+            }
+            for name, s in seconds.items()
+        ]
+    )
 
 
 def _lens(model, pairs) -> None:

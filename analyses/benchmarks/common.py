@@ -18,18 +18,26 @@ SHAPES = {  # n_layers, d_model, n_heads
 }
 
 
-def random_model(
-    shape: str, normalization_type: str | None = "LNPre", device="cpu", dtype=torch.float32, seed=0
-):
+def random_model(shape: str, normalization_type: str | None = "LNPre", device="cpu", dtype=torch.float32, seed=0):
     """A HookedTransformer of a GPT-2's shape (50,257 tokens, context 1,024), weights normal with std 0.02."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     n_layers, d_model, n_heads = SHAPES[shape]
     cfg = HookedTransformerConfig(
-        n_layers=n_layers, d_model=d_model, n_heads=n_heads, d_head=d_model // n_heads, d_mlp=4 * d_model,
-        n_ctx=1024, d_vocab=50257, act_fn="gelu_new", normalization_type=normalization_type,
-        init_weights=False, device=str(device), dtype=dtype, seed=seed,
-    )  # fmt: skip
+        n_layers=n_layers,
+        d_model=d_model,
+        n_heads=n_heads,
+        d_head=d_model // n_heads,
+        d_mlp=4 * d_model,
+        n_ctx=1024,
+        d_vocab=50257,
+        act_fn="gelu_new",
+        normalization_type=normalization_type,
+        init_weights=False,
+        device=str(device),
+        dtype=dtype,
+        seed=seed,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = HookedTransformer(cfg)

@@ -18,9 +18,7 @@ from lnfree_interp.neurons import ablate_neurons
 from .common import interleaved, median, random_model
 
 LOGITS = 2.5  # standard deviation of the logits
-EFFECT = (
-    0.03  # mean effect of a neuron on the logits: 3,072 of them write two thirds of the logits' deviation
-)
+EFFECT = 0.03  # mean effect of a neuron on the logits: 3,072 of them write two thirds of the logits' deviation
 
 
 def benchmark_model(shape: str, kind: str | None, device):
@@ -117,12 +115,7 @@ def rows_of(args, kind: str | None):
         rate = positions * pairs[way] / median(times)
         first = first or rate
         row = {"shape": args.shape, "normalization": str(kind), "way": way, "neurons": pairs[way]}
-        row |= {
-            "tokens": positions,
-            "seconds": median(times),
-            "pairs_per_second": rate,
-            "ratio": rate / first,
-        }
+        row |= {"tokens": positions, "seconds": median(times), "pairs_per_second": rate, "ratio": rate / first}
         result = results.get({"streaming": "stream"}.get(way, way))
         if result is not None:
             row |= {"summed_exactly": result.streamed, "certified": result.bound}

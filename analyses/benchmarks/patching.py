@@ -49,9 +49,7 @@ def by_transformer_lens(model, pairs: PromptPairs, site: str, cells: pd.DataFram
     setter = patching.layer_head_vector_patch_setter if site == "z" else patching.layer_pos_patch_setter
     ends = "attn.hook_z" if site == "z" else f"hook_{site}"
     _, cache = model.run_with_cache(pairs.clean, names_filter=lambda name: name.endswith(ends))
-    return patching.generic_activation_patch(
-        model, pairs.corrupted, cache, metric, setter, site, index_df=cells.copy()
-    )
+    return patching.generic_activation_patch(model, pairs.corrupted, cache, metric, setter, site, index_df=cells.copy())
 
 
 def run(args) -> pd.DataFrame:

@@ -16,24 +16,15 @@ def main(argv: list[str] | None = None) -> int:
     """How far direct logit attribution is from the direct effect, model by model."""
     parser = cli.parser("dla", main.__doc__, tokens=8192)
     parser.add_argument("--positions", choices=("all", "last"), default="all", help="where to measure (all)")
-    parser.add_argument(
-        "--context", type=cli.positive_int, default=512, help="tokens per sequence at most (512)"
-    )
+    parser.add_argument("--context", type=cli.positive_int, default=512, help="tokens per sequence at most (512)")
     parser.add_argument("--draws", type=cli.positive_int, default=1000, help="bootstrap draws (1,000)")
-    parser.add_argument(
-        "--prompt", default="It was the best of times, it was the worst of", help="sample prompt"
-    )
+    parser.add_argument("--prompt", default="It was the best of times, it was the worst of", help="sample prompt")
     parser.add_argument("--top", type=cli.positive_int, default=8, help="components shown for the prompt (8)")
     return cli.guard(_command, parser.parse_args(argv), parser.prog)
 
 
 def _command(args) -> None:
-    errors, components, panels, prompts = (
-        [],
-        [],
-        {"attribution": {}, "direct effect": {}, "difference": {}},
-        [],
-    )
+    errors, components, panels, prompts = ([], [], {"attribution": {}, "direct effect": {}, "difference": {}}, [])
     for name, model in cli.models(args):
         tokens = cli.load_tokens(args, model, context=args.context)
         prompts.append((name, *_sample(model, args.prompt, args.top)))
@@ -62,9 +53,7 @@ def _command(args) -> None:
                 columns = {"model": name, **_means(linear, exact)}
                 per_head = error.table().rename(columns={"low": "nmae_low", "high": "nmae_high"})
                 components.append(pd.DataFrame(columns).merge(per_head, on="component", how="left"))
-    cli.show(
-        pd.DataFrame(errors), "Direct logit attribution against direct effect, attention heads (pooled NMAE)"
-    )
+    cli.show(pd.DataFrame(errors), "Direct logit attribution against direct effect, attention heads (pooled NMAE)")
     for name, target, table in prompts:
         cli.show(table, f"{name}: {args.prompt!r} -> {target!r}, components of the logit")
     figure = head_heatmaps(
@@ -84,11 +73,13 @@ def _streamed(model, tokens, targets, positions, name: str) -> tuple[LogitAttrib
         pieces.append(logit_attributions(model, tokens[rows], chosen, positions=positions, by="head"))
     return tuple(
         LogitAttribution(
-            torch.cat([p[i].values.cpu() for p in pieces], dim=1), pieces[0][i].labels,
-            torch.cat([p[i].bias.cpu() for p in pieces]), pieces[0][i].positions,
+            torch.cat([p[i].values.cpu() for p in pieces], dim=1),
+            pieces[0][i].labels,
+            torch.cat([p[i].bias.cpu() for p in pieces]),
+            pieces[0][i].positions,
         )
         for i in (0, 1)
-    )  # fmt: skip
+    )
 
 
 def _means(linear: LogitAttribution, exact: LogitAttribution) -> dict:

@@ -103,9 +103,7 @@ def direct_logit_attribution(
         >>> logits.shape == tokens[:, 1:].shape
         True
     """
-    return logit_attributions(model, tokens, targets, versus=versus, positions=positions, by=by, exact=False)[
-        0
-    ]
+    return logit_attributions(model, tokens, targets, versus=versus, positions=positions, by=by, exact=False)[0]
 
 
 def direct_effect(
@@ -131,9 +129,7 @@ def direct_effect(
         >>> bool((exact.values - linear.values).abs().max() < 1e-4)
         True
     """
-    return logit_attributions(model, tokens, targets, versus=versus, positions=positions, by=by, exact=True)[
-        1
-    ]
+    return logit_attributions(model, tokens, targets, versus=versus, positions=positions, by=by, exact=True)[1]
 
 
 @torch.no_grad()
@@ -235,9 +231,7 @@ def _resolve_positions(positions, n_pos: int, available: range) -> list[int]:
     for p in wanted:
         at = p + n_pos if p < 0 else p
         if at not in available:
-            raise ValueError(
-                f"position {p} is out of range: targets reach from {available[0]} to {available[-1]}"
-            )
+            raise ValueError(f"position {p} is out of range: targets reach from {available[0]} to {available[-1]}")
         kept.append(at)
     if not kept:
         raise ValueError(f"positions {positions} name none of 0 to {n_pos - 1}")
@@ -248,13 +242,9 @@ def component_labels(cfg, by: str) -> tuple[str, ...]:
     """The components' names in the order of the values."""
     labels = ["embed"] + ["pos_embed"] * (cfg.positional_embedding_type == "standard")
     for i in range(cfg.n_layers):
-        labels += (
-            [f"L{i}H{h}" for h in range(cfg.n_heads)] + [f"L{i}.b_O"] if by == "head" else [f"L{i}.attn"]
-        )
+        labels += [f"L{i}H{h}" for h in range(cfg.n_heads)] + [f"L{i}.b_O"] if by == "head" else [f"L{i}.attn"]
         if not getattr(cfg, "attn_only", False):
-            labels += (
-                [f"L{i}N{n}" for n in range(cfg.d_mlp)] + [f"L{i}.b_out"] if by == "neuron" else [f"L{i}.mlp"]
-            )
+            labels += [f"L{i}N{n}" for n in range(cfg.d_mlp)] + [f"L{i}.b_out"] if by == "neuron" else [f"L{i}.mlp"]
     return tuple(labels)
 
 
@@ -380,9 +370,7 @@ def _project_heads(
     return products, torch.einsum("nhf,nhf->hn", turned, z)
 
 
-def _project_neurons(
-    post: Float[Tensor, "n d_mlp"], W_out: Float[Tensor, "d_mlp d_model"], read, with_squares: bool
-):
+def _project_neurons(post: Float[Tensor, "n d_mlp"], W_out: Float[Tensor, "d_mlp d_model"], read, with_squares: bool):
     """For c = post_i W_out[i] of each neuron: <c, r> = post_i <W_out[i], r>, |c|^2 = post_i^2 |W_out[i]|^2."""
     products = [(post * (r @ W_out.T)).T for r in read]
     return products, (post.pow(2) * W_out.pow(2).sum(-1)).T if with_squares else None

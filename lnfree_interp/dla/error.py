@@ -83,9 +83,7 @@ def attribution_error(
         )
     if draws < 1:
         raise ValueError(f"draws is {draws}; it must be at least 1")
-    chosen = [
-        i for i, label in enumerate(exact.labels) if components is None or re.fullmatch(components, label)
-    ]
+    chosen = [i for i, label in enumerate(exact.labels) if components is None or re.fullmatch(components, label)]
     if not chosen:
         raise ValueError(f"no component matches {components!r}; there are {', '.join(exact.labels[:3])}, ...")
     a, e = (r.values[chosen].double().cpu() for r in (approximate, exact))
@@ -96,9 +94,7 @@ def attribution_error(
     def counts(n: int) -> Tensor:
         """How often each of n is drawn, per draw."""
         drawn = torch.randint(n, (draws, n), generator=generator)
-        return torch.zeros(draws, n, dtype=torch.double).scatter_add_(
-            1, drawn, torch.ones_like(drawn).double()
-        )
+        return torch.zeros(draws, n, dtype=torch.double).scatter_add_(1, drawn, torch.ones_like(drawn).double())
 
     of_sequences, of_components = counts(n_batch), counts(n_components)
     difference_drawn, size_drawn = difference @ of_sequences.T, size @ of_sequences.T  # [component, draw]

@@ -16,11 +16,14 @@ def main(argv=None) -> int:
 
     parser = cli.parser("evaluate", "Losses, divergences and calibration of models on the same tokens.")
     parser.add_argument("--context", type=cli.positive_int, default=512, help="tokens per sequence (512)")
+    parser.add_argument("--bins", type=cli.positive_int, default=15, help="bins of the calibration error (15)")
     parser.add_argument(
-        "--bins", type=cli.positive_int, default=15, help="bins of the calibration error (15)"
+        "--hellaswag",
+        nargs="?",
+        const=HUB,
+        metavar="FILE",
+        help="HellaSwag as well, from a .jsonl file or (without one) the hub",
     )
-    parser.add_argument("--hellaswag", nargs="?", const=HUB, metavar="FILE",
-                        help="HellaSwag as well, from a .jsonl file or (without one) the hub")  # fmt: skip
     parser.add_argument("--items", type=cli.positive_int, metavar="N", help="HellaSwag items to use (all)")
     parser.add_argument("--prompt", help="show what each model writes after this")
     args = parser.parse_args(argv)
@@ -54,8 +57,7 @@ def _command(args) -> None:
     bar = partial(cli.progress, total=len(passes), unit="pass")
 
     losses = {
-        name: evaluate_loss(model, bar(passes, label=f"{name} loss"), seed=args.seed)
-        for name, model in models.items()
+        name: evaluate_loss(model, bar(passes, label=f"{name} loss"), seed=args.seed) for name, model in models.items()
     }
     ln_free = {name: model.cfg.normalization_type is None for name, model in models.items()}
     gaps = loss_table(losses, baselines(ln_free), seed=args.seed).table()

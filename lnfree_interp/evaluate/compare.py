@@ -107,15 +107,12 @@ def compare_models(
     n = len(parts)
     # Pairs hold three more tensors of the logits' size while they are compared.
     per_pass = min(per_pass, max(1, LOGITS_PER_PASS // (parts[0].cfg.d_vocab * (n + 3))))
-    sequences: list[
-        Tensor
-    ] = []  # per batch: [batch, model, other] of divergence and agreement, [batch, 3, model]
+    sequences: list[Tensor] = []  # per batch: [batch, model, other] of divergence and agreement, [batch, 3, model]
     bins = torch.zeros(3, n, n_bins, dtype=torch.float64)  # count, sum of confidence, sum of right answers
     for batch in token_batches(parts[0], tokens, per_pass=per_pass, least=2):
         with torch.no_grad():
             logits = [
-                unembed(model, run(model, batch.to(model.cfg.device))[:, :-1]).to(batch.device)
-                for model in parts
+                unembed(model, run(model, batch.to(model.cfg.device))[:, :-1]).to(batch.device) for model in parts
             ]
             sequences.append(_per_sequence(logits, batch[:, 1:], bins))
     values = torch.cat(sequences)
@@ -130,10 +127,19 @@ def compare_models(
     count, confidence, right = bins
     error = (right - confidence).abs().sum(1) / count.sum(1)
     return ModelComparison(
-        names=names, divergence=divergence, low=interval[0], high=interval[1], agreement=agreement,
-        loss=loss, entropy=entropies, accuracy=accuracy, calibration_error=error,
-        bin_confidence=confidence / count, bin_accuracy=right / count, bin_count=count.long(),
-    )  # fmt: skip
+        names=names,
+        divergence=divergence,
+        low=interval[0],
+        high=interval[1],
+        agreement=agreement,
+        loss=loss,
+        entropy=entropies,
+        accuracy=accuracy,
+        calibration_error=error,
+        bin_confidence=confidence / count,
+        bin_accuracy=right / count,
+        bin_count=count.long(),
+    )
 
 
 def _per_sequence(

@@ -51,9 +51,7 @@ class HellaSwag:
         return pd.DataFrame([row])
 
 
-def hellaswag_items(
-    source: str | Path = HUB, *, split: str = "validation", limit: int | None = None
-) -> list[dict]:
+def hellaswag_items(source: str | Path = HUB, *, split: str = "validation", limit: int | None = None) -> list[dict]:
     """Items with their context ("ctx"), "endings" and "label", from a .jsonl file or the hub's data set.
 
     Raises:
@@ -112,11 +110,7 @@ def _item(raw, where: str) -> dict:
     context, endings, label = raw["ctx"], raw["endings"], raw["label"]
     if not isinstance(context, str) or not context.strip():
         raise ValueError(f"{where}: ctx is {context!r}, not a text")
-    if (
-        not isinstance(endings, list)
-        or len(endings) < 2
-        or not all(isinstance(e, str) and e for e in endings)
-    ):
+    if not isinstance(endings, list) or len(endings) < 2 or not all(isinstance(e, str) and e for e in endings):
         raise ValueError(f"{where}: endings are {endings!r}, not two texts or more")
     if not str(label).isdigit() or int(label) >= len(endings):
         raise ValueError(f"{where}: label {label!r} is not one of 0..{len(endings) - 1}")
@@ -124,11 +118,7 @@ def _item(raw, where: str) -> dict:
 
 
 def hellaswag(
-    model,
-    items: Iterable[dict],
-    *,
-    per_pass: int = 4096,
-    progress: Callable[[list], Iterable] = iter,
+    model, items: Iterable[dict], *, per_pass: int = 4096, progress: Callable[[list], Iterable] = iter
 ) -> HellaSwag:
     """Accuracy by summed and by length-normalised log-probability of the endings.
 
@@ -171,11 +161,14 @@ def hellaswag(
         (score.argmax(1) == labels).double().mean().item() for score in (sums, sums / lengths)
     )
     return HellaSwag(
-        log_probs=sums, lengths=lengths, labels=labels,
-        accuracy=accuracy, accuracy_normalised=accuracy_normalised,
+        log_probs=sums,
+        lengths=lengths,
+        labels=labels,
+        accuracy=accuracy,
+        accuracy_normalised=accuracy_normalised,
         stderr=math.sqrt(accuracy * (1 - accuracy) / len(items)),
         stderr_normalised=math.sqrt(accuracy_normalised * (1 - accuracy_normalised) / len(items)),
-    )  # fmt: skip
+    )
 
 
 def _encode(model, item: dict) -> tuple[list[int], list[list[int]]]:

@@ -120,13 +120,7 @@ class LossTable:
 
 
 def evaluate_loss(
-    model,
-    tokens: TokenSource,
-    *,
-    worst: int = 3,
-    draws: int = 1000,
-    seed: int = 0,
-    per_pass: int = 4096,
+    model, tokens: TokenSource, *, worst: int = 3, draws: int = 1000, seed: int = 0, per_pass: int = 4096
 ) -> LossEvaluation:
     """Cross-entropy per token with median, ranges, an interval, and the worst sequences named.
 
@@ -181,11 +175,7 @@ def evaluate_loss(
 
 
 def loss_table(
-    evaluations: Mapping[str, LossEvaluation],
-    baselines: Mapping[str, str | None],
-    *,
-    draws: int = 1000,
-    seed: int = 0,
+    evaluations: Mapping[str, LossEvaluation], baselines: Mapping[str, str | None], *, draws: int = 1000, seed: int = 0
 ) -> LossTable:
     """The papers' loss table: mean losses with gaps, for LN-free models to their fine-tuned control.
 
@@ -229,9 +219,7 @@ def loss_table(
     )
 
 
-def bootstrap(
-    per_sequence: Float[Tensor, " batch"], *, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap(per_sequence: Float[Tensor, " batch"], *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """95% interval of a mean over sequences, sequences drawn with replacement; nan for a single one."""
     n = len(per_sequence)
     if n < 2:

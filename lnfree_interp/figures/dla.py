@@ -34,15 +34,21 @@ def head_heatmaps(
     n_rows = -(-len(names) // columns)
     most = max(panel.abs().max().item() for panel in panels.values()) or 1.0
     figure = make_subplots(
-        rows=n_rows, cols=min(columns, len(names)), subplot_titles=names,
-        horizontal_spacing=0.07, vertical_spacing=0.3 / max(1, n_rows),
-    )  # fmt: skip
+        rows=n_rows,
+        cols=min(columns, len(names)),
+        subplot_titles=names,
+        horizontal_spacing=0.07,
+        vertical_spacing=0.3 / max(1, n_rows),
+    )
     for i, name in enumerate(names):
         values = panels[name].float().cpu().numpy()
         heatmap = go.Heatmap(
-            z=values, coloraxis="coloraxis", xgap=1, ygap=1,
+            z=values,
+            coloraxis="coloraxis",
+            xgap=1,
+            ygap=1,
             hovertemplate="layer %{y}, head %{x}: %{z:.4f} " + unit + "<extra>" + name + "</extra>",
-        )  # fmt: skip
+        )
         row, col = i // columns + 1, i % columns + 1
         figure.add_trace(heatmap, row=row, col=col)
         figure.update_xaxes(title_text="head", row=row, col=col, dtick=max(1, values.shape[1] // 8))
@@ -52,13 +58,7 @@ def head_heatmaps(
     n_layers = next(iter(panels.values())).shape[0]
     height = 130 + n_rows * max(230, 18 * n_layers + 90)
     figure.update_layout(
-        coloraxis={
-            "colorscale": DIVERGING,
-            "cmid": 0,
-            "cmin": -most,
-            "cmax": most,
-            "colorbar": {"title": unit},
-        }
+        coloraxis={"colorscale": DIVERGING, "cmid": 0, "cmin": -most, "cmax": most, "colorbar": {"title": unit}}
     )
     return styled(figure, title=title, height=height)
 

@@ -32,15 +32,15 @@ def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
         quantiles = np.quantile(result.losses.flatten().numpy(), levels)
         common = {"name": name, "legendgroup": name, "line": line(i), "mode": "lines"}
         trace = go.Scatter(
-            x=[(part.start + part.stop + 1) / 2 for part in bins], y=[by_position[part].mean() for part in bins],
+            x=[(part.start + part.stop + 1) / 2 for part in bins],
+            y=[by_position[part].mean() for part in bins],
             customdata=[f"{p.start + 1} to {p.stop}" for p in bins],
-            hovertemplate="position %{customdata}: %{y:.3f} nats", **common,
-        )  # fmt: skip
+            hovertemplate="position %{customdata}: %{y:.3f} nats",
+            **common,
+        )
         figure.add_trace(trace, row=1, col=1)
         hover = "%{customdata:.2%} of tokens lose less than %{y:.3f}"
-        trace = go.Scatter(
-            x=levels, y=quantiles, customdata=levels, hovertemplate=hover, showlegend=False, **common
-        )
+        trace = go.Scatter(x=levels, y=quantiles, customdata=levels, hovertemplate=hover, showlegend=False, **common)
         figure.add_trace(trace, row=1, col=2)
     figure.update_xaxes(title_text="position (the first is 1)", type="log", dtick="D2", row=1, col=1)
     figure.update_xaxes(title_text="share of tokens", row=1, col=2)
@@ -60,9 +60,7 @@ def reliability_figure(result: ModelComparison) -> go.Figure:
     """
     figure = make_subplots(rows=2, shared_xaxes=True, row_heights=[0.75, 0.25], vertical_spacing=0.05)
     diagonal = {"dash": "dot", "color": "#999999"}
-    figure.add_trace(
-        go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line=diagonal, showlegend=False), row=1, col=1
-    )
+    figure.add_trace(go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line=diagonal, showlegend=False), row=1, col=1)
     n_bins = result.bin_count.shape[1]
     centres = [(i + 0.5) / n_bins for i in range(n_bins)]
     for i, name in enumerate(result.names):
@@ -71,9 +69,7 @@ def reliability_figure(result: ModelComparison) -> go.Figure:
         points = zip(result.bin_confidence[i].tolist(), result.bin_accuracy[i].tolist(), there)
         x, y = zip(*[(c, a) for c, a, occupied in points if occupied])
         figure.add_trace(
-            go.Scatter(x=x, y=y, name=label, mode="lines+markers", line=line(i), legendgroup=name),
-            row=1,
-            col=1,
+            go.Scatter(x=x, y=y, name=label, mode="lines+markers", line=line(i), legendgroup=name), row=1, col=1
         )
         share = (result.bin_count[i] / result.bin_count[i].sum()).tolist()
         bars = go.Bar(x=centres, y=share, marker={"color": colour(i)}, showlegend=False, legendgroup=name)

@@ -34,15 +34,21 @@ def effects_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
             # quantile takes no more than 2^24 numbers: a row at a time
             low, q1, median, q3, high = torch.stack([_quantiles(row, levels) for row in sizes]).T.tolist()
             box = go.Box(
-                x=list(result.labels), lowerfence=low, q1=q1, median=median, q3=q3, upperfence=high, name=name,
-                legendgroup=name, showlegend=col == 1, marker={"color": colour(i)},
-            )  # fmt: skip
+                x=list(result.labels),
+                lowerfence=low,
+                q1=q1,
+                median=median,
+                q3=q3,
+                upperfence=high,
+                name=name,
+                legendgroup=name,
+                showlegend=col == 1,
+                marker={"color": colour(i)},
+            )
             figure.add_trace(box, row=1, col=col)
     figure.update_yaxes(title_text="nats", row=1, col=1)
     figure.update_layout(boxmode="group")
-    return styled(
-        figure, title="Ablating confidence neurons (boxes: quartiles; whiskers: 5% to 95% of tokens)"
-    )
+    return styled(figure, title="Ablating confidence neurons (boxes: quartiles; whiskers: 5% to 95% of tokens)")
 
 
 def _quantiles(row: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -66,9 +72,14 @@ def cumulative_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
             baseline = getattr(result, f"baseline_{quantity}").double().mean()
             percent = 100 * getattr(result, quantity).flatten(1).double().mean(1) / baseline
             trace = go.Scatter(
-                x=["none", *result.labels], y=[0.0, *percent.tolist()], name=name, legendgroup=name,
-                showlegend=col == 1, line=line(i), mode="lines+markers",
-            )  # fmt: skip
+                x=["none", *result.labels],
+                y=[0.0, *percent.tolist()],
+                name=name,
+                legendgroup=name,
+                showlegend=col == 1,
+                line=line(i),
+                mode="lines+markers",
+            )
             figure.add_trace(trace, row=1, col=col)
     figure.update_yaxes(title_text="change of the mean (%)", row=1, col=1)
     return styled(figure, title="Neurons ablated one on top of the other")
@@ -84,18 +95,22 @@ def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, ob
         >>> len(scan_figure({"tiny": result}, {"tiny": rank_confidence_neurons(model)}).data[0].x)
         512
     """
-    figure = make_subplots(
-        cols=2, subplot_titles=("total", "through the final norm's scale"), shared_yaxes=True
-    )
+    figure = make_subplots(cols=2, subplot_titles=("total", "through the final norm's scale"), shared_yaxes=True)
     for i, (name, result) in enumerate(results.items()):
         table = result.table()
         scores = rankings[name].sort_values("neuron").score.tolist()
         for col, column in enumerate(("loss_abs", "loss_abs_through_scale"), 1):
             trace = go.Scattergl(
-                x=scores, y=table[column].tolist(), text=list(result.labels), mode="markers", name=name,
-                legendgroup=name, showlegend=col == 1, marker={"color": colour(i), "size": 4, "opacity": 0.6},
+                x=scores,
+                y=table[column].tolist(),
+                text=list(result.labels),
+                mode="markers",
+                name=name,
+                legendgroup=name,
+                showlegend=col == 1,
+                marker={"color": colour(i), "size": 4, "opacity": 0.6},
                 hovertemplate="%{text}: %{y:.3g} nats, score %{x:.3g}",
-            )  # fmt: skip
+            )
             figure.add_trace(trace, row=1, col=col)
     figure.update_xaxes(type="log", dtick="D2", title_text="|w_out| / LogitVar")
     figure.update_yaxes(type="log", dtick="D2")

@@ -31,9 +31,13 @@ def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean
     groups = [g for i, g in enumerate(first.groups) if any(r.tokens[i] > 0 for r in results.values())]
     quantities = {"norm": "L2 norm", "growth": "norm / norm before", "cosine": "cosine with point before"}
     figure = make_subplots(
-        rows=len(groups), cols=3, shared_xaxes=True, row_titles=groups, column_titles=list(quantities.values()),
+        rows=len(groups),
+        cols=3,
+        shared_xaxes=True,
+        row_titles=groups,
+        column_titles=list(quantities.values()),
         vertical_spacing=0.05,
-    )  # fmt: skip
+    )
     for i, (name, result) in enumerate(results.items()):
         k = result.statistics.index(statistic)
         for row, group in enumerate(groups, 1):
@@ -41,20 +45,23 @@ def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean
                 values = getattr(result, quantity)[:, result.groups.index(group), k]
                 figure.add_trace(
                     go.Scatter(
-                        x=list(result.points), y=values.tolist(), name=name, legendgroup=name, mode="lines+markers",
-                        showlegend=row == col == 1, line=line(i), marker={"size": 4},
+                        x=list(result.points),
+                        y=values.tolist(),
+                        name=name,
+                        legendgroup=name,
+                        mode="lines+markers",
+                        showlegend=row == col == 1,
+                        line=line(i),
+                        marker={"size": 4},
                         hovertemplate="%{x}: %{y:.4g}<extra>" + f"{name}, {group}" + "</extra>",
                     ),
-                    row=row, col=col,
-                )  # fmt: skip
+                    row=row,
+                    col=col,
+                )
     figure.update_yaxes(type="log", dtick="D2", col=1)
     figure.update_xaxes(tickangle=-60)
-    figure.update_layout(
-        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.05, "yanchor": "bottom"}
-    )
-    figure = styled(
-        figure, title=f"Residual stream ({statistic} over sequences)", height=190 + 230 * len(groups)
-    )
+    figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.05, "yanchor": "bottom"})
+    figure = styled(figure, title=f"Residual stream ({statistic} over sequences)", height=190 + 230 * len(groups))
     return figure.update_layout(margin={"t": 100})
 
 
@@ -84,11 +91,18 @@ def sinks_figure(results: Mapping[str, AttentionSinks]) -> go.Figure:
         layers = [label.split("H")[0] for label in result.labels]
         figure.add_trace(
             go.Box(
-                x=layers, y=result.attention.tolist(), text=list(result.labels), boxpoints="all", pointpos=0,
-                jitter=0.4, name=f"{name} ({result.head_rate:.0%} of heads, {result.query_rate:.0%} of queries)",
-                marker={"color": colour(i), "size": 4}, line={"width": 1}, hovertemplate="%{text}: %{y:.3f}",
+                x=layers,
+                y=result.attention.tolist(),
+                text=list(result.labels),
+                boxpoints="all",
+                pointpos=0,
+                jitter=0.4,
+                name=f"{name} ({result.head_rate:.0%} of heads, {result.query_rate:.0%} of queries)",
+                marker={"color": colour(i), "size": 4},
+                line={"width": 1},
+                hovertemplate="%{text}: %{y:.3f}",
             )
-        )  # fmt: skip
+        )
     threshold = next(iter(results.values())).threshold
     figure.add_hline(y=threshold, line={"dash": "dot", "color": "#999999"})
     figure.update_yaxes(title_text="attention on position 0", range=[0, 1])

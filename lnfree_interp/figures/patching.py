@@ -50,9 +50,7 @@ def effect_heatmaps(
     methods = list(dict.fromkeys(method for method, _ in panels))
     models = list(dict.fromkeys(model for _, model in panels))
     # Colours end at the largest effect of the first method, the exact one: a wild estimate must not wash it out.
-    most = (
-        max(panel.abs().max().item() for (method, _), panel in panels.items() if method == methods[0]) or 1.0
-    )
+    most = max(panel.abs().max().item() for (method, _), panel in panels.items() if method == methods[0]) or 1.0
     beyond = any(panel.abs().max().item() > most for panel in panels.values())
     # Space for titles and for tokens that stand on end, in pixels of the whole.
     each = max(130, 16 * len(layers))
@@ -61,25 +59,36 @@ def effect_heatmaps(
     step = max(1, math.ceil(13 * len(labels) * len(models) / (width - 150)))
     ticks = list(range(0, len(labels), step))
     figure = make_subplots(
-        rows=len(methods), cols=len(models), shared_xaxes=True, shared_yaxes=True,
+        rows=len(methods),
+        cols=len(models),
+        shared_xaxes=True,
+        shared_yaxes=True,
         subplot_titles=[f"{model}: {method}" for method in methods for model in models],
-        horizontal_spacing=0.02, vertical_spacing=min(45 / height, 0.9 / max(1, len(methods) - 1)),
-    )  # fmt: skip
+        horizontal_spacing=0.02,
+        vertical_spacing=min(45 / height, 0.9 / max(1, len(methods) - 1)),
+    )
     for (method, model), panel in panels.items():
         row, col = methods.index(method) + 1, models.index(model) + 1
         heatmap = go.Heatmap(
-            z=panel.float().cpu().numpy(), y=list(layers), coloraxis="coloraxis", xgap=1, ygap=1,
+            z=panel.float().cpu().numpy(),
+            y=list(layers),
+            coloraxis="coloraxis",
+            xgap=1,
+            ygap=1,
             customdata=[list(labels)] * len(layers),
             hovertemplate=f"layer %{{y}}, {axis} %{{customdata}}: %{{z:.4f}} {unit}<extra>{model}: {method}</extra>",
-        )  # fmt: skip
+        )
         figure.add_trace(heatmap, row=row, col=col)
         figure.update_xaxes(
-            row=row, col=col, tickmode="array", tickvals=ticks, ticktext=[labels[i] for i in ticks],
-            tickangle=-90 if axis == "pos" else 0, title_text=axis if row == len(methods) else None,
-        )  # fmt: skip
-        figure.update_yaxes(
-            row=row, col=col, title_text="layer" if col == 1 else None, dtick=max(1, len(layers) // 8)
+            row=row,
+            col=col,
+            tickmode="array",
+            tickvals=ticks,
+            ticktext=[labels[i] for i in ticks],
+            tickangle=-90 if axis == "pos" else 0,
+            title_text=axis if row == len(methods) else None,
         )
+        figure.update_yaxes(row=row, col=col, title_text="layer" if col == 1 else None, dtick=max(1, len(layers) // 8))
     bar = {"title": f"{unit}<br>(beyond: darkest)" if beyond else unit}
     scale = {"colorscale": DIVERGING, "cmid": 0, "cmin": -most, "cmax": most, "colorbar": bar}
     figure.update_layout(coloraxis=scale)

@@ -10,13 +10,7 @@ Sources: P1 = arXiv 2409.13710 (the recipe), P2 = arXiv 2507.02559 (running aver
 
 from ..schedule import PRESETS, RemovalSchedule
 from .callbacks import Diverged, LossGuard, RemovalCallback, StatusLine, last_checkpoint
-from .training import (
-    RemovalTrainer,
-    checkpoint_to_resume,
-    load_trainable,
-    remove_layernorm,
-    save_checkpoint,
-)
+from .training import RemovalTrainer, checkpoint_to_resume, load_trainable, remove_layernorm, save_checkpoint
 
 __all__ = [
     "PRESETS",

@@ -62,12 +62,23 @@ def _run(args: argparse.Namespace) -> None:
     if main_process:
         print(f"{args.model}, {args.preset}: {schedule.describe(model.config.n_layer)}", flush=True)
     remove_layernorm(
-        model, tokenizer, dataset, schedule, args.out, resume=args.resume, batch_size=args.batch_size,
-        dtype=args.dtype, device=args.device, seed=args.seed, callbacks=[StatusLine(schedule)],
-        note={"model": args.model, "text": args.text, "data": args.data}, save_steps=args.save_steps,
-        dataloader_num_workers=workers, logging_steps=1 if schedule.tokens_per_step > 100_000 else 10,
+        model,
+        tokenizer,
+        dataset,
+        schedule,
+        args.out,
+        resume=args.resume,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        device=args.device,
+        seed=args.seed,
+        callbacks=[StatusLine(schedule)],
+        note={"model": args.model, "text": args.text, "data": args.data},
+        save_steps=args.save_steps,
+        dataloader_num_workers=workers,
+        logging_steps=1 if schedule.tokens_per_step > 100_000 else 10,
         **({CHECKPOINTING: True} if args.gradient_checkpointing else {}),
-    )  # fmt: skip
+    )
     if main_process:
         print(f"wrote {args.out / 'final'}")
 

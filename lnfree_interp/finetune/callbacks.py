@@ -82,9 +82,7 @@ class LossGuard(TrainerCallback):
             self.suspect_since = state.global_step
         last = state.global_step >= state.max_steps
         if last or state.global_step - self.suspect_since >= self.patience:
-            raise Diverged(
-                f"loss is {logs['ce']:.2f} at step {state.global_step}, was {self.best:.2f}: stopped; {end}"
-            )
+            raise Diverged(f"loss is {logs['ce']:.2f} at step {state.global_step}, was {self.best:.2f}: stopped; {end}")
 
 
 class StatusLine(TrainerCallback):
@@ -112,9 +110,7 @@ class StatusLine(TrainerCallback):
 
 def last_checkpoint(out: str | Path) -> Path | None:
     """The newest complete checkpoint of a run."""
-    paths = [
-        path.parent for path in Path(out).glob("checkpoint-*/trainer_state.json") if steps_of(path.parent)
-    ]
+    paths = [path.parent for path in Path(out).glob("checkpoint-*/trainer_state.json") if steps_of(path.parent)]
     return max(paths, key=steps_of, default=None)
 
 

@@ -189,10 +189,15 @@ def remove_layernorm(
     if arguments.parallel_mode.value == "not_distributed":
         arguments._n_gpu = 1  # several GPUs are for torchrun: DataParallel's replicas lose the statistics
     trainer = RemovalTrainer(
-        model, arguments, train_dataset=dataset, data_collator=_collate, processing_class=tokenizer,
+        model,
+        arguments,
+        train_dataset=dataset,
+        data_collator=_collate,
+        processing_class=tokenizer,
         callbacks=[removal, LossGuard(), *callbacks],
-        auxiliary_weight=schedule.auxiliary_weight, eot=eot,
-    )  # fmt: skip
+        auxiliary_weight=schedule.auxiliary_weight,
+        eot=eot,
+    )
     if any(isinstance(callback, StatusLine) for callback in callbacks):
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
@@ -239,17 +244,29 @@ def _arguments(config, schedule: RemovalSchedule, out: Path, batch_size, dtype, 
     if batch_size < 1 or share % batch_size:
         raise ValueError(f"batch size {batch_size} does not divide the {share} sequences of a step")
     return {
-        "output_dir": str(out), "max_steps": schedule.steps, "use_cpu": device == "cpu",
-        "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": share // batch_size,
-        "learning_rate": schedule.learning_rate, "warmup_steps": schedule.warmup_steps,
+        "output_dir": str(out),
+        "max_steps": schedule.steps,
+        "use_cpu": device == "cpu",
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": share // batch_size,
+        "learning_rate": schedule.learning_rate,
+        "warmup_steps": schedule.warmup_steps,
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr": schedule.min_learning_rate},
-        "weight_decay": schedule.weight_decay, "max_grad_norm": schedule.max_grad_norm,
-        "bf16": dtype == "bfloat16", "optim": "adamw_torch_fused", "remove_unused_columns": False,
-        "dataloader_drop_last": True, "dataloader_pin_memory": device != "cpu" and torch.cuda.is_available(),
-        "save_steps": 50, "save_total_limit": 2, "logging_steps": 1, "logging_nan_inf_filter": False,
-        "report_to": [], "ddp_find_unused_parameters": False,
-    }  # fmt: skip
+        "weight_decay": schedule.weight_decay,
+        "max_grad_norm": schedule.max_grad_norm,
+        "bf16": dtype == "bfloat16",
+        "optim": "adamw_torch_fused",
+        "remove_unused_columns": False,
+        "dataloader_drop_last": True,
+        "dataloader_pin_memory": device != "cpu" and torch.cuda.is_available(),
+        "save_steps": 50,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "report_to": [],
+        "ddp_find_unused_parameters": False,
+    }
 
 
 def _ready(model: GPT2LMHeadModel) -> None:

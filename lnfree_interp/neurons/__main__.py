@@ -13,17 +13,18 @@ def main(argv=None) -> int:
 
     parser = cli.parser("neurons", "Confidence neurons: ranking, ablation, scan of a layer.", tokens=2048)
     parser.add_argument("--layer", type=int, default=-1, help="the neurons' layer (default: the last)")
-    parser.add_argument("--neurons", type=int, nargs="+", metavar="N",
-                        help="neurons to ablate (default: the --top ones of the first model's ranking)")  # fmt: skip
     parser.add_argument(
-        "--top", type=cli.positive_int, default=3, metavar="N", help="how many of the ranking (3)"
+        "--neurons",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="neurons to ablate (default: the --top ones of the first model's ranking)",
     )
+    parser.add_argument("--top", type=cli.positive_int, default=3, metavar="N", help="how many of the ranking (3)")
     parser.add_argument("--scan", action="store_true", help="ablate each neuron of the layer")
     parser.add_argument("--ablation", choices=ABLATIONS, default="mean")
     parser.add_argument("--method", choices=METHODS, default="auto")
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-5, help="largest error of a series, nats (1e-5)"
-    )
+    parser.add_argument("--tolerance", type=float, default=1e-5, help="largest error of a series, nats (1e-5)")
     parser.add_argument("--context", type=cli.positive_int, default=512, help="tokens per sequence (512)")
     args = parser.parse_args(argv)
     return cli.guard(_command, args, parser.prog)
@@ -70,9 +71,7 @@ def _command(args) -> None:
     ablated = _joined({name: result.table() for name, result in singles.items()})
     together = _joined({name: _relative(result) for name, result in cumulative.items()})
     columns = ["model", "neuron", "loss", "loss_abs_median", "loss_abs_through_scale", "entropy"]
-    cli.show(
-        ablated[[*columns, "entropy_abs_median", "entropy_abs_through_scale"]], "Each ablated alone (nats)"
-    )
+    cli.show(ablated[[*columns, "entropy_abs_median", "entropy_abs_through_scale"]], "Each ablated alone (nats)")
     cli.show(together, "Ablated one on top of the other (nats, and in % of the mean)")
     if args.scan:
         scanned = _joined({name: result.table() for name, result in scans.items()})

@@ -150,9 +150,7 @@ def _method(model, layer: int, method: str, n_neurons: int) -> str:
     capped = (getattr(cfg, "output_logits_soft_cap", -1.0) or -1.0) > 0
     last = layer == cfg.n_layers - 1 and not capped
     if getattr(cfg, "use_normalization_before_and_after", False):
-        raise ValueError(
-            "the model normalises after its MLPs, so neurons do not write to the residual stream"
-        )
+        raise ValueError("the model normalises after its MLPs, so neurons do not write to the residual stream")
     if method in ("moments", "stream") and not last:
         why = "logits are capped" if capped else f"layer {layer} is not the last of {cfg.n_layers}"
         raise ValueError(f"method {method!r} does not serve: {why}; use 'rerun' or 'auto'")
@@ -205,10 +203,13 @@ def _scan(model, tokens, layer: int, neurons, ablation, method, tolerance, progr
     if not unembedding.has_scale:
         shaped |= {"loss_frozen": shaped["loss"], "entropy_frozen": shaped["entropy"]}
     return NeuronAblation(
-        labels=_labels(layer, neurons), **shaped,
-        baseline_loss=baseline[0].view(n_batch, n_pos), baseline_entropy=baseline[1].view(n_batch, n_pos),
-        streamed=streamed / (n * len(neurons)), bound=bound,
-    )  # fmt: skip
+        labels=_labels(layer, neurons),
+        **shaped,
+        baseline_loss=baseline[0].view(n_batch, n_pos),
+        baseline_entropy=baseline[1].view(n_batch, n_pos),
+        streamed=streamed / (n * len(neurons)),
+        bound=bound,
+    )
 
 
 def _share(progress: Progress, start: float, length: float) -> Progress:
@@ -262,22 +263,21 @@ def _rerun(model, tokens, layer: int, sets, labels, ablation, progress) -> Neuro
             change = (mean - post_part)[..., members] @ W_out[members]
             after = run(model, resid=resid_part + change, start_layer=layer + 1)
             total = _rows_of(unembedding, after, tokens_part)
-            frozen = (
-                _rows_of(unembedding, after, tokens_part, scale=rows.scale)
-                if unembedding.has_scale
-                else total
-            )
-            values = [
-                f(x) - f(rows) for x in (total, frozen) for f in (lambda r: r.loss, lambda r: r.entropy)
-            ]
+            frozen = _rows_of(unembedding, after, tokens_part, scale=rows.scale) if unembedding.has_scale else total
+            values = [f(x) - f(rows) for x in (total, frozen) for f in (lambda r: r.loss, lambda r: r.entropy)]
             out[:, i, rows_of] = torch.stack(values).view(4, -1, n_pos).cpu()
             if progress is not None:
                 progress((done + (i + 1) / len(sets)) / len(parts))
     loss, entropy, loss_frozen, entropy_frozen = out
     return NeuronAblation(
-        labels=tuple(labels), loss=loss, entropy=entropy, loss_frozen=loss_frozen, entropy_frozen=entropy_frozen,
-        baseline_loss=baseline[0], baseline_entropy=baseline[1],
-    )  # fmt: skip
+        labels=tuple(labels),
+        loss=loss,
+        entropy=entropy,
+        loss_frozen=loss_frozen,
+        entropy_frozen=entropy_frozen,
+        baseline_loss=baseline[0],
+        baseline_entropy=baseline[1],
+    )
 
 
 def _split(resid, post, tokens) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -115,10 +115,18 @@ def make_rows(
         top, high, low = new, torch.maximum(high, m.amax(1)), torch.minimum(low, m.amin(1))
     target_m = torch.linalg.vecdot(hidden, unembedding.W.T[targets])
     return Rows(
-        x=x, scale=scale, hidden=hidden, targets=targets, lse=top + sums[0].log(),
-        mean_logit=sums[1] / sums[0], mean_m=sums[2] / sums[0], max_m=high, min_m=low,
-        target_logit=target_m + unembedding.b[targets], target_m=target_m,
-    )  # fmt: skip
+        x=x,
+        scale=scale,
+        hidden=hidden,
+        targets=targets,
+        lse=top + sums[0].log(),
+        mean_logit=sums[1] / sums[0],
+        mean_m=sums[2] / sums[0],
+        max_m=high,
+        min_m=low,
+        target_logit=target_m + unembedding.b[targets],
+        target_m=target_m,
+    )
 
 
 def _vocab_chunk(rows: int) -> int:
@@ -164,10 +172,7 @@ class Change:
 
 
 def changes(
-    unembedding: Unembedding,
-    rows: Rows,
-    w: Float[Tensor, "neuron d_model"],
-    da: Float[Tensor, "row neuron"],
+    unembedding: Unembedding, rows: Rows, w: Float[Tensor, "neuron d_model"], da: Float[Tensor, "row neuron"]
 ) -> tuple[Change, Change]:
     """The total change and the one with the scale frozen; the same object twice where there is no scale."""
     if not unembedding.has_scale:

@@ -78,9 +78,7 @@ def matrix_moments(
                 sums[k].addmm_(stack[0] if len(stack) == 1 else torch.cat(stack), power.T)
         if progress is not None:
             progress((done + 1) / len(chunks))
-    return {
-        (a, j, k): part for k, left in by_power.items() for (a, j), part in zip(left, sums[k].split(n_rows))
-    }
+    return {(a, j, k): part for k, left in by_power.items() for (a, j), part in zip(left, sums[k].split(n_rows))}
 
 
 def row_moments(unembedding: Unembedding, rows: Rows, has_scale: bool) -> RowMoments:

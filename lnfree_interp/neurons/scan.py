@@ -9,18 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .last_layer import Change, Neurons, Progress, Rows, Unembedding, changes, target_change
-from .moments import (
-    LEVELS,
-    STREAM_COST,
-    Key,
-    central,
-    error_bound,
-    keys,
-    matrix_moments,
-    row_moments,
-    series,
-    undone,
-)
+from .moments import LEVELS, STREAM_COST, Key, central, error_bound, keys, matrix_moments, row_moments, series, undone
 from .streaming import stream
 
 # Pairs whose series are evaluated at a time: some twenty tables of so many numbers are alive at once, in cache.
@@ -68,15 +57,11 @@ def scan_block(
             grown, new = stream(unembedding, rows, neurons, change, left[i], done.stage(i, len(kinds)))
             log_a[i] = torch.where(left[i], grown, log_a[i])
             entropy[i] = torch.where(left[i], new - rows.entropy[:, None], entropy[i])
-    loss = [
-        grown - target_change(unembedding, rows, neurons.w, change) for grown, change in zip(log_a, kinds)
-    ]
+    loss = [grown - target_change(unembedding, rows, neurons.w, change) for grown, change in zip(log_a, kinds)]
     return BlockScan(loss[0], entropy[0], loss[-1], entropy[-1], left[0] | left[-1], bound)
 
 
-def _by_series(
-    unembedding, rows: Rows, neurons: Neurons, kinds: list[Change], tolerance, log_a, entropy, done
-):
+def _by_series(unembedding, rows: Rows, neurons: Neurons, kinds: list[Change], tolerance, log_a, entropy, done):
     """Fills log_a and entropy; returns each kind's pairs that are not certified, and the largest bound of the rest."""
     own = row_moments(unembedding, rows, len(kinds) > 1)
     n_rows, device = len(rows.x), neurons.w.device

@@ -3,19 +3,21 @@
 from ..metrics import Metric, logit_diff
 from ..pairs import PromptPairs
 from .activation import activation_patching
-from .effect import (
-    DIRECTIONS,
-    METHODS,
-    SITES,
-    PatchingEffect,
-    PatchingError,
-    normalized,
-    patching_error,
-    total_effect,
-)
+from .effect import DIRECTIONS, METHODS, SITES, PatchingEffect, PatchingError, normalized, patching_error, total_effect
 from .gradients import attribution_patching
 
 __all__ = [
-    "DIRECTIONS", "METHODS", "SITES", "Metric", "PatchingEffect", "PatchingError", "PromptPairs",
-    "activation_patching", "attribution_patching", "logit_diff", "normalized", "patching_error", "total_effect",
-]  # fmt: skip
+    "DIRECTIONS",
+    "METHODS",
+    "SITES",
+    "Metric",
+    "PatchingEffect",
+    "PatchingError",
+    "PromptPairs",
+    "activation_patching",
+    "attribution_patching",
+    "logit_diff",
+    "normalized",
+    "patching_error",
+    "total_effect",
+]

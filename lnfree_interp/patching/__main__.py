@@ -27,12 +27,7 @@ def _parser():
 
     p = parser("patching", __doc__.split(": ", 1)[1])
     add = p.add_argument
-    add(
-        "--pairs",
-        default="induction",
-        metavar="WHICH",
-        help="induction, ioi, or a .jsonl or .csv file (induction)",
-    )
+    add("--pairs", default="induction", metavar="WHICH", help="induction, ioi, or a .jsonl or .csv file (induction)")
     add("--n-pairs", type=positive_int, default=16, metavar="N", help="how many pairs to make (16)")
     add("--length", type=positive_int, default=16, metavar="N", help="tokens per induction prompt (16)")
     add("--template", type=int, default=0, metavar="I", help="which IOI template (0)")
@@ -99,18 +94,28 @@ def _run(args) -> None:
         most = max(groups, key=lambda n: len(groups[n]))
         for n_pos, pairs in groups.items():
             common = {
-                "site": args.site, "metric": METRICS[args.metric](model, pairs), "direction": args.direction,
-                "layers": args.layers, "by_position": args.by_position, "max_memory": max_memory,
-            }  # fmt: skip
+                "site": args.site,
+                "metric": METRICS[args.metric](model, pairs),
+                "direction": args.direction,
+                "layers": args.layers,
+                "by_position": args.by_position,
+                "max_memory": max_memory,
+            }
             with _bar(f"{name}: {args.site}") as progress:
                 exact = activation_patching(model, pairs, **common, progress=progress)
             found = {"activation": exact}
             for method in methods:
                 with _bar(f"{name}: {method}", "prompts") as progress:
                     found[method] = attribution_patching(
-                        model, pairs, method=method, steps=args.steps, path=args.path, joint=args.joint, **common,
+                        model,
+                        pairs,
+                        method=method,
+                        steps=args.steps,
+                        path=args.path,
+                        joint=args.joint,
+                        **common,
                         progress=progress,
-                    )  # fmt: skip
+                    )
                 error = patching_error(found[method], exact, normalize=not args.raw, seed=args.seed).table()
                 errors.append(error.assign(model=name, tokens=n_pos, pairs=len(pairs)))
             for method, effect in found.items():
@@ -120,10 +125,7 @@ def _run(args) -> None:
             if n_pos == most:
                 labels = axis_labels(model, pairs, exact)
     error_table, effect_table = (_model_first(pd.concat(t, ignore_index=True)) for t in (errors, effects))
-    show(
-        summary(error_table),
-        f"{args.site}, {'raw' if args.raw else 'normalised per prompt'}: error against patching",
-    )
+    show(summary(error_table), f"{args.site}, {'raw' if args.raw else 'normalised per prompt'}: error against patching")
     stem = f"patching-{args.site}"
     save(args.out, stem, error_table, _figure(args, panels, labels, exact))
     save(args.out, f"{stem}-effects", effect_table)
@@ -188,11 +190,14 @@ def _figure(args, panels, labels: list[str], exact: PatchingEffect):
     from ..figures.patching import effect_heatmaps
 
     return effect_heatmaps(
-        panels, layers=exact.layers, labels=labels, axis=exact.axes[2],
+        panels,
+        layers=exact.layers,
+        labels=labels,
+        axis=exact.axes[2],
         unit=exact.metric if args.raw else "share of total",
         title=f"Patching {args.site}, {args.pairs if args.pairs in ('induction', 'ioi') else Path(args.pairs).name} "
         f"pairs, {args.direction}: exact effects and estimates",
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

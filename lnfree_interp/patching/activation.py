@@ -70,9 +70,7 @@ def activation_patching(
     pairs = pairs.to(model.cfg.device)
     packed = packed_weights(model) if fast else None
     # A plain function of the logits may look at prompts by their place: it gets all of them, in order.
-    n_together = (
-        len(pairs) if not isinstance(metric, Metric) else _prompts_at_a_time(model, packed, request, budget)
-    )
+    n_together = len(pairs) if not isinstance(metric, Metric) else _prompts_at_a_time(model, packed, request, budget)
     parts = []
     for i in range(0, len(pairs), n_together):
         here = slice(i, i + n_together)
@@ -82,11 +80,19 @@ def activation_patching(
     values, clean, corrupted, cells_run, flops = zip(*parts)
     plain = plain_flops(model, request, len(pairs))
     return PatchingEffect(
-        values=torch.cat(values), site=site, method="activation", direction=direction, metric=request.metric_name,
-        axes=request.axes, layers=request.layers, units=request.units, clean=torch.cat(clean),
-        corrupted=torch.cat(corrupted), cells_run=sum(cells_run),
+        values=torch.cat(values),
+        site=site,
+        method="activation",
+        direction=direction,
+        metric=request.metric_name,
+        axes=request.axes,
+        layers=request.layers,
+        units=request.units,
+        clean=torch.cat(clean),
+        corrupted=torch.cat(corrupted),
+        cells_run=sum(cells_run),
         flops=None if packed is None else (sum(flops), plain),
-    )  # fmt: skip
+    )
 
 
 def rows_of_metric(request: Request, rows: slice, device) -> Request:
@@ -141,9 +147,7 @@ def plain_flops(model, request: Request, n_prompts: int) -> float:
 def _patch(model, packed, request: Request, pairs: PromptPairs, budget: int, progress: Progress | None):
     """values, metric of clean and corrupted, cells run and FLOPs, of prompts whose activations fit in memory."""
     denoising = request.direction == "denoising"
-    base_tokens, source_tokens = (
-        (pairs.corrupted, pairs.clean) if denoising else (pairs.clean, pairs.corrupted)
-    )
+    base_tokens, source_tokens = (pairs.corrupted, pairs.clean) if denoising else (pairs.clean, pairs.corrupted)
     base_tokens, source_tokens = (t[:, : request.n_read] for t in (base_tokens, source_tokens))
     reads, tally, n_layers = list(request.reads), Tally(), model.cfg.n_layers
     everyone = torch.arange(len(pairs), device=base_tokens.device)
@@ -181,9 +185,7 @@ def _patch(model, packed, request: Request, pairs: PromptPairs, budget: int, pro
             n_runs = max(1, _rows_at_a_time(model, packed, request, budget) // request.n_read)
             finals = hooked.final_residuals(model, request, base_tokens, base, source, batch, n_runs)
         if plain:
-            final = torch.empty(
-                len(batch), len(reads), model.cfg.d_model, dtype=model.cfg.dtype, device=slot.device
-            )
+            final = torch.empty(len(batch), len(reads), model.cfg.d_model, dtype=model.cfg.dtype, device=slot.device)
             for index, rows in finals:
                 final[index] = rows
             for index in alike(batch):

@@ -81,11 +81,7 @@ class Request:
 
     @property
     def metric_name(self) -> str:
-        return (
-            self.metric.name
-            if isinstance(self.metric, Metric)
-            else getattr(self.metric, "__name__", "metric")
-        )
+        return self.metric.name if isinstance(self.metric, Metric) else getattr(self.metric, "__name__", "metric")
 
 
 def checked(model, pairs: PromptPairs, site, metric, direction, layers, units, by_position) -> Request:
@@ -142,9 +138,7 @@ def checked(model, pairs: PromptPairs, site, metric, direction, layers, units, b
 # Which cells differ
 
 
-def find_cells(
-    request: Request, differs: Callable[[int], Tensor], pairs: PromptPairs, n_layers: int
-) -> Cells:
+def find_cells(request: Request, differs: Callable[[int], Tensor], pairs: PromptPairs, n_layers: int) -> Cells:
     """The cells in which the prompts differ and on which something that the metric reads depends.
 
     Args:
@@ -191,13 +185,7 @@ class Tally:
 
 
 def read_metric(
-    model,
-    request: Request,
-    pairs: PromptPairs,
-    final: Tensor,
-    prompt: Tensor,
-    tally: Tally | None = None,
-    norm=None,
+    model, request: Request, pairs: PromptPairs, final: Tensor, prompt: Tensor, tally: Tally | None = None, norm=None
 ) -> Tensor:
     """The metric of final residual streams [row, read position, d_model] of the prompts named, one number a row.
 
@@ -231,15 +219,11 @@ def read_metric(
 def _valid(value, n_rows: int, request: Request) -> Tensor:
     if not isinstance(value, Tensor) or tuple(value.shape) != (n_rows,):
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"metric {request.metric_name} returned {got}, wanted is one number per prompt, [{n_rows}]"
-        )
+        raise ValueError(f"metric {request.metric_name} returned {got}, wanted is one number per prompt, [{n_rows}]")
     value = value.to(torch.promote_types(value.dtype, torch.float32))
     if not torch.isfinite(value.detach()).all():
         bad = int((~torch.isfinite(value.detach())).nonzero()[0])
-        raise ValueError(
-            f"metric {request.metric_name} is {value[bad].item()} for prompt {bad}, it must be finite"
-        )
+        raise ValueError(f"metric {request.metric_name} is {value[bad].item()} for prompt {bad}, it must be finite")
     return value
 
 

@@ -73,9 +73,7 @@ class PatchingEffect:
 
         index = np.indices(tuple(self.values.shape)).reshape(self.values.ndim, -1)
         labels = [None, np.asarray(self.layers), np.asarray(self.units), None]
-        columns = {
-            axis: index[i] if labels[i] is None else labels[i][index[i]] for i, axis in enumerate(self.axes)
-        }
+        columns = {axis: index[i] if labels[i] is None else labels[i][index[i]] for i, axis in enumerate(self.axes)}
         columns["effect"] = self.values.flatten().float().cpu().numpy()
         if self.reliability is not None:
             columns["reliability"] = self.reliability.flatten().float().cpu().numpy()
@@ -100,8 +98,10 @@ def normalized(effect: PatchingEffect) -> Float[Tensor, "prompt layer *cell"]:
     total = total_effect(effect)
     zero = (total == 0).nonzero().flatten().tolist()
     if zero:
-        raise ValueError(f"prompt {zero[0]} has metric {effect.clean[zero[0]].item():.4g} clean and corrupted: its "
-                         "effects cannot be normalised, compare them raw")  # fmt: skip
+        raise ValueError(
+            f"prompt {zero[0]} has metric {effect.clean[zero[0]].item():.4g} clean and corrupted: its "
+            "effects cannot be normalised, compare them raw"
+        )
     return effect.values / total.view(-1, *[1] * (effect.values.ndim - 1))
 
 
@@ -180,12 +180,7 @@ def _interval(draws: np.ndarray) -> np.ndarray:
 
 
 def patching_error(
-    approximate: PatchingEffect,
-    exact: PatchingEffect,
-    *,
-    normalize: bool = True,
-    draws: int = 1000,
-    seed: int = 0,
+    approximate: PatchingEffect, exact: PatchingEffect, *, normalize: bool = True, draws: int = 1000, seed: int = 0
 ) -> PatchingError:
     """How far approximate effects are from exact ones, with 95% intervals by bootstrap over prompts.
 
@@ -244,9 +239,15 @@ def patching_error(
         return {name: float(values[0]), f"{name}_interval": tuple(map(float, _interval(values[1:])))}
 
     return PatchingError(
-        site=exact.site, method=approximate.method, layers=exact.layers, normalized=normalize,
+        site=exact.site,
+        method=approximate.method,
+        layers=exact.layers,
+        normalized=normalize,
         per_layer=torch.from_numpy(per_layer[0]),
         per_layer_interval=torch.from_numpy(_interval(per_layer[1:]).T.copy()),
-        **both("total", per_layer.mean(1)), **both("relative", relative), **both("pearson", pearson),
-        **both("spearman", spearman), **both("sign_agreement", agreement),
-    )  # fmt: skip
+        **both("total", per_layer.mean(1)),
+        **both("relative", relative),
+        **both("pearson", pearson),
+        **both("spearman", spearman),
+        **both("sign_agreement", agreement),
+    )

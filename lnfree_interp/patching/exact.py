@@ -22,19 +22,20 @@ from torch import Tensor
 from ..forward import Layer, PackedWeights, attend, attention_pattern, causal_mask, layer_attn_out, layer_qkv
 from .cells import Cells, Request, Tally
 
-HIDDEN = {
-    "cpu": 2**22,
-    "cuda": 2**27,
-}  # hidden activations of an MLP at a time: on a CPU, what its caches hold
+HIDDEN = {"cpu": 2**22, "cuda": 2**27}  # hidden activations of an MLP at a time: on a CPU, what its caches hold
 
 Kept = dict[str, list[Tensor]]
 """Activations of one run by name and layer; "resid_pre" has one more, the final residual stream."""
 
 _ALWAYS = {"resid_pre", "q", "k", "v"}
 _NEEDS = {
-    "resid_pre": set(), "resid_post": set(), "resid_mid": {"resid_mid"}, "attn_out": {"attn_out"},
-    "mlp_out": {"resid_mid", "mlp_out"}, "neurons": {"neurons"},
-} | {site: {"z", "resid_mid"} for site in ("z", "q", "k", "v", "pattern")}  # fmt: skip
+    "resid_pre": set(),
+    "resid_post": set(),
+    "resid_mid": {"resid_mid"},
+    "attn_out": {"attn_out"},
+    "mlp_out": {"resid_mid", "mlp_out"},
+    "neurons": {"neurons"},
+} | {site: {"z", "resid_mid"} for site in ("z", "q", "k", "v", "pattern")}
 """What each site needs of the two runs besides what every one needs."""
 
 
@@ -94,9 +95,7 @@ def _qkv(packed: PackedWeights, layer: Layer, rows: Tensor, tally: Tally) -> tup
     return layer_qkv(packed, layer, rows)
 
 
-def _attend(
-    layer: Layer, q: Tensor, k: Tensor, v: Tensor, tally: Tally, positions: list[int] | None = None
-) -> Tensor:
+def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, tally: Tally, positions: list[int] | None = None) -> Tensor:
     """z of queries that are the keys' last positions, or stand at the positions given."""
     n_cells, n_query, n_heads, d_head = q.shape
     n_key = k.shape[1]
@@ -134,9 +133,7 @@ def _mlp(packed: PackedWeights, layer: Layer, mid: Tensor, tally: Tally, record=
 # The two runs
 
 
-def both_runs(
-    packed: PackedWeights, base: Tensor, source: Tensor, site: str, tally: Tally
-) -> tuple[Kept, Kept]:
+def both_runs(packed: PackedWeights, base: Tensor, source: Tensor, site: str, tally: Tally) -> tuple[Kept, Kept]:
     """Activations of the base and the source prompts, tokens [prompt, pos] each.
 
     The source run is computed from each prompt's first different token on; before it the two agree.
@@ -350,11 +347,11 @@ def _merged(groups: Sequence[Rows]) -> list[Rows]:
     for g in groups:
         by_start.setdefault(g.start, []).append(g)
     return [
-        same[0] if len(same) == 1 else Rows(
-            start, *(torch.cat([getattr(g, name) for g in same]) for name in ("cell", "prompt", "resid"))
-        )
+        same[0]
+        if len(same) == 1
+        else Rows(start, *(torch.cat([getattr(g, name) for g in same]) for name in ("cell", "prompt", "resid")))
         for start, same in sorted(by_start.items())
-    ]  # fmt: skip
+    ]
 
 
 def _block(sweep: Sweep, i: int, groups: Sequence[Rows], single: Single | None) -> list[Rows]:

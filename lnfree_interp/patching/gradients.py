@@ -16,17 +16,7 @@ from .cells import MetricLike, Request, checked, memory_budget
 from .effect import METHODS, SITES, PatchingEffect
 from .relp import relp_weights
 from .second_order import cell_by_cell, jointly
-from .sides import (
-    Activations,
-    Case,
-    both_sides,
-    contract,
-    frozen,
-    gradients,
-    numbers_per_prompt,
-    products,
-    site_hooks,
-)
+from .sides import Activations, Case, both_sides, contract, frozen, gradients, numbers_per_prompt, products, site_hooks
 
 
 def attribution_patching(
@@ -101,9 +91,7 @@ def attribution_patching(
     pairs = pairs.to(model.cfg.device)
     n_together = len(pairs)
     if isinstance(metric, Metric):
-        n_together = max(
-            1, budget // (numbers_per_prompt(model, request) * torch.finfo(model.cfg.dtype).bits // 8)
-        )
+        n_together = max(1, budget // (numbers_per_prompt(model, request) * torch.finfo(model.cfg.dtype).bits // 8))
     norm = None
     if method == "relp":
         packed, norm = relp_weights(packed, model, detach_norm=detach_norm, linear_gelu=linear_gelu)
@@ -130,12 +118,19 @@ def attribution_patching(
     values, reliability, at_source, at_base = zip(*parts)
     clean, corrupted = (at_source, at_base) if direction == "denoising" else (at_base, at_source)
     return PatchingEffect(
-        values=_placed(values, request), site=site, method=method, direction=direction, metric=request.metric_name,
-        axes=request.axes, layers=request.layers, units=request.units,
-        clean=torch.cat(clean), corrupted=torch.cat(corrupted),
+        values=_placed(values, request),
+        site=site,
+        method=method,
+        direction=direction,
+        metric=request.metric_name,
+        axes=request.axes,
+        layers=request.layers,
+        units=request.units,
+        clean=torch.cat(clean),
+        corrupted=torch.cat(corrupted),
         reliability=None if reliability[0] is None else _placed(reliability, request),
         cells_run=torch.Size(request.shape(len(pairs))).numel(),
-    )  # fmt: skip
+    )
 
 
 def _of_cells(case: Case, grads: Activations) -> Tensor:

@@ -45,9 +45,7 @@ def relp_weights(
         def detached(n: Norm | None) -> Norm | None:
             return None if n is None else DetachedNorm(n.kind, n.eps, n.w, n.b)
 
-        layers = tuple(
-            replace(layer, ln1=detached(layer.ln1), ln2=detached(layer.ln2)) for layer in packed.layers
-        )
+        layers = tuple(replace(layer, ln1=detached(layer.ln1), ln2=detached(layer.ln2)) for layer in packed.layers)
         norm = detached(norm)
         packed = replace(packed, layers=layers, ln_final=norm)
     if linear_gelu:

@@ -77,9 +77,7 @@ def cell_by_cell(case: Case, budget: int) -> tuple[Tensor, Tensor]:
             h = _second(g, t)
             if plain:
                 g, h = g[c.prompt], h[c.prompt]
-            at = (c.prompt, slot[layer], c.unit) + (
-                (c.pos,) if request.by_position and not request.positional else ()
-            )
+            at = (c.prompt, slot[layer], c.unit) + ((c.pos,) if request.by_position and not request.positional else ())
             first[at], second[at] = g.detach().to(first.dtype), h.detach().to(first.dtype)
     return _with_reliability(first, second)
 

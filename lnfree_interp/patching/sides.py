@@ -125,21 +125,17 @@ def gradients(value: Tensor, nodes: Activations, *, create_graph: bool = False) 
     if not value.requires_grad:
         return {i: torch.zeros_like(x) for i, x in nodes.items()}
     grads = torch.autograd.grad(
-        value.sum(), list(nodes.values()), create_graph=create_graph, retain_graph=True if create_graph else None,
+        value.sum(),
+        list(nodes.values()),
+        create_graph=create_graph,
+        retain_graph=True if create_graph else None,
         materialize_grads=True,
-    )  # fmt: skip
+    )
     return dict(zip(nodes, grads))
 
 
 def both_sides(
-    model,
-    request: Request,
-    pairs: PromptPairs,
-    packed=None,
-    norm=None,
-    *,
-    graph: bool = True,
-    cut: bool = False,
+    model, request: Request, pairs: PromptPairs, packed=None, norm=None, *, graph: bool = True, cut: bool = False
 ) -> Case:
     """One forward of the source prompts, without a graph, and one of the base prompts, with it if asked for.
 
@@ -178,9 +174,11 @@ def both_sides(
     base_tokens = base_tokens[:, start:]
     if graph and fast:
         final, final_of_source = run_both(
-            model, {"tokens": base_tokens} | window.options(hooks),
-            {"tokens": source_tokens} | of_source.options(hooks_of_source), packed=packed,
-        )  # fmt: skip
+            model,
+            {"tokens": base_tokens} | window.options(hooks),
+            {"tokens": source_tokens} | of_source.options(hooks_of_source),
+            packed=packed,
+        )
         final, final_of_source = window.at_reads(final), of_source.at_reads(final_of_source)
     else:
         with torch.no_grad():
@@ -196,12 +194,8 @@ def both_sides(
     base = {i: x.detach() for i, x in nodes.items()}
     positions = torch.arange(start, request.n_read, device=final.device)
     after = positions >= pairs.first_difference[:, None]
-    delta = {
-        i: torch.where(_over_positions(after, request, source[i]), source[i] - base[i], 0.0) for i in base
-    }
-    return Case(
-        window, pairs, base_tokens, base, source, delta, resid, value.detach(), at_source, nodes, value, norm
-    )
+    delta = {i: torch.where(_over_positions(after, request, source[i]), source[i] - base[i], 0.0) for i in base}
+    return Case(window, pairs, base_tokens, base, source, delta, resid, value.detach(), at_source, nodes, value, norm)
 
 
 def _note(hooks: dict[str, Callable], name: str, note: Callable[[Tensor], None]) -> None:
