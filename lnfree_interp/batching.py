@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from jaxtyping import Int
@@ -10,6 +10,9 @@ from torch import Tensor
 
 TokenSource = Tensor | Iterable[Tensor]
 """Int[Tensor, "batch pos"], or an iterable of such, for sets that are read as they go."""
+
+Progress = Callable[[int, "int | None"], object]
+"""Told (done, in all) as the work goes on; in all is None where nobody knows. What is counted, each function says."""
 
 
 def check_tokens(model, tokens: Tensor, *, least: int = 1) -> Int[Tensor, "batch pos"]:
@@ -41,17 +44,25 @@ def check_ids(ids: Tensor, d_vocab: int, what: str = "tokens") -> None:
 
 
 def token_batches(
-    model, tokens: TokenSource, *, per_pass: int = 4096, least: int = 1
+    model, tokens: TokenSource, *, per_pass: int = 4096, least: int = 1, progress: Progress | None = None
 ) -> Iterator[Int[Tensor, "batch pos"]]:
     """Batches of at most `per_pass` tokens (at least one sequence each), in order.
+
+    Args:
+        progress: told of the sequences done, once the next batch (or the end) is asked for.
 
     Raises:
         ValueError: see `check_tokens`; an iterable that holds nothing.
     """
-    empty = True
-    for part in [tokens] if isinstance(tokens, Tensor) else tokens:
+    parts = [tokens] if isinstance(tokens, Tensor) else tokens
+    total = sum(map(len, parts)) if isinstance(parts, (list, tuple)) else None
+    done = 0
+    for part in parts:
         part = check_tokens(model, part, least=least)
-        yield from part.split(max(1, per_pass // part.shape[1]))
-        empty = False
-    if empty:
+        for batch in part.split(max(1, per_pass // part.shape[1])):
+            yield batch
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+    if done == 0:
         raise ValueError("there are no tokens to run on")

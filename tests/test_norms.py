@@ -6,7 +6,9 @@ from conftest import NORMALIZATIONS, make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lnfree_interp.norms import GROUPS, attention_sinks, main, residual_norms
+from lnfree_interp.norms import attention_sinks, residual_norms
+from lnfree_interp.norms.__main__ import main
+from lnfree_interp.norms.residual import GROUPS
 
 
 def stream_of(model, tokens):
@@ -83,7 +85,7 @@ def test_batching_changes_nothing(kind, per_pass, seed):
 
 
 def test_sample_stays_bounded_and_means_exact(monkeypatch, random_model):
-    from lnfree_interp import norms
+    from lnfree_interp.norms import residual as norms
 
     monkeypatch.setattr(norms, "KEPT_NUMBERS", 1)  # 100 rows at least
     model = random_model(None, n_layers=1)

@@ -1,0 +1,114 @@
+"""Attention sinks: heads that park their attention on position 0."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..batching import TokenSource, token_batches
+from ..forward import run
+
+# Entries of one layer's attention patterns held at a time.
+PATTERN_ENTRIES = 2**26
+
+
+@dataclass(frozen=True)
+class AttentionSinks:
+    """How much attention heads put on position 0.
+
+    Queries are those at positions 1 and later: position 0 has nowhere else to look.
+
+    Attributes:
+        labels: "L0H0", "L0H1", ..., aligned with the next three.
+        attention: Float[Tensor, "head"], mean attention on position 0.
+        stderr: Float[Tensor, "head"], its standard error over sequences.
+        queries: Float[Tensor, "head"], share of queries that put at least `threshold` on position 0.
+        threshold: what makes a sink.
+        head_rate: share of heads whose mean attention on position 0 reaches the threshold (P2's sink rate).
+        query_rate: share of all heads' queries that reach it.
+    """
+
+    labels: tuple[str, ...]
+    attention: Float[Tensor, " head"]
+    stderr: Float[Tensor, " head"]
+    queries: Float[Tensor, " head"]
+    threshold: float
+    head_rate: float
+    query_rate: float
+
+    def table(self):
+        """One row per head, and whether it is a sink."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "head": self.labels,
+                "attention": self.attention.tolist(),
+                "stderr": self.stderr.tolist(),
+                "share_of_queries": self.queries.tolist(),
+                "sink": (self.attention >= self.threshold).tolist(),
+            }
+        )
+
+
+def attention_sinks(model, tokens: TokenSource, *, threshold: float = 0.3, per_pass: int = 4096) -> AttentionSinks:
+    """Mean attention on position 0 of every head, and sink rates at a threshold (P2, attention sinks).
+
+    Args:
+        tokens: Int[Tensor, "batch pos"], or an iterable of such; at least two positions.
+        threshold: a head (query) is a sink if its mean attention (attention) on position 0 reaches this.
+        per_pass: tokens in memory at a time; fewer where attention patterns are large.
+
+    Raises:
+        ValueError: tokens that are no token ids of the model's, a threshold outside 0..1.
+
+    Example:
+        >>> from lnfree_interp import attention_sinks, load_model
+        >>> model = load_model("tiny-noLN", device="cpu")
+        >>> sinks = attention_sinks(model, model.to_tokens("It was a dark and stormy night."))
+        >>> len(sinks.labels), 0 <= sinks.head_rate <= 1
+        (16, True)
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold {threshold} is outside 0..1")
+    cfg = model.cfg
+    heads = (cfg.n_layers, cfg.n_heads)
+    total, squares, reached = (torch.zeros(heads, dtype=torch.float64) for _ in range(3))
+    n_sequences = n_queries = 0
+
+    def look(layer: int, pattern: Tensor, collected: list) -> None:
+        on_first = pattern[:, :, 1:, 0].double()
+        collected.append((layer, on_first.mean(-1), (on_first >= threshold).double().sum((0, 2))))
+
+    for batch in token_batches(model, tokens, per_pass=per_pass, least=2):
+        rows = max(1, PATTERN_ENTRIES // (cfg.n_heads * batch.shape[1] ** 2))
+        for part in batch.split(rows):
+            seen: list = []
+            hooks = {
+                f"blocks.{i}.attn.hook_pattern": partial(lambda i, x, seen: look(i, x, seen), i, seen=seen)
+                for i in range(cfg.n_layers)
+            }
+            with torch.no_grad():
+                run(model, part, hooks=hooks)
+            for layer, mean, n_reached in seen:
+                total[layer] += mean.sum(0).cpu()
+                squares[layer] += mean.square().sum(0).cpu()
+                reached[layer] += n_reached.cpu()
+            n_sequences += part.shape[0]
+            n_queries += part.shape[0] * (part.shape[1] - 1)
+    mean = (total / n_sequences).flatten()
+    variance = (squares.flatten() / n_sequences - mean.square()).clamp_min(0)
+    queries = (reached / n_queries).flatten()
+    return AttentionSinks(
+        labels=tuple(f"L{i}H{j}" for i in range(cfg.n_layers) for j in range(cfg.n_heads)),
+        attention=mean,
+        stderr=(variance / max(n_sequences - 1, 1)).sqrt(),
+        queries=queries,
+        threshold=threshold,
+        head_rate=(mean >= threshold).double().mean().item(),
+        query_rate=queries.mean().item(),
+    )
