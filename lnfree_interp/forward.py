@@ -3,9 +3,13 @@
 `run` is TransformerLens' `run_with_hooks` with three differences: it starts from tokens or from the residual
 stream at any layer, it ends at the final residual stream (nothing is unembedded that was not asked for), and
 the last layer can be computed at chosen positions only. Models whose blocks the packed forward covers
-(GPT-2's kind: see `covers`) take a fast path: q, k and v in one product, fused layer norm, GELU and attention,
-no copies of weights per call. All others go through TransformerLens' own forward with the same hooks and give
-the same results.
+(GPT-2's kind: see `covers`) take a fast path: q, k and v in one product, fused layer norm, GELU and attention.
+All others, and models that carry hooks of their own, go through TransformerLens' own forward with the same hooks
+and give the same results.
+
+The weights are packed at each call of `packed_weights`, never kept from an earlier one: weights may be edited in
+place without a trace (`W.data`), and what is made under inference mode cannot be used for gradients later. Only q, k
+and v are copied, when they are first used. Who makes many passes packs once and hands the weights to all of them.
 
 The pieces of the fast path (`layer_qkv`, `attend`, `layer_attn_out`, `layer_mlp_post`, `layer_mlp_out`) work on any
 number of rows, so that callers who keep keys and values of earlier positions can run a layer on the rows that changed.
@@ -16,9 +20,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +104,7 @@ class Layer:
     """One block's weights, two-dimensional: `x @ W + b` throughout."""
 
     ln1: Norm
-    W_QKV: Float[Tensor, "d_model three_heads_d_head"]
-    b_QKV: Float[Tensor, " three_heads_d_head"]
+    qkv: tuple[tuple[Tensor, Tensor], ...]  # (W, b) of q, k and v: [head, d_model, d_head] and [head, d_head]
     W_O: Float[Tensor, "heads_d_head d_model"]
     b_O: Float[Tensor, " d_model"]
     attn_scale: float
@@ -112,10 +114,20 @@ class Layer:
     W_out: Float[Tensor, "d_mlp d_model"] | None = None
     b_out: Float[Tensor, " d_model"] | None = None
 
+    @cached_property
+    def W_QKV(self) -> Float[Tensor, "d_model three_heads_d_head"]:
+        with torch.no_grad():
+            return torch.cat([W.transpose(0, 1).flatten(1) for W, _ in self.qkv], 1)
+
+    @cached_property
+    def b_QKV(self) -> Float[Tensor, " three_heads_d_head"]:
+        with torch.no_grad():
+            return torch.cat([b.flatten() for _, b in self.qkv])
+
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """A model's weights as the fast path reads them. Only q, k and v are copies; the rest are views."""
+    """A model's weights as the fast path reads them: views, but for q, k and v, which are copied at first use."""
 
     layers: tuple[Layer, ...]
     ln_final: Norm
@@ -132,30 +144,46 @@ class PackedWeights:
 
 
 def norm_of(module: Any, kind: str | None, eps: float) -> Norm:
-    """The `Norm` of a TransformerLens normalisation module."""
-    return Norm(kind, eps, getattr(module, "w", None), getattr(module, "b", None))
+    """The `Norm` of a TransformerLens normalisation module; `eps` is for one that has none of its own."""
+    return Norm(kind, float(getattr(module, "eps", eps)), getattr(module, "w", None), getattr(module, "b", None))
 
 
 def final_norm(model) -> Norm:
     """The normalisation before the unembedding, by `cfg.normalization_type`.
 
     Raises:
-        ValueError: a normalisation TransformerLens does not have.
+        ValueError: a normalisation TransformerLens does not have; hooks of the model's own on the final norm or the
+            unembedding, which no closed form knows of.
     """
     kind = model.cfg.normalization_type
     if kind not in NORMALIZATIONS:
         known = ", ".join(map(str, NORMALIZATIONS))
         raise ValueError(f"normalization_type {kind!r} is unknown; known are {known}")
+    for name in ("ln_final", "unembed"):
+        hooked = own_hooks(getattr(model, name, None))
+        if hooked:
+            where = ".".join(filter(None, (name, hooked[0])))
+            raise ValueError(
+                f"the model carries a hook at {where}, where nothing but its own forward runs it; remove it"
+            )
     if kind is not None and getattr(model.cfg, "final_rms", False):
         kind = kind.replace("LN", "RMS")
     return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
 
 
+def own_hooks(model) -> tuple[str, ...]:
+    """The names of a model's modules that carry hooks: a user's own, since ours never outlive a call."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if model is None:
+        return ()
+    return tuple(name for name, module in model.named_modules() if any(getattr(module, kind) for kind in kinds))
+
+
 def covers(model) -> bool:
     """Whether the packed forward computes exactly what the model's own forward computes.
 
-    False for blocks of another kind (rotary, gated, grouped, ...) and while the model carries hooks of its own,
-    which only its own forward runs.
+    False for blocks of another kind (rotary, gated, grouped, ...), for modules that are not TransformerLens' own, and
+    while the model carries hooks of a user's, which only its own forward runs.
     """
     cfg = model.cfg
     if any(getattr(cfg, field, allowed[0]) not in allowed for field, allowed in _COVERED.items()):
@@ -164,54 +192,35 @@ def covers(model) -> bool:
         return False
     if cfg.normalization_type not in NORMALIZATIONS or not hasattr(model, "blocks"):
         return False
+    if any(type(module).__module__.split(".")[0] not in ("transformer_lens", "torch") for module in model.modules()):
+        return False
     if model.training and any(m.p > 0 for m in model.modules() if isinstance(m, torch.nn.Dropout)):
         return False
-    return not any(point._forward_hooks or point._backward_hooks for point in model.hook_dict.values())
-
-
-_packed: WeakKeyDictionary[Any, tuple[tuple, PackedWeights]] = WeakKeyDictionary()
+    return not own_hooks(model)
 
 
 def packed_weights(model) -> PackedWeights | None:
-    """The model's weights in two dimensions, made once per model and again when its weights change.
-
-    Returns None for a model that `covers` says the fast path does not serve.
-    """
+    """The model's weights in two dimensions, as they are now; None for a model that `covers` says is not served."""
     if not covers(model):
         return None
-    state = tuple((p.data_ptr(), p._version) for p in model.parameters()), model.cfg.normalization_type
-    if model in _packed and _packed[model][0] == state:
-        return _packed[model][1]
     with torch.no_grad():
-        packed = _pack(model)
-    _packed[model] = state, packed
-    return packed
+        return _pack(model)
 
 
 def _pack(model) -> PackedWeights:
     cfg, layers = model.cfg, []
     norm = partial(norm_of, kind=cfg.normalization_type, eps=cfg.eps)
     for block in model.blocks:
-        attn = block.attn
-        weights = {}
-        if not getattr(cfg, "attn_only", False):
-            mlp = block.mlp
-            weights = {
-                "ln2": norm(block.ln2),
-                "W_in": mlp.W_in,
-                "b_in": mlp.b_in,
-                "W_out": mlp.W_out,
-                "b_out": mlp.b_out,
-            }
+        attn, mlp = block.attn, None if getattr(cfg, "attn_only", False) else block.mlp
         layers.append(
             Layer(
                 ln1=norm(block.ln1),
-                W_QKV=torch.cat([W.transpose(0, 1).flatten(1) for W in (attn.W_Q, attn.W_K, attn.W_V)], 1),
-                b_QKV=torch.cat([b.flatten() for b in (attn.b_Q, attn.b_K, attn.b_V)]),
+                qkv=((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V)),
                 W_O=attn.W_O.flatten(0, 1),
                 b_O=attn.b_O,
                 attn_scale=float(attn.attn_scale),
-                **weights,
+                ln2=None if mlp is None else norm(block.ln2),
+                **{name: getattr(mlp, name, None) for name in ("W_in", "b_in", "W_out", "b_out")},
             )
         )
     return PackedWeights(
@@ -309,7 +318,9 @@ def run(
 
     Args:
         tokens: Int[Tensor, "batch pos"]; or instead
-        resid: Float[Tensor, "batch pos d_model"], the residual stream that enters `start_layer`.
+        resid: Float[Tensor, "batch pos d_model"], the residual stream that enters `start_layer`, as it is after
+            hooks that the model carries at that layer's hook_resid_pre: they are not run a second time.
+        start_layer: from 0 to n_layers; at n_layers nothing is left to run.
         hooks: hook name -> function of the activation; what it returns, if not None, replaces it. Names and
             shapes are TransformerLens' (`blocks.0.attn.hook_z`); each must be a hook of the model.
         positions: compute and return the last block's residual stream at these positions only. Queries, z, and
@@ -318,15 +329,19 @@ def run(
         packed: weights to run in place of the model's own: with other norms or another activation function, say.
 
     Raises:
-        ValueError: a hook name the model does not have; `past` or other weights where the packed forward does not
-            serve.
+        ValueError: a hook name the model does not have, a layer that is not there; `past` or other weights where the
+            packed forward does not serve.
     """
-    hooks = dict(hooks or {})
+    hooks, n_layers = dict(hooks or {}), model.cfg.n_layers
+    if not 0 <= start_layer <= n_layers:
+        raise ValueError(f"start_layer {start_layer} is outside 0..{n_layers}")
     for name in hooks:
         if name not in model.hook_dict:
             raise ValueError(f"the model has no hook {name!r}")
     if packed is not None and not _served(hooks):
         raise ValueError(f"hooks {sorted(hooks)} are not all served by the packed forward")
+    if resid is not None and start_layer == n_layers:
+        return resid if positions is None else resid[:, positions]
     packed = packed or packed_weights(model)
     if packed is not None and _served(hooks):
         return _finish(_steps(packed, tokens, resid, start_layer, hooks, positions, past))
@@ -512,9 +527,15 @@ def _run_hooked(model, tokens, resid, start_layer, hooks, positions) -> Tensor:
 
     fwd_hooks = [adapt(name, hook) for name, hook in hooks.items()]
     fwd_hooks.append((last + "hook_resid_post", lambda x, hook: keep(x)))
-    inputs = tokens if resid is None else resid
-    extra = {} if resid is None else {"start_at_layer": start_layer}
-    model.run_with_hooks(inputs, return_type=None, fwd_hooks=fwd_hooks, **extra)
+    extra: dict[str, Any] = {}
+    if resid is not None:
+        # Hooks of the model's own come first; what they make of the stream that is given is put right after them.
+        fwd_hooks.insert(0, (f"blocks.{start_layer}.hook_resid_pre", lambda x, hook: resid))
+        extra = {"start_at_layer": start_layer}
+        if model.cfg.positional_embedding_type == "shortformer":  # every layer adds them to its queries and keys
+            like = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
+            extra["shortformer_pos_embed"] = model.hook_pos_embed(model.pos_embed(like))
+    model.run_with_hooks(tokens if resid is None else resid, return_type=None, fwd_hooks=fwd_hooks, **extra)
     return final[0] if chosen is None else final[0][:, chosen]
 
 
