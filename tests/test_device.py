@@ -47,8 +47,6 @@ from lnfree_interp.metrics import kl_from_clean, right_log_prob
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
-KINDS = (None, "LN")
-
 
 # ---------------------------------------------------------------------------------------------------------
 # The device itself
@@ -227,7 +225,7 @@ CASES = {
     "attribution_patching:joint": patching(attribution_patching, method="second_order", joint=True),
     "attribution_patching:second_order": patching(attribution_patching, method="second_order"),
     "attribution_patching:second_order_plain": patching(
-        attribution_patching, method="second_order", metric=last_logit, site="z"
+        attribution_patching, method="second_order", metric=last_logit, site="z", layers=[1]
     ),
     "attribution_patching:atp_star": patching(attribution_patching, method="atp_star", site="q"),
     "attribution_patching:relp": patching(attribution_patching, method="relp"),
@@ -235,7 +233,9 @@ CASES = {
     f"activation_patching:{site}": patching(activation_patching, site=site)
     for site in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
 }
-ONLY_PACKED = ("attribution_patching:atp_star", "attribution_patching:relp", "remove_layernorm")
+# These have no other path, or (the sites that differ only by name) share one.
+ONLY_PACKED = {"attribution_patching:atp_star", "attribution_patching:relp", "remove_layernorm"}
+ONLY_PACKED |= {f"activation_patching:{site}" for site in ("resid_mid", "resid_post", "attn_out", "q", "k", "v")}
 
 # These choose a device or know of none; the first is `test_models`'.
 NO_DEVICE = {
@@ -282,8 +282,8 @@ def cases(pending):
 
 
 def ways(name):
-    """Both kinds of model on both paths of the forward: the packed one, and hooks on TransformerLens' own."""
-    return [(kind, hooked) for kind in KINDS for hooked in (False, True) if not (hooked and name in ONLY_PACKED)]
+    """LN-free and LN, on the packed forward and by hooks on TransformerLens' own."""
+    return [(None, False), ("LN", False)] + [("LN", True)] * (name not in ONLY_PACKED)
 
 
 @cache

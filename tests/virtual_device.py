@@ -98,12 +98,13 @@ def _run(func, *args, **kwargs):
     packet = func.overloadpacket
     if packet in (aten.copy_, aten._copy_from, aten._to_copy):
         return _copied(func, args, kwargs)
-    given = [*_leaves(args), *_leaves(kwargs.values())]
-    there = [x for x in given if isinstance(x, VirtualTensor)]
-    here = [x for x in given if isinstance(x, Tensor) and not isinstance(x, VirtualTensor)]
+    there: list[VirtualTensor] = []
+    here: list[Tensor] = []
+    held_args = _opened(args, there, here)
+    held_kwargs = dict(zip(kwargs, _opened(kwargs.values(), there, here)))
     if there and here:
         _check_mixed(func, args, here)
-    if any(isinstance(x, torch.Generator) for x in given):
+    if kwargs.get("generator") is not None:
         raise RuntimeError(f"{_place()}: {func} draws for the virtual device from a generator of the CPU")
     if packet in SYNCING:
         _count(SYNCING[packet])
@@ -112,36 +113,41 @@ def _run(func, *args, **kwargs):
     elif packet in INDEXING:
         _count_masks(packet, args)
     if kwargs.get("device") is not None:
-        kwargs["device"] = "cpu"
-    held_kwargs = {key: _mapped(_held, value) for key, value in kwargs.items()}
-    own = {id(x.held): x for x in there}
-    result = func(*_mapped(_held, args), **held_kwargs)
+        held_kwargs["device"] = "cpu"
+    result = func(*held_args, **held_kwargs)
     if torch.Tag.inplace_view in func.tags:  # squeeze_ and the like: the shell takes the new shape too
         with no_dispatch():
             func(*args, **kwargs)
-    if any(x.shape != x.held.shape for x in there):
-        raise NotImplementedError(f"{func} changes a tensor's shape in place")
-    return _mapped(partial(_wrapped, own=own), result)
+    if isinstance(result, (list, tuple)):
+        return type(result)(_closed(x, there) for x in result)
+    return _closed(result, there)
 
 
-def _leaves(values) -> Iterator:
-    for value in values:
-        yield from _leaves(value) if isinstance(value, (list, tuple)) else (value,)
+def _opened(values, there: list[VirtualTensor], here: list[Tensor]) -> list:
+    """Arguments with the tensors held in place of those on the device; what tensors there are, by place."""
+    opened = []
+    for x in values:
+        if isinstance(x, VirtualTensor):
+            there.append(x)
+            x = x.held
+        elif isinstance(x, Tensor):
+            here.append(x)
+        elif isinstance(x, (list, tuple)):
+            x = _opened(x, there, here)
+        opened.append(x)
+    return opened
 
 
-def _mapped(function, value):
-    if isinstance(value, (list, tuple)):
-        return type(value)(_mapped(function, x) for x in value)
-    return function(value)
-
-
-def _wrapped(x, own: dict[int, VirtualTensor]):
-    """A result as a tensor on the device: what was written in place, or a new one."""
-    return (own[id(x)] if id(x) in own else VirtualTensor(x)) if isinstance(x, Tensor) else x
-
-
-def _held(x):
-    return x.held if isinstance(x, VirtualTensor) else x
+def _closed(x, there: list[VirtualTensor]):
+    """A result as a tensor on the device: the one that was written in place, or a new one."""
+    if not isinstance(x, Tensor):
+        return x
+    for own in there:
+        if own.held is x:
+            if own.shape != x.shape:
+                raise NotImplementedError(f"a tensor on the virtual device grew in place to {list(x.shape)}")
+            return own
+    return VirtualTensor(x)
 
 
 def _copied(func, args, kwargs):
