@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex, TypeGuard
 
 import numpy as np
 import torch
@@ -51,12 +51,11 @@ def check_tokens(model, tokens: Tokens, *, least: int = 1) -> Int[Tensor, "batch
     return tokens.to(cfg.device)
 
 
-def _as_tokens(model, tokens: Tokens) -> Int[Tensor, ...]:
+def _as_tokens(model, tokens: object) -> Int[Tensor, ...]:
     texts = [tokens] if isinstance(tokens, str) else tokens
     if not _are_texts(texts):
         return as_ids(tokens, "tokens")
-    if getattr(model, "tokenizer", None) is None:
-        raise ValueError(f"{model.cfg.model_name} has no tokenizer, so text cannot be read for it")
+    _tokenizer(model)
     rows = [model.to_tokens(_readable(text), truncate=False)[0] for text in texts]
     lengths = [len(row) for row in rows]
     if len(set(lengths)) > 1:
@@ -74,7 +73,7 @@ def _readable(text: str) -> str:
     return text
 
 
-def _are_texts(value: object) -> bool:
+def _are_texts(value: object) -> TypeGuard[Sequence[str]]:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(text, str) for text in value)
 
 
@@ -121,7 +120,7 @@ def check_pads(model, tokens: Int[Tensor, "batch pos"]) -> None:
     It does so with a tokenizer that pads on the left: for what looks like pads at a prompt's beginning, except a
     BOS token that is the pad token too. Nothing here runs with such a mask.
     """
-    tokenizer = getattr(model, "tokenizer", None)
+    tokenizer: Any = getattr(model, "tokenizer", None)
     pad = getattr(tokenizer, "pad_token_id", None)
     if pad is None or getattr(tokenizer, "padding_side", "right") != "left":
         return
@@ -173,17 +172,23 @@ def encode(model, text: str) -> list[int]:
     Raises:
         ValueError: the model has no tokenizer, or the text is no Unicode.
     """
-    if model.tokenizer is None:
+    return _tokenizer(model)(_readable(text), add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _tokenizer(model):
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so text cannot be read for it")
-    return model.tokenizer(_readable(text), add_special_tokens=False, verbose=False)["input_ids"]
+    return tokenizer
 
 
 def one_token(model, text: str, what: str) -> int:
     """The token that a text is.
 
     Raises:
-        ValueError: it is none or several (they are shown), or one beyond the model's vocabulary.
+        ValueError: it is none or several (they are shown), one beyond the model's vocabulary, or one without a logit.
     """
+    check_next_token(model)
     ids = encode(model, text)
     if len(ids) != 1:
         shown = [model.tokenizer.decode([i]) for i in ids]
@@ -215,12 +220,13 @@ def target_ids(model, targets: Targets, n_batch: int, what: str = "targets") -> 
     Raises:
         ValueError: no token ids or texts of one token each, or ids that have no logit.
     """
-    if isinstance(targets, str) or _are_texts(targets):
-        check_next_token(model)
-        name = "target" if what == "targets" else what
-        one = isinstance(targets, str)
-        targets = one_token(model, targets, name) if one else [one_token(model, text, name) for text in targets]
-    ids = as_ids(targets, what)
+    given: object = targets
+    name = "target" if what == "targets" else what
+    if isinstance(targets, str):
+        given = one_token(model, targets, name)
+    elif _are_texts(targets):
+        given = [one_token(model, text, name) for text in targets]
+    ids = as_ids(given, what)
     ids = ids.expand(n_batch) if ids.ndim == 0 else ids
     if ids.numel():
         check_ids(ids, d_vocab_out(model.cfg), what)

@@ -237,7 +237,8 @@ def groups_from_file(path: str | Path, model, *, prepend_bos: bool = True) -> di
     records = list(_csv_records(path) if kind == ".csv" else read_json_lines(path, "pairs file"))
     if not records:
         raise ValueError(f"pairs file {path} holds no pairs")
-    rows, places = [], []
+    rows: list[tuple] = []
+    places = []
     for number, record in records:
         place = f"{path}, line {number}"
         row = tuple(record.get(c) for c in _COLUMNS) if isinstance(record, dict) else (None,) * 4
