@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import Progress, TokenSource, token_batches
+from ..batching import Progress, TokenSource, check_next_token, token_batches
 from ..forward import run, unembed
 from ..metrics import entropy, js_divergence, log_probs
+from ..models import as_models
 from .loss import LOGITS_PER_PASS, bootstrap
 
 
@@ -99,6 +100,7 @@ def compare_models(
         >>> result.divergence.shape, result.agreement.diagonal().tolist()
         (torch.Size([2, 2]), [1.0, 1.0])
     """
+    models = as_models(models)
     if not models:
         raise ValueError("there are no models to compare")
     if n_bins < 1:
@@ -107,6 +109,8 @@ def compare_models(
     sizes = {name: model.cfg.d_vocab for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"models of different vocabularies cannot be compared: {sizes}")
+    for model in parts:
+        check_next_token(model)
     n = len(parts)
     # Pairs hold three more tensors of the logits' size while they are compared.
     per_pass = min(per_pass, max(1, LOGITS_PER_PASS // (parts[0].cfg.d_vocab * (n + 3))))

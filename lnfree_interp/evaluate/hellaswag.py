@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import Progress
+from ..batching import Progress, check_next_token
+from ..data import read_json_lines
 from ..forward import packed_weights, run, unembed
 from ..metrics import log_probs
+from ..models import as_model
 from .cached import extend
 
 HUB = "Rowan/hellaswag"
@@ -70,7 +71,7 @@ def hellaswag_items(source: str | Path = HUB, *, split: str = "validation", limi
         >>> items[0]["endings"]
         ['and went in.', 'of the sea.']
     """
-    rows = _lines(Path(source)) if str(source).endswith(".jsonl") else _from_hub(str(source), split)
+    rows = _lines(Path(source)) if str(source).endswith((".jsonl", ".jsonl.gz")) else _from_hub(str(source), split)
     items = list(islice(rows, limit))
     if not items:
         raise ValueError(f"{source} holds no HellaSwag items")
@@ -78,17 +79,8 @@ def hellaswag_items(source: str | Path = HUB, *, split: str = "validation", limi
 
 
 def _lines(path: Path) -> Iterator[dict]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    for i, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {i}: no JSON ({error})") from None
-            yield _item(item, f"{path}, line {i}")
+    for number, item in read_json_lines(path, "HellaSwag file"):
+        yield _item(item, f"{path}, line {number}")
 
 
 def _from_hub(name: str, split: str) -> Iterator[dict]:
@@ -139,6 +131,8 @@ def hellaswag(model, items: Iterable[dict], *, per_pass: int = 4096, progress: P
         >>> hellaswag(load_model("tiny-noLN", device="cpu"), [item]).log_probs.shape
         torch.Size([1, 4])
     """
+    model = as_model(model)
+    check_next_token(model)
     if model.tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so HellaSwag cannot be read for it")
     items = [_item(item, f"item {i}") for i, item in enumerate(items)]

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import Progress, TokenSource, token_batches
+from ..batching import Progress, TokenSource, check_next_token, token_batches
 from ..forward import run, unembed
 from ..metrics import cross_entropy
+from ..models import as_model
 
 # Logits held at a time: 256 MiB in fp32.
 LOGITS_PER_PASS = 2**26
@@ -153,6 +154,8 @@ def evaluate_loss(
         >>> result.range999[0] <= result.range95[0] <= result.median <= result.range95[1]
         True
     """
+    model = as_model(model)
+    check_next_token(model)
     per_pass = min(per_pass, max(1, LOGITS_PER_PASS // model.cfg.d_vocab))
     losses: list[Tensor] = []
     kept: list[tuple[float, int, Tensor]] = []  # the worst sequences so far

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..batching import Progress, TokenSource, token_batches
 from ..forward import run
+from ..models import as_model
 
 STATISTICS = ("mean", "stderr", "median", "low", "high")
 QUANTITIES = ("norm", "growth", "cosine")
@@ -101,6 +102,7 @@ def residual_norms(
         >>> norms.points[:4], norms.groups
         (('embed', 'pos_embed', 'L0.resid_pre', 'L0.resid_mid'), ('position 0', 'EOT', 'rest'))
     """
+    model = as_model(model)
     if eot_token is None:
         eot_token = getattr(model.tokenizer, "eos_token_id", None)
     names = _points(model)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..batching import Progress, TokenSource, token_batches
 from ..forward import run
+from ..models import as_model
 
 # Entries of one layer's attention patterns held at a time.
 PATTERN_ENTRIES = 2**26
@@ -75,6 +76,7 @@ def attention_sinks(
         >>> len(sinks.labels), 0 <= sinks.head_rate <= 1
         (16, True)
     """
+    model = as_model(model)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold} is outside 0..1")
     cfg = model.cfg
