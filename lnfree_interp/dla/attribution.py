@@ -13,15 +13,15 @@ the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import check_ids, check_tokens
+from ..batching import Places, Targets, Tokens, check_next_token, check_tokens, indices, target_ids
 from ..forward import final_norm, own_hooks, run
+from ..models import as_model
 
 DECOMPOSITIONS = ("component", "head", "neuron")
 # Tokens per pass: what bounds the memory held for z, whatever the number of sequences.
@@ -53,7 +53,7 @@ class LogitAttribution:
         """One row per component: mean, mean absolute value and standard deviation in logits, largest first."""
         import pandas as pd
 
-        flat = self.values.flatten(1).double().cpu()
+        flat = self.values.flatten(1).cpu().double()
         table = pd.DataFrame(
             {
                 "component": self.labels,
@@ -71,22 +71,23 @@ class LogitAttribution:
 
 def direct_logit_attribution(
     model,
-    tokens: Int[Tensor, "batch pos"],
-    targets: Int[Tensor, ...] | None = None,
+    tokens: Tokens,
+    targets: Targets | None = None,
     *,
-    versus: Int[Tensor, ...] | None = None,
-    positions: int | slice | Sequence[int] | None = None,
+    versus: Targets | None = None,
+    positions: Places | None = None,
     by: str = "component",
 ) -> LogitAttribution:
     """Each component's part in a logit with the final norm's scale as it is: <c, u> / scale.
 
     Args:
-        model: any HookedTransformer; normalization_type None, "LN", "LNPre", "RMS" or "RMSPre".
-        tokens: Int[Tensor, "batch pos"].
+        model: any HookedTransformer, or a name; normalization_type None, "LN", "LNPre", "RMS" or "RMSPre".
+        tokens: Int[Tensor, "batch pos"], an array or lists of such, a text or a list of texts of one token length.
         targets: None: at every position that has one, the next token; [batch]: at the last position;
-            [batch pos]: at every position. Token ids.
+            [batch pos]: at every position. Token ids; at the last position also one id or one text of a single token,
+            the same for all prompts, or a list of such texts.
         versus: second token ids, of targets' shape: everything is then about the logit difference.
-        positions: only these (of those that targets gives); negative ones count from the end.
+        positions: only these (of those that targets gives); negative ones count from the end; or a mask of all.
         by: "component" (embed, pos_embed, attn and mlp of each layer with their biases), "head" (attention by
             heads, b_O apart) or "neuron" (MLPs by neurons, b_out apart).
 
@@ -111,11 +112,11 @@ def direct_logit_attribution(
 
 def direct_effect(
     model,
-    tokens: Int[Tensor, "batch pos"],
-    targets: Int[Tensor, ...] | None = None,
+    tokens: Tokens,
+    targets: Targets | None = None,
     *,
-    versus: Int[Tensor, ...] | None = None,
-    positions: int | slice | Sequence[int] | None = None,
+    versus: Targets | None = None,
+    positions: Places | None = None,
     by: str = "component",
 ) -> LogitAttribution:
     """How much a logit falls when a component is taken out of the final residual stream and the rest normalised.
@@ -138,11 +139,11 @@ def direct_effect(
 @torch.no_grad()
 def logit_attributions(
     model,
-    tokens: Int[Tensor, "batch pos"],
-    targets: Int[Tensor, ...] | None = None,
+    tokens: Tokens,
+    targets: Targets | None = None,
     *,
-    versus: Int[Tensor, ...] | None = None,
-    positions: int | slice | Sequence[int] | None = None,
+    versus: Targets | None = None,
+    positions: Places | None = None,
     by: str = "component",
     exact: bool = True,
 ) -> tuple[LogitAttribution, LogitAttribution | None]:
@@ -155,6 +156,7 @@ def logit_attributions(
         >>> bool((approximate.values - exact.values).abs().max() < 1e-4)
         True
     """
+    model = as_model(model)
     check_model(model, by)
     tokens = check_tokens(model, tokens)
     kept, targets, versus = align_targets(model, tokens, targets, versus, positions)
@@ -188,58 +190,42 @@ def check_model(model, by: str) -> None:
 
 
 def align_targets(
-    model, tokens: Int[Tensor, "batch pos"], targets: Tensor | None, versus: Tensor | None, positions
+    model, tokens: Int[Tensor, "batch pos"], targets: Targets | None, versus: Targets | None, positions: Places | None
 ) -> tuple[list[int], Int[Tensor, "batch kept"], Int[Tensor, "batch kept"] | None]:
     """The positions asked for and the target (and second) token ids there. The only place that aligns them.
 
     Raises:
-        ValueError: targets or versus of the wrong shape or out of the vocabulary, a position out of range.
+        ValueError: targets or versus of the wrong shape or out of the vocabulary, a position out of range; next
+            tokens where the logits are over another vocabulary.
     """
     n_batch, n_pos = tokens.shape
+    available = range(n_pos)
     if targets is None:
+        check_next_token(model)
         if n_pos < 2:
             raise ValueError("one token has no next token: give targets")
-        targets, available = tokens[:, 1:], range(n_pos - 1)
-    elif targets.shape == (n_batch,):
-        targets, available = targets[:, None], range(n_pos - 1, n_pos)
-    elif targets.shape == (n_batch, n_pos):
-        available = range(n_pos)
+        chosen, available = tokens[:, 1:], range(n_pos - 1)
     else:
-        raise ValueError(
-            f"targets have shape {list(targets.shape)}; allowed are [{n_batch}] (last position) and "
-            f"[{n_batch}, {n_pos}] (every position)"
-        )
-    if versus is not None:
-        versus = versus[:, None] if versus.ndim == 1 else versus
-        if versus.shape != targets.shape:
+        chosen = target_ids(model, targets, n_batch, "targets")
+        if chosen.shape == (n_batch,):
+            chosen, available = chosen[:, None], range(n_pos - 1, n_pos)
+        elif chosen.shape != (n_batch, n_pos):
             raise ValueError(
-                f"versus has shape {list(versus.shape)}, the targets {list(targets.shape)}: they must agree"
+                f"targets have shape {list(chosen.shape)}; allowed are [{n_batch}] (last position) and "
+                f"[{n_batch}, {n_pos}] (every position)"
             )
-        versus = versus.to(tokens.device, torch.long)
-        check_ids(versus, model.cfg.d_vocab, "versus")
-    targets = targets.to(tokens.device, torch.long)
-    check_ids(targets, model.cfg.d_vocab, "targets")
+    other = None if versus is None else target_ids(model, versus, n_batch, "versus")
+    if other is not None:
+        other = other[:, None] if other.ndim == 1 else other
+        if other.shape != chosen.shape:
+            raise ValueError(f"versus has shape {list(other.shape)}, the targets {list(chosen.shape)}: they must agree")
     kept = _resolve_positions(positions, n_pos, available)
     index = torch.tensor(kept, device=tokens.device) - available.start
-    return kept, targets[:, index], None if versus is None else versus[:, index]
+    return kept, chosen[:, index], None if other is None else other[:, index]
 
 
-def _resolve_positions(positions, n_pos: int, available: range) -> list[int]:
-    if positions is None:
-        return list(available)
-    if isinstance(positions, slice):
-        wanted = list(range(n_pos)[positions])
-    else:
-        wanted = [int(p) for p in ([positions] if isinstance(positions, int) else positions)]
-    kept = []
-    for p in wanted:
-        at = p + n_pos if p < 0 else p
-        if at not in available:
-            raise ValueError(f"position {p} is out of range: targets reach from {available[0]} to {available[-1]}")
-        kept.append(at)
-    if not kept:
-        raise ValueError(f"positions {positions} name none of 0 to {n_pos - 1}")
-    return kept
+def _resolve_positions(positions: Places | None, n_pos: int, available: range) -> list[int]:
+    return list(available) if positions is None else indices(positions, n_pos, "position", available, "targets")
 
 
 def component_labels(cfg, by: str) -> tuple[str, ...]:

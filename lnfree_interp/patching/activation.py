@@ -11,12 +11,14 @@ from torch import Tensor
 from ..batching import Progress
 from ..forward import PackedWeights, final_norm, packed_weights
 from ..metrics import Metric, logit_diff
-from ..pairs import PromptPairs
+from ..models import as_model
+from ..pairs import PromptPairs, as_pairs
 from . import exact, hooked
 from .cells import (
     Cells,
     Indices,
     MetricLike,
+    PairsLike,
     Request,
     Tally,
     check_finite,
@@ -33,7 +35,7 @@ from .effect import PatchingEffect
 @torch.no_grad()
 def activation_patching(
     model,
-    pairs: PromptPairs,
+    pairs: PairsLike,
     *,
     site: str = "resid_pre",
     metric: MetricLike = logit_diff,
@@ -51,6 +53,7 @@ def activation_patching(
     way round (noising). Cells in which both runs agree, and those nothing read depends on, are 0 and never run.
 
     Args:
+        pairs: PromptPairs, or (clean, corrupted, answers).
         site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, by position; z, q, k, v, pattern, by head; neurons.
         metric: a `Metric`, or a function of the full logits [prompt, pos, d_vocab] that returns [prompt].
         layers: the layers to patch (default: all; needed for neurons): one, several, or a mask; -1 is the last.
@@ -77,7 +80,7 @@ def activation_patching(
         >>> effect.values.shape, effect.axes
         (torch.Size([2, 4, 4]), ('prompt', 'layer', 'head'))
     """
-    pairs = pairs.to("cpu")
+    model, pairs = as_model(model), as_pairs(pairs).to("cpu")
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
     budget = memory_budget(model, max_memory)
     pairs = pairs.to(model.cfg.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -12,12 +12,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ..batching import d_vocab_out
 from ..forward import Norm, PackedWeights, own_hooks, unembed
 from ..metrics import Metric
 from ..pairs import PromptPairs
 from .effect import DIRECTIONS, SITES
 
 MetricLike = Metric | Callable[[Tensor], Tensor]
+PairsLike = PromptPairs | Sequence[Any]
 Indices = SupportsIndex | Iterable[Any]
 """Which layers or units: one, several (a range, a list, a tensor), or a mask; negative ones count from the end."""
 
@@ -52,9 +54,8 @@ class Cells:
 
 def on_device(x: Tensor, device) -> Tensor:
     """A tensor of the CPU on a device, without waiting for what the device is at."""
-    if torch.device(device).type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+    x = x.pin_memory() if torch.device(device).type == "cuda" else x
+    return x.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,8 @@ def checked(model, pairs: PromptPairs, site, metric, direction, layers, units, b
     n_pos = pairs.clean.shape[1]
     if n_pos > cfg.n_ctx:
         raise ValueError(f"prompts have {n_pos} tokens, the model's context is {cfg.n_ctx}")
-    d_vocab_out = getattr(cfg, "d_vocab_out", -1)
-    d_vocab_out = cfg.d_vocab if d_vocab_out == -1 else d_vocab_out
     for name in ("clean", "corrupted", "answers"):
-        what, d_vocab = ("answer", d_vocab_out) if name == "answers" else (f"{name} token", cfg.d_vocab)
+        what, d_vocab = ("answer", d_vocab_out(cfg)) if name == "answers" else (f"{name} token", cfg.d_vocab)
         ids = getattr(pairs, name)
         outside = ids[(ids < 0) | (ids >= d_vocab)]
         if len(outside):

@@ -10,11 +10,12 @@ from torch import Tensor
 from ..batching import Progress
 from ..forward import packed_weights
 from ..metrics import Metric, logit_diff
-from ..pairs import PromptPairs
+from ..models import as_model
+from ..pairs import as_pairs
 from . import hooked
 from .activation import itemsize, rows_of_metric
 from .atp_star import exact_softmax
-from .cells import Indices, MetricLike, Request, check_finite, checked, memory_budget
+from .cells import Indices, MetricLike, PairsLike, Request, check_finite, checked, memory_budget
 from .effect import METHODS, SITES, PatchingEffect
 from .exact import widened_weights
 from .relp import relp_weights
@@ -24,7 +25,7 @@ from .sides import Activations, Case, both_sides, contract, frozen, gradients, n
 
 def attribution_patching(
     model,
-    pairs: PromptPairs,
+    pairs: PairsLike,
     *,
     site: str = "resid_pre",
     metric: MetricLike = logit_diff,
@@ -63,6 +64,7 @@ def attribution_patching(
     not, whatever the norm: attention's softmax (and its product with the values) and GELU remain.
 
     Args:
+        pairs: PromptPairs, or (clean, corrupted, answers).
         steps: points of "integrated" (midpoints of equal parts).
         by_position, layers, units, direction, metric, max_memory, progress: as for `activation_patching`.
 
@@ -78,7 +80,7 @@ def attribution_patching(
         >>> effect.values.shape, effect.reliability.shape
         (torch.Size([2, 4, 8]), torch.Size([2, 4, 8]))
     """
-    pairs = pairs.to("cpu")
+    model, pairs = as_model(model), as_pairs(pairs).to("cpu")
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")

@@ -57,8 +57,11 @@ class Window:
         return final_norm(self.model) if self.packed is None else self.packed.ln_final
 
     @property
-    def reads(self) -> list[int]:
-        return [position - self.first for position in self.request.reads]
+    def reads(self) -> list[int] | slice:
+        reads = [position - self.first for position in self.request.reads]
+        # A slice where it is one: a list has to be sent to the device.
+        together = reads == list(range(reads[0], reads[-1] + 1))
+        return slice(reads[0], reads[-1] + 1) if together else reads
 
     @property
     def only_reads(self) -> bool:
