@@ -249,13 +249,17 @@ Linear = tuple[Tensor, Tensor]
 
 
 def products(x: Float[Tensor, "*rows d_in"], *linears: Linear) -> tuple[Tensor, ...]:
-    """x W + b for each W and b: [*rows, d_out] of a matrix, [*rows, head, d_out] of a matrix per head."""
-    if all(W.ndim == 2 for W, _ in linears):
+    """x W + b for each W and b: [*rows, d_out] of a matrix, [*rows, head, d_out] of a matrix per head.
+
+    In the precision of x: weights that are stored in less are made wide one at a time, and never kept so for gradients.
+    """
+    if all(W.ndim == 2 and W.dtype == x.dtype for W, _ in linears):
         return tuple(F.linear(x, W.T, b) for W, b in linears)
     return _HeadProducts.apply(x, *(t for linear in linears for t in linear))
 
 
 def _product(rows: Float[Tensor, "row d_in"], W: Tensor, b: Tensor) -> Tensor:
+    W, b = W.to(rows.dtype), b.to(rows.dtype)
     if W.ndim == 2:
         return F.linear(rows, W.T, b)
     return torch.baddbmm(b[:, None], rows.expand(len(W), -1, -1), W).transpose(0, 1)
@@ -281,6 +285,7 @@ def _gradient(weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tens
     for W, grad in zip(weights, grads):
         if grad is None:
             continue
+        W = W.to(grad.dtype)
         if W.ndim == 2:
             total = grad @ W.T if total is None else total + grad @ W.T
             continue

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from conftest import make_model, random_tokens
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_patching import POSITIONAL, assert_matches_plain_hooks, by_plain_hooks, cells_of, make_pairs
 
@@ -89,6 +89,7 @@ def deep(random_model):
 
 
 @settings(max_examples=10, deadline=None)
+@example(kind=None, point="hook_resid_mid", at=1, site="resid_mid")
 @given(kind=KINDS, point=st.sampled_from(POINTS), at=st.integers(0, 2), site=st.sampled_from(sorted(SITES)))
 def test_own_hooks_run_once_in_every_patched_run(deep, kind, point, at, site):
     model = deep(kind)

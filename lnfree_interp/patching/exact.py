@@ -155,9 +155,13 @@ def widened_norm(norm: Norm) -> Norm:
     return replace(norm, w=wide(norm.w), b=wide(norm.b))
 
 
-def widened_weights(packed: PackedWeights) -> PackedWeights:
-    """All layers and the final norm in fp32 at least; the embeddings are made wide where they are read."""
-    return replace(packed, layers=tuple(map(widened, packed.layers)), ln_final=widened_norm(packed.ln_final))
+def widened_norms(packed: PackedWeights) -> PackedWeights:
+    """Weights for a pass in fp32 at least: the norms made wide, since `forward.products` does it for the others."""
+    layers = tuple(
+        replace(layer, ln1=widened_norm(layer.ln1), ln2=None if layer.ln2 is None else widened_norm(layer.ln2))
+        for layer in packed.layers
+    )
+    return replace(packed, layers=layers, ln_final=widened_norm(packed.ln_final))
 
 
 def embedded(packed: PackedWeights, tokens: Int[Tensor, "*rows"], positions: Int[Tensor, "*row_positions"]) -> Tensor:

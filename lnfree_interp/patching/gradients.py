@@ -17,7 +17,7 @@ from .activation import itemsize, rows_of_metric
 from .atp_star import exact_softmax
 from .cells import Indices, MetricLike, PairsLike, Request, check_finite, checked, memory_budget
 from .effect import METHODS, SITES, PatchingEffect
-from .exact import widened_weights
+from .exact import widened_norms
 from .relp import relp_weights
 from .second_order import cell_by_cell, jointly
 from .sides import Activations, Case, both_sides, contract, frozen, gradients, numbers_per_prompt, products, site_hooks
@@ -99,7 +99,7 @@ def attribution_patching(
         hooked.check_model(model, pairs.clean)
     else:
         # As stored, in fp32 at least: in half precision the difference between the runs would be mostly rounding.
-        packed = widened_weights(packed)
+        packed = widened_norms(packed)
     if method == "relp":
         packed = relp_weights(packed, detach_norm=detach_norm, linear_gelu=linear_gelu)
     n_together = len(pairs)

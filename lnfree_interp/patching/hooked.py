@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..forward import PackedWeights, run
+from ..forward import PackedWeights, own_hooks, run
 from .cells import Cells, Request, on_device
 from .effect import SITES
 
@@ -87,16 +87,16 @@ def overwritten(x: Tensor, values: Tensor, request: Request, cells: Cells) -> Te
     return new
 
 
-def patch_hooks(request: Request, base: Recorded, source: Recorded, layer: int, cells: Cells) -> dict[str, Callable]:
-    """The hook that overwrites the activation of each cell of a layer."""
-    site, block = request.site, f"blocks.{layer}."
-    values = source[site][layer][cells.prompt]
-    hooks = {block + SITES[site].hook: lambda x: overwritten(x, values, request, cells)}
-    if site == "resid_mid":
-        # Where resid_mid is only what the MLP reads (TransformerBridge), the skip path gets the edit from attn_out.
-        change = values - base["resid_pre"][layer][cells.prompt]
-        hooks[block + SITES["attn_out"].hook] = lambda x: overwritten(x, change, request, cells)
-    return hooks
+def patch_hooks(
+    request: Request, base: Recorded, source: Recorded, layer: int, cells: Cells, own: tuple[str, ...]
+) -> dict[str, Callable]:
+    """The hook that overwrites the activation of each cell of a layer; `own` are the model's own hooks."""
+    name, values = f"blocks.{layer}.{SITES[request.site].hook}", source[request.site][layer][cells.prompt]
+    if request.site == "resid_mid" and name not in own:
+        # Where resid_mid is only what the MLP reads (TransformerBridge), an edit of it must be one of attn_out.
+        name = f"blocks.{layer}.{SITES['attn_out'].hook}"
+        values = values - base["resid_pre"][layer][cells.prompt]
+    return {name: lambda x: overwritten(x, values, request, cells)}
 
 
 def final_residuals(
@@ -105,9 +105,10 @@ def final_residuals(
     """(indices of cells, their final residual streams at the positions read), `rows` prompts at a time."""
     device = base["resid_pre"][0].device
     reads = on_device(torch.tensor(request.reads), device)
+    own = own_hooks(model)
     for layer in cells.layer.unique().tolist():
         for index in (cells.layer == layer).nonzero().flatten().split(rows):
             batch = cells[index].to(device)
-            hooks = patch_hooks(request, base, source, layer, batch)
+            hooks = patch_hooks(request, base, source, layer, batch, own)
             start = base["resid_pre"][layer][batch.prompt]
             yield index, run(model, resid=start, start_layer=layer, hooks=hooks, packed=packed)[:, reads]
