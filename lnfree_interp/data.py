@@ -1,44 +1,16 @@
-"""Tokens: batches from text files or hub datasets."""
+"""Token blocks of documents, whole or streamed."""
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .documents import hub_documents, hub_rows
+
 EOT = "<|endoftext|>"
-
-
-def read_documents(path: str | Path) -> list[str]:
-    """The documents of a plain or gzipped UTF-8 text file: what stands between blank lines.
-
-    Paragraphs are lines; a blank line ends a document (a chapter, say).
-
-    Raises:
-        ValueError: the file is missing, is not UTF-8 text, or has no words in it.
-
-    Example:
-        >>> from lnfree_interp import cli, read_documents
-        >>> documents = read_documents(cli.VALIDATION_TEXT)
-        >>> len(documents) > 5, all(documents)
-        (True, True)
-    """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    except (OSError, EOFError) as error:
-        raise ValueError(f"cannot read text file {path}: {getattr(error, 'strerror', None) or error}") from None
-    documents = [document for block in text.split("\n\n") if (document := block.strip("\n"))]
-    if not any(document.strip() for document in documents):
-        raise ValueError(f"text file {path} is empty")
-    return documents
 
 
 def token_stream(tokenizer, documents: Iterable[str], *, batch: int = 256) -> Iterator[list[int]]:
@@ -93,32 +65,6 @@ def token_blocks(
     return torch.tensor(ids[: n_blocks * block_size]).view(n_blocks, block_size)
 
 
-def hub_documents(name: str, *, split: str = "train") -> Iterator[str]:
-    """The documents of a hub dataset's text column, streamed. Datasets of token ids: see `hub_token_blocks`.
-
-    Raises:
-        ValueError: no such dataset or split, not reachable, or no column named text, content or document.
-    """
-    for row in _stream(name, split):
-        column = next((c for c in ("text", "content", "document") if c in row), None)
-        if column is None:
-            raise ValueError(f"dataset {name!r} has no text column; it has {', '.join(row)}")
-        if row[column]:
-            yield row[column]
-
-
-def _stream(name: str, split: str) -> Iterator[dict]:
-    from datasets import load_dataset
-
-    try:
-        yield from load_dataset(name, split=split, streaming=True)
-    except GeneratorExit:
-        raise
-    except Exception as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot read dataset {name!r} (split {split!r}): {first}") from None
-
-
 class Blocks(torch.utils.data.Dataset):
     """Token blocks as the items a Trainer reads."""
 
@@ -153,11 +99,11 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
             del buffer[:start]
 
     def _ids(self) -> Iterator[list[int]]:
-        first = next(_stream(self.name, self.split), {})
+        first = next(hub_rows(self.name, self.split), {})
         if "input_ids" not in first:
             yield from token_stream(self.tokenizer, hub_documents(self.name, split=self.split))
             return
-        for row in _stream(self.name, self.split):
+        for row in hub_rows(self.name, self.split):
             if max(row["input_ids"], default=0) >= len(self.tokenizer):
                 raise ValueError(f"dataset {self.name!r} holds token ids of another tokenizer")
             yield row["input_ids"]

@@ -376,7 +376,7 @@ def test_all_runs_training_only_with_a_text(fakes, tmp_path):
 def test_a_changed_model_is_run_again(fakes, tmp_path):
     import shutil
 
-    from lnfree_interp.models import CHECKPOINTS
+    from lnfree_interp.names import CHECKPOINTS
 
     calls, _ = fakes
     mine = tmp_path / "mine"

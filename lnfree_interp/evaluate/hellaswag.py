@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ..forward import packed_weights, run, unembed
 from ..metrics import log_probs
+from ..names import HELLASWAG
 from .cached import extend
-
-HUB = "Rowan/hellaswag"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,9 @@ class HellaSwag:
         return pd.DataFrame([row])
 
 
-def hellaswag_items(source: str | Path = HUB, *, split: str = "validation", limit: int | None = None) -> list[dict]:
+def hellaswag_items(
+    source: str | Path = HELLASWAG, *, split: str = "validation", limit: int | None = None
+) -> list[dict]:
     """Items with their context ("ctx"), "endings" and "label", from a .jsonl file or the hub's data set.
 
     Raises:
