@@ -1,6 +1,12 @@
 """Commands: a table on stdout, a .csv and an .html on disk; bad input is one line, status 2, nothing written."""
 
 import gzip
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,6 +15,11 @@ from test_models import random_checkpoint
 from lnfree_interp import cli
 from lnfree_interp.dla import __main__ as dla
 
+ROOT = Path(__file__).parents[1]
+COMMANDS = {p.parent.name: ["-m", f"lnfree_interp.{p.parent.name}"] for p in ROOT.glob("lnfree_interp/*/__main__.py")}
+COMMANDS |= {p.name: [str(p)] for p in ROOT.glob("analyses/*.py") if "if __name__" in p.read_text()}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "pandas", "datasets"}
 TEXT = "It was the best of times, it was the worst of times. " * 400
 
 
@@ -102,3 +113,103 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         cli.save(tmp_path / "out", "stem", Table())
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Answers at once
+
+
+def answer(command: list[str], *arguments: str) -> tuple[int, str, set[str]]:
+    """Exit status, what is printed, and the names of the top packages that were imported."""
+    python = [sys.executable, "-X", "importtime"]
+    out = subprocess.run([*python, *command, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+    lines = out.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import time:")}
+    said = [line for line in lines if not line.startswith("import time:")]
+    return out.returncode, "\n".join([*out.stdout.splitlines(), *said]), imported
+
+
+def test_all_commands_are_found():
+    assert len(COMMANDS) >= 6 + 12 and {"dla", "finetune", "all.py", "loss_table.py"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_and_a_mistyped_flag_import_nothing_heavy(name):
+    status, printed, imported = answer(COMMANDS[name], "--help")
+    assert status == 0 and printed.startswith("usage:") and not imported & HEAVY
+    status, printed, imported = answer(COMMANDS[name], "--modle", "tiny")
+    assert status == 2 and printed.count("\n") == 0 and "error: " in printed and not imported & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("dla", ["--model", "tinny"]),
+        ("norms", ["--dtype", "float8"]),
+        ("neurons", ["--text", "missing.txt"]),
+        ("patching", ["--pairs", "missing.csv"]),
+        ("patching", ["--max-memory", "lots"]),
+        ("patching", ["--method", "atp_star"]),
+        ("evaluate", ["--hellaswag", "missing.jsonl"]),
+        ("finetune", ["--model", "tiny", "--preset", "huge", "--text", "x", "--out", "y"]),
+        ("finetune", ["--model", "tiny", "--preset", "tiny", "--text", "missing.txt", "--out", "y"]),
+        ("loss_table.py", ["--model", "tinny"]),
+    ],
+)
+def test_a_bad_value_imports_nothing_heavy(name, arguments):
+    status, printed, imported = answer(COMMANDS[name], *arguments)
+    assert status == 2 and printed.count("\n") == 0 and "error: " in printed and not imported & HEAVY
+
+
+def test_help_comes_at_once():
+    def seconds() -> float:
+        began = time.monotonic()
+        assert answer(COMMANDS["dla"], "--help")[0] == 0
+        return time.monotonic() - began
+
+    assert min(seconds() for _ in range(3)) < 2
+
+
+@pytest.mark.parametrize("name", ["dla", "loss_table.py"])
+def test_a_person_at_a_terminal_sees_that_it_is_loading(name, tmp_path):
+    ours, theirs = pty.openpty()
+    arguments = ["--model", "tiny", "--tokens", "256", "--out", str(tmp_path)]
+    python = [sys.executable, "-X", "importtime", *COMMANDS[name], *arguments]
+    running = subprocess.Popen(python, stdout=subprocess.DEVNULL, stderr=theirs, env=ENVIRONMENT)
+    os.close(theirs)
+    seen = ""
+    try:
+        while "loading" not in seen:
+            seen += os.read(ours, 4096).decode()
+    finally:
+        running.kill()
+        running.wait()
+        os.close(ours)
+    before = seen.partition("loading PyTorch ...")[0]
+    assert "lnfree_interp.cli" in before
+    assert not any(f" {package}\r\n" in before for package in HEAVY)
+
+
+def test_a_bar_is_told_of_done_and_in_all(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with cli.bar("tiny", "sequence") as progress:
+        progress(1, None)
+        time.sleep(0.15)
+        progress(3, 4)
+    shown = capsys.readouterr().err
+    assert "tiny" in shown and "3/4" in shown and "sequence" in shown
+
+
+def test_a_bar_is_silent_where_nobody_looks(capsys):
+    with cli.bar("tiny", "sequence") as progress:
+        progress(4, 4)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupt_is_one_line(capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    args = cli.parser("dla", "").parse_args(["--model", "tiny"])
+    assert cli.guard(interrupted, args, "dla") == 130
+    assert capsys.readouterr().err == "dla: interrupted\n"

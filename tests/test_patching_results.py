@@ -4,6 +4,7 @@ import csv
 import math
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,8 @@ from lnfree_interp.patching import (
     patching_error,
     total_effect,
 )
-from lnfree_interp.patching.__main__ import main, parse_size, summary
+from lnfree_interp.patching.__main__ import main, size
+from lnfree_interp.patching.command import summary
 
 # ---------------------------------------------------------------------------------------------------------
 # Laws of patching
@@ -260,10 +262,10 @@ def test_only_like_is_compared_with_like():
 
 
 def test_sizes():
-    assert [parse_size(s) for s in (None, "1000", "2K", "1.5M", "4GB")] == [None, 1000, 2048, 3 * 2**19, 2**32]
+    assert [size(s) for s in ("1000", "2K", "1.5M", "4GB")] == [1000, 2048, 3 * 2**19, 2**32]
     for bad in ("0", "many", "-3", "5T"):
-        with pytest.raises(ValueError, match="is not a positive size"):
-            parse_size(bad)
+        with pytest.raises(ArgumentTypeError, match="is not a positive size"):
+            size(bad)
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +321,7 @@ def test_command(checkpoints, tmp_path, capsys):
         (["--pairs", "absent.csv"], "cannot read pairs file absent.csv"),
         (["--pairs", "ioi"], "no tokenizer"),
         (["--length", "99"], "length is 99"),
-        (["--max-memory", "lots"], "--max-memory 'lots' is not a positive size"),
+        (["--max-memory", "lots"], "--max-memory: 'lots' is not a positive size"),
         (["--site", "neurons"], "site 'neurons' needs layers="),
     ],
 )
