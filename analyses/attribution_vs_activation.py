@@ -7,19 +7,18 @@ python analyses/attribution_vs_activation.py --model gpt2 gpt2-vanilla gpt2-noLN
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import common
 import numpy as np
-import pandas as pd
-import plotly.graph_objects as go
-import torch
 from common import Claim, Family
-from plotly.subplots import make_subplots
 
-from lnfree_interp import PromptPairs, activation_patching, attribution_patching, cli, induction_pairs, ioi_pairs
-from lnfree_interp.figures.style import colour, line, styled
-from lnfree_interp.pairs import pairs_from_text
-from lnfree_interp.patching import normalized, patching_error
+import lnfree_interp
+from lnfree_interp import cli
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 METHODS = {
     "gradient": {"method": "gradient"},
@@ -49,6 +48,11 @@ LEAST = 0.5  # logits between clean and corrupted, in every model, of the prompt
 
 def pronoun_pairs(model, n: int, *, seed: int = 0):
     """Pairs such as "The man put on" -> " his", "The woman put on" -> " her": what small models know, too."""
+    import torch
+
+    from lnfree_interp import PromptPairs
+    from lnfree_interp.pairs import pairs_from_text
+
     endings = [(f"{word} that", (" he", " she")) for word in SAID] + [(words, (" his", " her")) for words in DID]
     rows = []
     for him, her in NOUNS:
@@ -66,7 +70,11 @@ def pronoun_pairs(model, n: int, *, seed: int = 0):
     return PromptPairs(*(torch.cat([getattr(p, name) for p in most]) for name in ("clean", "corrupted", "answers")))
 
 
-PAIRS = {"pronouns": pronoun_pairs, "induction": induction_pairs, "ioi": ioi_pairs}
+PAIRS = {
+    "pronouns": pronoun_pairs,
+    "induction": lambda model, n, *, seed: lnfree_interp.induction_pairs(model, n, seed=seed),
+    "ioi": lambda model, n, *, seed: lnfree_interp.ioi_pairs(model, n, seed=seed),
+}
 
 
 def claims(family: Family, kind: str, table: pd.DataFrame, gain: pd.DataFrame) -> list[Claim]:
@@ -102,19 +110,27 @@ def claims(family: Family, kind: str, table: pd.DataFrame, gain: pd.DataFrame) -
 
 def measure(models: dict, kind: str, args) -> tuple[pd.DataFrame, dict]:
     """Errors of all models and methods on prompts that move all models; gradient errors [prompt, layer]."""
+    import pandas as pd
+    import torch
+
+    from lnfree_interp import activation_patching, attribution_patching, patching_error
+    from lnfree_interp.patching import normalized
+
     pairs = PAIRS[kind](next(iter(models.values())), args.prompts, seed=args.seed)
-    exact = {
-        name: activation_patching(model, pairs, site=args.site)
-        for name, model in cli.progress(list(models.items()), label=f"activation patching, {kind}")
-    }
+    exact = {}
+    for name, model in models.items():
+        with cli.bar(f"{name}, {kind}: activation patching", "cell") as progress:
+            exact[name] = activation_patching(model, pairs, site=args.site, progress=progress)
     moved = torch.stack([e.clean - e.corrupted >= LEAST for e in exact.values()]).all(0).cpu()
     if moved.sum() < FEWEST:
         return pd.DataFrame(), {}
     pairs, tables, errors = pairs[moved], [], {}
     for name, model in models.items():
-        truth = activation_patching(model, pairs, site=args.site)
-        for method, options in cli.progress(list(METHODS.items()), label=f"{name}, {kind}"):
-            guess = attribution_patching(model, pairs, site=args.site, **options)
+        with cli.bar(f"{name}, {kind}: those that move", "cell") as progress:
+            truth = activation_patching(model, pairs, site=args.site, progress=progress)
+        for method, options in METHODS.items():
+            with cli.bar(f"{name}, {kind}: {method}", "prompt") as progress:
+                guess = attribution_patching(model, pairs, site=args.site, progress=progress, **options)
             error = patching_error(guess, truth, seed=args.seed).table()
             tables.append(error.assign(model=name, method=method, pairs=kind, prompts=len(pairs)))
             if method == "gradient":
@@ -141,6 +157,10 @@ def gains(family: Family, kind: str, errors: dict, seed: int) -> dict:
 
 
 def figure(table: pd.DataFrame, names: list[str], site: str) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    from lnfree_interp.figures.style import colour, line, styled
+
     kinds = list(table.pairs.unique())
     counts = table.groupby("pairs").prompts.first()
     titles = [
@@ -200,6 +220,8 @@ def flags(parser) -> None:
 
 
 def run(args) -> common.Output:
+    import pandas as pd
+
     models = common.loaded(args)
     found = common.families(common.ln_free(models))
     tables, gain, done = [], [], []
