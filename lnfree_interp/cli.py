@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .documents import hub_documents, read_documents
-from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, check_dtype, locate_checkpoint
+from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, dtype_name, locate_checkpoint
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -51,7 +51,7 @@ def positive_int(text: str) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Everything that can be known to be wrong before anything heavy is imported."""
-    check_dtype(args.dtype)
+    dtype_name(args.dtype)
     for name in args.model:
         locate_checkpoint(name)
     if args.text:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .folding import fold_layernorm
 from .layernorm import is_ln_free
-from .names import TOKENIZER_FILES, check_dtype, known_models, locate_checkpoint, weight_files
+from .names import TOKENIZER_FILES, dtype_name, known_models, locate_checkpoint, weight_files
 
 # ---------------------------------------------------------------------------------------------------------
 # Files -> config and weights
@@ -200,9 +200,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     Raises:
         ValueError: not one of float32, float64, bfloat16, float16.
     """
-    name = str(dtype).removeprefix("torch.")
-    check_dtype(name)
-    return getattr(torch, name)
+    return getattr(torch, dtype_name(dtype))
 
 
 def load_model(

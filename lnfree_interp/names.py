@@ -135,7 +135,13 @@ def weight_files(directory: Path) -> list[Path]:
     return [single] if single.is_file() else []
 
 
-def check_dtype(name: str) -> None:
-    """Raise ValueError unless it is the name of a dtype that models can have."""
+def dtype_name(dtype: object) -> str:
+    """The name of a dtype, given by name or as torch's own.
+
+    Raises:
+        ValueError: not one that models can have.
+    """
+    name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}; allowed are {', '.join(DTYPES)}")
+        raise ValueError(f"unknown dtype {str(dtype)!r}; allowed are {', '.join(DTYPES)}")
+    return name

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import cli
-from ..names import check_dtype, locate_checkpoint
+from ..names import dtype_name, locate_checkpoint
 from ..schedule import PRESETS, RemovalSchedule
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(args) -> None:
     RemovalSchedule.preset(args.preset)
-    check_dtype(args.dtype)
+    dtype_name(args.dtype)
     locate_checkpoint(args.model)
     for file in args.text or ():
         cli.check_file(file, "text file")
