@@ -3,9 +3,12 @@
 `run` is TransformerLens' `run_with_hooks` with three differences: it starts from tokens or from the residual
 stream at any layer, it ends at the final residual stream (nothing is unembedded that was not asked for), and
 the last layer can be computed at chosen positions only. Models whose blocks the packed forward covers
-(GPT-2's kind: see `covers`) take a fast path: q, k and v in one product, fused layer norm, GELU and attention,
-no copies of weights per call. All others go through TransformerLens' own forward with the same hooks and give
-the same results.
+(GPT-2's kind: see `covers`) take a fast path: fused layer norm, GELU and attention, each weight read where it
+lies. All others, and models that carry hooks of their own, go through TransformerLens' own forward with the same
+hooks and give the same results.
+
+Nothing is copied from the model and nothing kept from one call to the next, so that edits of the weights, which may
+leave no trace (`W.data`), are always followed.
 
 The pieces of the fast path (`layer_qkv`, `attend`, `layer_attn_out`, `layer_mlp_post`, `layer_mlp_out`) work on any
 number of rows, so that callers who keep keys and values of earlier positions can run a layer on the rows that changed.
@@ -18,7 +21,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -98,11 +100,15 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One block's weights, two-dimensional: `x @ W + b` throughout."""
+    """One block's weights: `x @ W + b` throughout, for q, k and v head by head."""
 
     ln1: Norm
-    W_QKV: Float[Tensor, "d_model three_heads_d_head"]
-    b_QKV: Float[Tensor, " three_heads_d_head"]
+    W_Q: Float[Tensor, "head d_model d_head"]
+    b_Q: Float[Tensor, "head d_head"]
+    W_K: Float[Tensor, "head d_model d_head"]
+    b_K: Float[Tensor, "head d_head"]
+    W_V: Float[Tensor, "head d_model d_head"]
+    b_V: Float[Tensor, "head d_head"]
     W_O: Float[Tensor, "heads_d_head d_model"]
     b_O: Float[Tensor, " d_model"]
     attn_scale: float
@@ -112,10 +118,15 @@ class Layer:
     W_out: Float[Tensor, "d_mlp d_model"] | None = None
     b_out: Float[Tensor, " d_model"] | None = None
 
+    @property
+    def qkv(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(W, b) of queries, keys and values."""
+        return (self.W_Q, self.b_Q), (self.W_K, self.b_K), (self.W_V, self.b_V)
+
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """A model's weights as the fast path reads them. Only q, k and v are copies; the rest are views."""
+    """A model's weights as the fast path reads them: views, no copies."""
 
     layers: tuple[Layer, ...]
     ln_final: Norm
@@ -123,7 +134,6 @@ class PackedWeights:
     W_pos: Float[Tensor, "n_ctx d_model"]
     W_U: Float[Tensor, "d_model d_vocab"]
     b_U: Float[Tensor, " d_vocab"]
-    n_heads: int
     act: Callable[[Tensor], Tensor]
 
 
@@ -132,30 +142,46 @@ class PackedWeights:
 
 
 def norm_of(module: Any, kind: str | None, eps: float) -> Norm:
-    """The `Norm` of a TransformerLens normalisation module."""
-    return Norm(kind, eps, getattr(module, "w", None), getattr(module, "b", None))
+    """The `Norm` of a TransformerLens normalisation module; `eps` is for one that has none of its own."""
+    return Norm(kind, float(getattr(module, "eps", eps)), getattr(module, "w", None), getattr(module, "b", None))
 
 
 def final_norm(model) -> Norm:
     """The normalisation before the unembedding, by `cfg.normalization_type`.
 
     Raises:
-        ValueError: a normalisation TransformerLens does not have.
+        ValueError: a normalisation TransformerLens does not have; hooks of the model's own on the final norm or the
+            unembedding, which no closed form knows of.
     """
     kind = model.cfg.normalization_type
     if kind not in NORMALIZATIONS:
         known = ", ".join(map(str, NORMALIZATIONS))
         raise ValueError(f"normalization_type {kind!r} is unknown; known are {known}")
+    for name in ("ln_final", "unembed"):
+        hooked = own_hooks(getattr(model, name, None))
+        if hooked:
+            where = ".".join(filter(None, (name, hooked[0])))
+            raise ValueError(
+                f"the model carries a hook at {where}, where nothing but its own forward runs it; remove it"
+            )
     if kind is not None and getattr(model.cfg, "final_rms", False):
         kind = kind.replace("LN", "RMS")
     return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
 
 
+def own_hooks(model) -> tuple[str, ...]:
+    """The names of a model's modules that carry hooks: a user's own, since ours never outlive a call."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if model is None:
+        return ()
+    return tuple(name for name, module in model.named_modules() if any(getattr(module, kind) for kind in kinds))
+
+
 def covers(model) -> bool:
     """Whether the packed forward computes exactly what the model's own forward computes.
 
-    False for blocks of another kind (rotary, gated, grouped, ...) and while the model carries hooks of its own,
-    which only its own forward runs.
+    False for blocks of another kind (rotary, gated, grouped, ...), for modules that are not TransformerLens' own, and
+    while the model carries hooks of a user's, which only its own forward runs.
     """
     cfg = model.cfg
     if any(getattr(cfg, field, allowed[0]) not in allowed for field, allowed in _COVERED.items()):
@@ -164,54 +190,35 @@ def covers(model) -> bool:
         return False
     if cfg.normalization_type not in NORMALIZATIONS or not hasattr(model, "blocks"):
         return False
+    if any(type(module).__module__.split(".")[0] not in ("transformer_lens", "torch") for module in model.modules()):
+        return False
     if model.training and any(m.p > 0 for m in model.modules() if isinstance(m, torch.nn.Dropout)):
         return False
-    return not any(point._forward_hooks or point._backward_hooks for point in model.hook_dict.values())
-
-
-_packed: WeakKeyDictionary[Any, tuple[tuple, PackedWeights]] = WeakKeyDictionary()
+    return not own_hooks(model)
 
 
 def packed_weights(model) -> PackedWeights | None:
-    """The model's weights in two dimensions, made once per model and again when its weights change.
-
-    Returns None for a model that `covers` says the fast path does not serve.
-    """
+    """The model's weights as they are now, views of them; None for a model that `covers` says is not served."""
     if not covers(model):
         return None
-    state = tuple((p.data_ptr(), p._version) for p in model.parameters()), model.cfg.normalization_type
-    if model in _packed and _packed[model][0] == state:
-        return _packed[model][1]
     with torch.no_grad():
-        packed = _pack(model)
-    _packed[model] = state, packed
-    return packed
+        return _pack(model)
 
 
 def _pack(model) -> PackedWeights:
     cfg, layers = model.cfg, []
     norm = partial(norm_of, kind=cfg.normalization_type, eps=cfg.eps)
     for block in model.blocks:
-        attn = block.attn
-        weights = {}
-        if not getattr(cfg, "attn_only", False):
-            mlp = block.mlp
-            weights = {
-                "ln2": norm(block.ln2),
-                "W_in": mlp.W_in,
-                "b_in": mlp.b_in,
-                "W_out": mlp.W_out,
-                "b_out": mlp.b_out,
-            }
+        attn, mlp = block.attn, None if getattr(cfg, "attn_only", False) else block.mlp
         layers.append(
             Layer(
                 ln1=norm(block.ln1),
-                W_QKV=torch.cat([W.transpose(0, 1).flatten(1) for W in (attn.W_Q, attn.W_K, attn.W_V)], 1),
-                b_QKV=torch.cat([b.flatten() for b in (attn.b_Q, attn.b_K, attn.b_V)]),
+                **{f"{part}_{x}": getattr(attn, f"{part}_{x}") for x in "QKV" for part in "Wb"},
                 W_O=attn.W_O.flatten(0, 1),
                 b_O=attn.b_O,
                 attn_scale=float(attn.attn_scale),
-                **weights,
+                ln2=None if mlp is None else norm(block.ln2),
+                **{name: getattr(mlp, name, None) for name in ("W_in", "b_in", "W_out", "b_out")},
             )
         )
     return PackedWeights(
@@ -221,7 +228,6 @@ def _pack(model) -> PackedWeights:
         W_pos=model.pos_embed.W_pos,
         W_U=model.unembed.W_U,
         b_U=model.unembed.b_U,
-        n_heads=cfg.n_heads,
         act=ACTIVATIONS.get(cfg.act_fn, F.gelu),
     )
 
@@ -231,16 +237,57 @@ def _pack(model) -> PackedWeights:
 
 
 def layer_qkv(
-    packed: PackedWeights, layer: Layer, resid: Float[Tensor, "*rows d_model"]
+    layer: Layer, resid: Float[Tensor, "*rows d_model"]
 ) -> tuple[Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"]]:
     """Queries, keys and values of the rows given."""
-    return split_qkv(packed, F.linear(layer.ln1(resid), layer.W_QKV.T, layer.b_QKV))
-
-
-def split_qkv(packed: PackedWeights, qkv: Float[Tensor, "*rows three_d"]) -> tuple[Tensor, Tensor, Tensor]:
-    """The product with W_QKV as q, k and v, each Float[Tensor, "*rows head d_head"]."""
-    q, k, v = qkv.unflatten(-1, (3, packed.n_heads, -1)).unbind(-3)
+    q, k, v = products(layer.ln1(resid), *layer.qkv)
     return q, k, v
+
+
+Linear = tuple[Tensor, Tensor]
+"""W and b of a product x W + b: a matrix [d_in, d_out] and its bias, or one of each for every head."""
+
+
+def products(x: Float[Tensor, "*rows d_in"], *linears: Linear) -> tuple[Tensor, ...]:
+    """x W + b for each W and b: [*rows, d_out] of a matrix, [*rows, head, d_out] of a matrix per head."""
+    if all(W.ndim == 2 for W, _ in linears):
+        return tuple(F.linear(x, W.T, b) for W, b in linears)
+    return _HeadProducts.apply(x, *(t for linear in linears for t in linear))
+
+
+def _product(rows: Float[Tensor, "row d_in"], W: Tensor, b: Tensor) -> Tensor:
+    if W.ndim == 2:
+        return F.linear(rows, W.T, b)
+    return torch.baddbmm(b[:, None], rows.expand(len(W), -1, -1), W).transpose(0, 1)
+
+
+class _HeadProducts(torch.autograd.Function):
+    """`products`, the weights read where they lie, with a gradient for x alone that never has an axis head."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *linears: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*linears[::2])
+        rows = x.reshape(-1, x.shape[-1])
+        return tuple(_product(rows, W, b).unflatten(0, x.shape[:-1]) for W, b in zip(linears[::2], linears[1::2]))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx.saved_tensors, grads), *(None for _ in range(2 * len(grads)))
+
+
+def _gradient(weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor | None:
+    """The gradient of x from those of its products."""
+    total = None
+    for W, grad in zip(weights, grads):
+        if grad is None:
+            continue
+        if W.ndim == 2:
+            total = grad @ W.T if total is None else total + grad @ W.T
+            continue
+        heads, shape = grad.flatten(0, -3).transpose(0, 1), grad.shape[:-2]
+        before = heads.new_zeros(heads.shape[1], W.shape[1]) if total is None else total.flatten(0, -2)
+        total = torch.addbmm(before, heads, W.transpose(1, 2), beta=0 if total is None else 1).unflatten(0, shape)
+    return total
 
 
 def attend(
@@ -309,7 +356,9 @@ def run(
 
     Args:
         tokens: Int[Tensor, "batch pos"]; or instead
-        resid: Float[Tensor, "batch pos d_model"], the residual stream that enters `start_layer`.
+        resid: Float[Tensor, "batch pos d_model"], the residual stream that enters `start_layer`, as it is after
+            hooks that the model carries at that layer's hook_resid_pre: they are not run a second time.
+        start_layer: from 0 to n_layers; at n_layers nothing is left to run.
         hooks: hook name -> function of the activation; what it returns, if not None, replaces it. Names and
             shapes are TransformerLens' (`blocks.0.attn.hook_z`); each must be a hook of the model.
         positions: compute and return the last block's residual stream at these positions only. Queries, z, and
@@ -318,15 +367,19 @@ def run(
         packed: weights to run in place of the model's own: with other norms or another activation function, say.
 
     Raises:
-        ValueError: a hook name the model does not have; `past` or other weights where the packed forward does not
-            serve.
+        ValueError: a hook name the model does not have, a layer that is not there; `past` or other weights where the
+            packed forward does not serve.
     """
-    hooks = dict(hooks or {})
+    hooks, n_layers = dict(hooks or {}), model.cfg.n_layers
+    if not 0 <= start_layer <= n_layers:
+        raise ValueError(f"start_layer {start_layer} is outside 0..{n_layers}")
     for name in hooks:
         if name not in model.hook_dict:
             raise ValueError(f"the model has no hook {name!r}")
     if packed is not None and not _served(hooks):
         raise ValueError(f"hooks {sorted(hooks)} are not all served by the packed forward")
+    if resid is not None and start_layer == n_layers:
+        return resid if positions is None else resid[:, positions]
     packed = packed or packed_weights(model)
     if packed is not None and _served(hooks):
         return _finish(_steps(packed, tokens, resid, start_layer, hooks, positions, past))
@@ -357,11 +410,11 @@ def _served(hooks: Mapping[str, Hook]) -> bool:
     return all(name.endswith(_SERVED) for name in hooks)
 
 
-Product = tuple[Tensor, Tensor, Tensor]
-"""x, W and b of a product x W + b that a pass asks for."""
+Asked = tuple[Tensor, tuple[Linear, ...]]
+"""What a pass asks for: the products of a tensor with these."""
 
 
-def _steps(packed, tokens, resid, start_layer, hooks, positions, past) -> Generator[Product, Tensor, Tensor]:
+def _steps(packed, tokens, resid, start_layer, hooks, positions, past) -> Generator[Asked, tuple[Tensor, ...], Tensor]:
     """A pass through the packed weights that leaves its matrix products to whoever drives it."""
 
     def at(name: str, x: Tensor) -> Tensor:
@@ -379,12 +432,17 @@ def _steps(packed, tokens, resid, start_layer, hooks, positions, past) -> Genera
     for i in range(start_layer, len(packed.layers)):
         layer, name = packed.layers[i], f"blocks.{i}."
         resid = at(name + "hook_resid_pre", resid)
-        q, k, v = split_qkv(packed, (yield layer.ln1(resid), layer.W_QKV, layer.b_QKV))
+        x = of_queries = layer.ln1(resid)
         mask = None
-        if positions is not None and i == len(packed.layers) - 1:
-            n_pos = resid.shape[1]
-            resid, q = resid[:, positions], q[:, positions]
-            mask = causal_mask(n_pos, n_past + n_pos, resid.device)[positions]
+        if i < len(packed.layers) - 1:
+            q, k, v = yield x, layer.qkv
+        else:  # queries apart, so that passes that want all positions and passes that want some stay in step
+            if positions is not None:
+                n_pos = resid.shape[1]
+                resid, of_queries = resid[:, positions], x[:, positions]
+                mask = causal_mask(n_pos, n_past + n_pos, resid.device)[positions]
+            (q,) = yield of_queries, layer.qkv[:1]
+            k, v = yield x, layer.qkv[1:]
         q, k, v = at(name + "attn.hook_q", q), at(name + "attn.hook_k", k), at(name + "attn.hook_v", v)
         if past is not None:
             k, v = (torch.cat(both, 1) for both in zip(past.kept[i], (k, v)))
@@ -392,22 +450,23 @@ def _steps(packed, tokens, resid, start_layer, hooks, positions, past) -> Genera
             z = _attend_by_pattern(layer, q, k, v, mask, partial(at, name + "attn.hook_pattern"))
         else:
             z = attend(layer, q, k, v, mask)
-        attn_out = yield at(name + "attn.hook_z", z).flatten(-2), layer.W_O, layer.b_O
+        (attn_out,) = yield at(name + "attn.hook_z", z).flatten(-2), ((layer.W_O, layer.b_O),)
         resid = resid + at(name + "hook_attn_out", attn_out)
         if layer.W_in is not None:
             resid = at(name + "hook_resid_mid", resid)
-            pre = at(name + "mlp.hook_pre", (yield layer.ln2(resid), layer.W_in, layer.b_in))
-            mlp_out = yield at(name + "mlp.hook_post", packed.act(pre)), layer.W_out, layer.b_out
+            (pre,) = yield layer.ln2(resid), ((layer.W_in, layer.b_in),)
+            post = at(name + "mlp.hook_post", packed.act(at(name + "mlp.hook_pre", pre)))
+            (mlp_out,) = yield post, ((layer.W_out, layer.b_out),)
             resid = resid + at(name + "hook_mlp_out", mlp_out)
         resid = at(name + "hook_resid_post", resid)
     return resid
 
 
-def _finish(steps: Generator[Product, Tensor, Tensor]) -> Tensor:
+def _finish(steps: Generator[Asked, tuple[Tensor, ...], Tensor]) -> Tensor:
     try:
-        x, W, b = next(steps)
+        x, linears = next(steps)
         while True:
-            x, W, b = steps.send(F.linear(x, W.T, b))
+            x, linears = steps.send(products(x, *linears))
     except StopIteration as end:
         return end.value
 
@@ -435,9 +494,9 @@ def run_both(
         start = options.get("start_layer", 0)
         given = (options.get(name) for name in ("positions", "past"))
         passes.append(_steps(packed, options.get("tokens"), options.get("resid"), start, hooks, *given))
-    answers: tuple[Tensor | None, Tensor | None] = (None, None)
+    answers: tuple = (None, None)
     while True:
-        asked: list[Product] = []
+        asked: list[Asked] = []
         ends = []
         for steps, answer, with_graph in zip(passes, answers, (False, True)):
             with torch.set_grad_enabled(with_graph):
@@ -447,28 +506,30 @@ def run_both(
                     ends.append(end.value)
         if ends:
             return ends[1], ends[0]
-        (others, W, b), (x, _, _) = asked
+        (others, linears), (x, _) = asked
         with torch.enable_grad():
-            answers = _LinearOfBoth.apply(x, others, W, b)[::-1]
+            found = _ProductsOfBoth.apply(x, others, *(t for linear in linears for t in linear))
+        answers = found[len(linears) :], found[: len(linears)]
 
 
-class _LinearOfBoth(torch.autograd.Function):
-    """x W + b for two tensors at once, with a gradient for the first alone."""
+class _ProductsOfBoth(torch.autograd.Function):
+    """`products` of two tensors at once, with a gradient for the first alone."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, others: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(W)
-        rows = torch.cat([x.flatten(0, -2), others.flatten(0, -2)])
-        of_x, of_others = F.linear(rows, W.T, b).split([x[..., 0].numel(), others[..., 0].numel()])
-        of_x, of_others = of_x.view(*x.shape[:-1], -1), of_others.view(*others.shape[:-1], -1)
-        ctx.mark_non_differentiable(of_others)
+    def forward(ctx, x: Tensor, others: Tensor, *linears: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*linears[::2])
+        rows, sizes = torch.cat([x.flatten(0, -2), others.flatten(0, -2)]), [x[..., 0].numel(), others[..., 0].numel()]
+        found = [_product(rows, W, b).split(sizes) for W, b in zip(linears[::2], linears[1::2])]
+        of_x = [part.unflatten(0, x.shape[:-1]) for part, _ in found]
+        of_others = [part.unflatten(0, others.shape[:-1]) for _, part in found]
+        ctx.mark_non_differentiable(*of_others)
         ctx.set_materialize_grads(False)
-        return of_x, of_others
+        return *of_x, *of_others
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, _):
-        (W,) = ctx.saved_tensors
-        return None if grad is None else grad @ W.T, None, None, None
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = len(ctx.saved_tensors)
+        return _gradient(ctx.saved_tensors, grads[:n]), *(None for _ in range(2 * n + 1))
 
 
 def attention_pattern(layer: Layer, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -512,9 +573,15 @@ def _run_hooked(model, tokens, resid, start_layer, hooks, positions) -> Tensor:
 
     fwd_hooks = [adapt(name, hook) for name, hook in hooks.items()]
     fwd_hooks.append((last + "hook_resid_post", lambda x, hook: keep(x)))
-    inputs = tokens if resid is None else resid
-    extra = {} if resid is None else {"start_at_layer": start_layer}
-    model.run_with_hooks(inputs, return_type=None, fwd_hooks=fwd_hooks, **extra)
+    extra: dict[str, Any] = {}
+    if resid is not None:
+        # Hooks of the model's own come first; what they make of the stream that is given is put right after them.
+        fwd_hooks.insert(0, (f"blocks.{start_layer}.hook_resid_pre", lambda x, hook: resid))
+        extra = {"start_at_layer": start_layer}
+        if model.cfg.positional_embedding_type == "shortformer":  # every layer adds them to its queries and keys
+            like = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
+            extra["shortformer_pos_embed"] = model.hook_pos_embed(model.pos_embed(like))
+    model.run_with_hooks(tokens if resid is None else resid, return_type=None, fwd_hooks=fwd_hooks, **extra)
     return final[0] if chosen is None else final[0][:, chosen]
 
 

@@ -112,44 +112,153 @@ def test_a_few_columns_of_the_unembedding(any_model):
     torch.testing.assert_close(few, any_model(tokens).gather(-1, columns), atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_packed_weights_follow_edits(random_model):
-    model = make_model(None)
+def _set_eps(model):
+    for module in model.modules():
+        if hasattr(module, "eps"):
+            module.eps = 3.0
+
+
+EDITS = {
+    "in place": lambda model: model.blocks[0].attn.W_Q.mul_(2),
+    "through .data": lambda model: model.blocks[0].attn.W_K.data.mul_(2),
+    "another tensor": lambda model: setattr(model.blocks[1].attn.b_V, "data", model.blocks[1].attn.b_V + 1),
+    "the norms' eps": _set_eps,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("kind", ["LNPre", "RMS", None])
+def test_edits_of_a_model_are_followed(edit, kind):
+    model = make_model(kind)
     tokens = random_tokens(model)
     before = forward.run(model, tokens)
     with torch.no_grad():
-        model.blocks[0].attn.W_Q.mul_(2)
-    after = forward.unembed(model, forward.run(model, tokens))
-    assert not torch.allclose(before, forward.run(model, tokens))
-    torch.testing.assert_close(after, model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
+        EDITS[edit](model)
+    after = forward.run(model, tokens)
+    assert torch.equal(before, after) == (kind is None and "eps" in edit)
+    torch.testing.assert_close(forward.unembed(model, after), model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_a_models_own_hooks_are_run(any_model):
-    tokens = random_tokens(any_model)
-    any_model.add_hook("blocks.0.hook_attn_out", lambda x, hook: x * 0)
-    try:
-        assert not forward.covers(any_model)
-        logits = forward.unembed(any_model, forward.run(any_model, tokens))
-        torch.testing.assert_close(logits, any_model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
-    finally:
-        any_model.reset_hooks()
+@pytest.mark.parametrize("kind", [None, "LNPre"])
+def test_a_pass_under_inference_mode_leaves_later_gradients_alone(kind):
+    model = make_model(kind)
+    tokens, nodes = random_tokens(model), []
+    with torch.inference_mode():
+        forward.run(model, tokens)
+    grab = {"blocks.0.hook_resid_pre": lambda x: nodes.append(x.detach().requires_grad_()) or nodes[-1]}
+    final = forward.run(model, tokens, hooks=grab)
+    (gradient,) = torch.autograd.grad(final.square().sum(), nodes)
+    assert gradient.abs().min() > 0
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"positional_embedding_type": "rotary", "rotary_dim": 8},
-        {"gated_mlp": True},
-        {"n_key_value_heads": 1},
-        {"parallel_attn_mlp": True},
-    ],
-    ids=lambda fields: next(iter(fields)),
+# ---------------------------------------------------------------------------------------------------------
+# Hooks that the model carries itself
+
+OWN = (
+    "hook_embed",
+    "hook_pos_embed",
+    "blocks.1.hook_resid_pre",
+    "blocks.1.attn.hook_k",
+    "blocks.1.attn.hook_z",
+    "blocks.1.hook_attn_out",
+    "blocks.1.hook_resid_mid",
+    "blocks.1.mlp.hook_post",
+    "blocks.1.hook_resid_post",
 )
-def test_other_blocks_go_through_transformer_lens(fields):
-    model = make_model("LNPre", **fields)
-    assert not forward.covers(model)
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("kind", [None, "LNPre"])
+def test_a_models_own_hooks_are_run_once_wherever_a_pass_starts(name, kind):
+    model = make_model(kind, n_layers=3)
+    tokens, steer = random_tokens(model), torch.randn(3, dtype=torch.float64)
+    before = model(tokens)
+    model.add_hook(name, lambda x, hook: x * 1.5 + steer[0], is_permanent=True)
+    assert forward.own_hooks(model) == (name,) and not forward.covers(model)
+    kept = {}
+    watch = {f"blocks.{i}.hook_resid_pre": partial(kept.__setitem__, i) for i in range(3)}
+    whole = forward.run(model, tokens, hooks=watch)
+    assert not torch.allclose(forward.unembed(model, whole), before)
+    torch.testing.assert_close(forward.unembed(model, whole), model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
+    for start, resid in kept.items():
+        again = forward.run(model, resid=resid, start_layer=start)
+        torch.testing.assert_close(again, whole, atol=TOLERANCE, rtol=TOLERANCE)
+        # What is put in by a hook of ours is what a hook of TransformerLens' would put in.
+        name = f"blocks.{start}.hook_resid_pre"
+        ours = forward.run(model, resid=resid, start_layer=start, hooks={name: lambda x: x + 1})
+        theirs = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: x + 1)])
+        torch.testing.assert_close(forward.unembed(model, ours), theirs, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_hooks_of_any_module_are_run():
+    model = make_model("LNPre")
     tokens = random_tokens(model)
+    handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: out * 2)
+    assert forward.own_hooks(model) == ("blocks.0.mlp",)
     logits = forward.unembed(model, forward.run(model, tokens))
     torch.testing.assert_close(logits, model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
+    handle.remove()
+    assert forward.own_hooks(model) == () and forward.covers(model)
+
+
+def test_modules_of_a_users_are_run():
+    class Twice(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    model = make_model("LNPre")
+    tokens = random_tokens(model)
+    model.blocks[0].mlp = Twice(model.blocks[0].mlp)
+    assert not forward.covers(model)
+    logits = forward.unembed(model, forward.run(model, tokens))
+    torch.testing.assert_close(logits, model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["ln_final.hook_scale", "ln_final.hook_normalized"])
+def test_hooks_on_the_final_norm_are_refused(name):
+    model = make_model("LNPre")
+    model.add_hook(name, lambda x, hook: x * 2, is_permanent=True)
+    with pytest.raises(ValueError, match=f"carries a hook at {name}"):
+        forward.unembed(model, forward.run(model, random_tokens(model)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Other blocks
+
+OTHER_BLOCKS = (
+    {"positional_embedding_type": "rotary", "rotary_dim": 8},
+    {"gated_mlp": True},
+    {"n_key_value_heads": 1},
+    {"parallel_attn_mlp": True},
+    {"positional_embedding_type": "shortformer"},
+    {"positional_embedding_type": "alibi"},
+    {"attention_dir": "bidirectional"},
+)
+
+
+@pytest.mark.parametrize("fields", OTHER_BLOCKS, ids=lambda fields: str(next(iter(fields.values()))))
+def test_other_blocks_go_through_transformer_lens(fields):
+    model = make_model(None if "shortformer" in fields.values() else "LNPre", **fields)
+    assert not forward.covers(model)
+    tokens, kept = random_tokens(model), {}
+    whole = forward.run(model, tokens, hooks={"blocks.1.hook_resid_pre": partial(kept.__setitem__, 1)})
+    torch.testing.assert_close(forward.unembed(model, whole), model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
+    again = forward.run(model, resid=kept[1], start_layer=1, positions=[-1, 2])
+    torch.testing.assert_close(again, whole[:, [-1, 2]], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("fields", [{}, *OTHER_BLOCKS], ids=lambda fields: str(next(iter(fields.values()), "GPT-2")))
+def test_after_the_last_layer_nothing_is_left_to_run(fields):
+    model = make_model(None, **fields)
+    resid = torch.randn(2, 5, 24, dtype=torch.float64)
+    assert torch.equal(forward.run(model, resid=resid, start_layer=2), resid)
+    assert torch.equal(forward.run(model, resid=resid, start_layer=2, positions=[4, 1]), resid[:, [4, 1]])
+    with pytest.raises(ValueError, match=r"start_layer 3 is outside 0\.\.2"):
+        forward.run(model, resid=resid, start_layer=3)
 
 
 def test_an_unknown_hook_is_an_error(any_model):
