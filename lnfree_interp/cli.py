@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .documents import hub_documents, read_documents
+from .lens import LensModel
 from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, dtype_name, locate_checkpoint
 
 
@@ -100,7 +101,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def models(args: argparse.Namespace) -> Iterator[tuple[str, object]]:
+def models(args: argparse.Namespace) -> Iterator[tuple[str, LensModel]]:
     """(display name, model) of each --model, one in memory at a time."""
     from .models import load_model
 
@@ -118,7 +119,7 @@ def documents(args: argparse.Namespace) -> Iterable[str]:
     return hub_documents(args.data) if args.data else read_documents(args.text or VALIDATION_TEXT)
 
 
-def load_tokens(args: argparse.Namespace, model, *, context: int = 512):
+def load_tokens(args: argparse.Namespace, model: LensModel, *, context: int = 512):
     """About --tokens token ids in rows of `context` or the model's context, if that is shorter.
 
     Returns:

@@ -18,9 +18,9 @@ _SIZES = {"gpt2": ("small", 300), "gpt2-medium": ("medium", 500), "gpt2-large": 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint is: a directory, or a hub id with an optional revision."""
+    """Where a checkpoint is: a directory, or else a hub id with an optional revision."""
 
-    hub_id: str | None = None
+    hub_id: str = ""
     revision: str | None = None
     directory: Path | None = None
     kind: str = ""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 import torch
 
 from .. import cli
 from ..batching import check_tokens
 from ..figures.dla import head_heatmaps, heads_of
+from ..lens import LensModel
 from .attribution import TOKENS_PER_PASS, LogitAttribution, logit_attributions
 from .error import HEADS, attribution_error
 
 
 def run(args) -> None:
-    errors, components, panels, prompts = ([], [], {"attribution": {}, "direct effect": {}, "difference": {}}, [])
+    errors, components, prompts = [], [], []
+    panels: dict[str, dict] = {"attribution": {}, "direct effect": {}, "difference": {}}
     for name, model in cli.models(args):
         tokens = cli.load_tokens(args, model, context=args.context)
         prompts.append((name, *_sample(model, args.prompt, args.top)))
@@ -53,24 +57,24 @@ def run(args) -> None:
     cli.save(args.out, "dla", pd.concat(components), figure)
 
 
-def _streamed(model, tokens, targets, positions, name: str) -> tuple[LogitAttribution, LogitAttribution]:
+def _streamed(model: LensModel, tokens, targets, positions, name: str) -> tuple[LogitAttribution, LogitAttribution]:
     """`logit_attributions` by heads, with a progress bar over the sequences; results on the CPU."""
-    pieces, done = [], 0
+    pieces: list[tuple[LogitAttribution, LogitAttribution]] = []
+    done = 0
     with cli.bar(name, "sequence") as progress:
         for rows in torch.arange(len(tokens)).split(max(1, TOKENS_PER_PASS // tokens.shape[1])):
             chosen = None if targets is None else targets[rows]
             pieces.append(logit_attributions(model, tokens[rows], chosen, positions=positions, by="head"))
             done += len(rows)
             progress(done, len(tokens))
-    return tuple(
-        LogitAttribution(
-            torch.cat([p[i].values.cpu() for p in pieces], dim=1),
-            pieces[0][i].labels,
-            torch.cat([p[i].bias.cpu() for p in pieces]),
-            pieces[0][i].positions,
-        )
-        for i in (0, 1)
-    )
+    linear, exact = (_joined(parts) for parts in zip(*pieces))
+    return linear, exact
+
+
+def _joined(parts: Sequence[LogitAttribution]) -> LogitAttribution:
+    """Results on batches of sequences as one, on the CPU."""
+    values = torch.cat([p.values.cpu() for p in parts], dim=1)
+    return LogitAttribution(values, parts[0].labels, torch.cat([p.bias.cpu() for p in parts]), parts[0].positions)
 
 
 def _means(linear: LogitAttribution, exact: LogitAttribution) -> dict:
@@ -81,7 +85,7 @@ def _means(linear: LogitAttribution, exact: LogitAttribution) -> dict:
     }
 
 
-def _sample(model, prompt: str, top: int):
+def _sample(model: LensModel, prompt: str, top: int):
     """(most likely next token, table of the components with the largest attribution to its logit)."""
     if model.tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so the prompt cannot be read for it")

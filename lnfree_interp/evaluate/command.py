@@ -16,7 +16,8 @@ from .samples import generate_samples
 
 def baselines(models: dict[str, bool]) -> dict[str, str | None]:
     """For each LN-free model (True) the nearest model with LayerNorm named before it, else None."""
-    found, latest = {}, None
+    found: dict[str, str | None] = {}
+    latest = None
     for name, ln_free in models.items():
         found[name] = latest if ln_free else None
         latest = latest if ln_free else name
@@ -52,8 +53,7 @@ def run(args) -> None:
         table = pd.concat([r.table() for r in scores.values()], ignore_index=True)
         table.insert(0, "model", names)
         tables["hellaswag"] = table
-    if args.prompt is not None:
-        samples = generate_samples(models, args.prompt, seed=args.seed)
+    samples = None if args.prompt is None else generate_samples(models, args.prompt, seed=args.seed)
 
     source = args.data or (Path(args.text).name if args.text else "the embedded validation text")
     cli.show(gaps, f"Loss on {tokens.numel():,} tokens of {source} (nats per token; gap in brackets)")
@@ -62,7 +62,7 @@ def run(args) -> None:
     cli.show(worst, "Worst sequences")
     if items:
         cli.show(tables["hellaswag"], "HellaSwag")
-    if args.prompt is not None:
+    if samples is not None:
         for name, text in zip(samples.names, samples.texts):
             print(f"\n--- {name}\n{samples.prompt}{text[0]}")
     cli.save(args.out, "evaluate", tables.pop("evaluate"), loss_figure(losses))

@@ -43,7 +43,7 @@ def _train(args) -> None:
     model, tokenizer = load_trainable(args.model)
     if args.text:
         documents = [document for file in args.text for document in read_documents(file)]
-        dataset = Blocks(token_blocks(tokenizer, documents, schedule.block_size))
+        dataset: Blocks | StreamedBlocks = Blocks(token_blocks(tokenizer, documents, schedule.block_size))
         workers = 0
     else:
         dataset = StreamedBlocks(args.data, tokenizer, schedule.block_size)

@@ -9,6 +9,7 @@ import torch
 
 from .. import cli, metrics
 from ..figures.patching import effect_heatmaps
+from ..lens import LensModel
 from ..pairs import PromptPairs, groups_from_file, induction_pairs, ioi_pairs
 from .activation import activation_patching
 from .effect import PatchingEffect, normalized, patching_error
@@ -16,7 +17,7 @@ from .gradients import attribution_patching
 from .sites import METRICS
 
 
-def _pairs(args, model) -> dict[int, PromptPairs]:
+def _pairs(args, model: LensModel) -> dict[int, PromptPairs]:
     """The pairs asked for, by token length."""
     if args.pairs == "induction":
         pairs = induction_pairs(model, args.n_pairs, length=args.length, seed=args.seed)
@@ -95,7 +96,7 @@ def _panel(effect: PatchingEffect, *, raw: bool) -> torch.Tensor:
     return values if values.ndim == 2 else values.sum(-1)
 
 
-def axis_labels(model, pairs: PromptPairs, effect: PatchingEffect) -> list[str]:
+def axis_labels(model: LensModel, pairs: PromptPairs, effect: PatchingEffect) -> list[str]:
     """Positions as tokens, those that vary between prompts as the first prompt's in brackets; else the units."""
     if effect.axes[2] != "pos" or model.tokenizer is None:
         return [str(u) for u in effect.units]
