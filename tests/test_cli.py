@@ -16,9 +16,10 @@ from lnfree_interp import cli
 from lnfree_interp.dla import __main__ as dla
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {p.parent.name: ["-m", f"lnfree_interp.{p.parent.name}"] for p in ROOT.glob("lnfree_interp/*/__main__.py")}
-COMMANDS |= {p.name: [str(p)] for p in ROOT.glob("analyses/*.py") if "if __name__" in p.read_text()}
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
+COMMANDS = {
+    p.parent.name: ["-m", f"lnfree_interp.{p.parent.name}"] for p in sorted(ROOT.glob("lnfree_interp/*/__main__.py"))
+}
+COMMANDS |= {p.name: [str(p)] for p in sorted(ROOT.glob("analyses/*.py")) if "if __name__" in p.read_text()}
 HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "pandas", "datasets"}
 TEXT = "It was the best of times, it was the worst of times. " * 400
 
@@ -122,7 +123,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 def answer(command: list[str], *arguments: str) -> tuple[int, str, set[str]]:
     """Exit status, what is printed, and the names of the top packages that were imported."""
     python = [sys.executable, "-X", "importtime"]
-    out = subprocess.run([*python, *command, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+    out = subprocess.run([*python, *command, *arguments], capture_output=True, text=True)
     lines = out.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import time:")}
     said = [line for line in lines if not line.startswith("import time:")]
@@ -175,7 +176,7 @@ def test_a_person_at_a_terminal_sees_that_it_is_loading(name, tmp_path):
     ours, theirs = pty.openpty()
     arguments = ["--model", "tiny", "--tokens", "256", "--out", str(tmp_path)]
     python = [sys.executable, "-X", "importtime", *COMMANDS[name], *arguments]
-    running = subprocess.Popen(python, stdout=subprocess.DEVNULL, stderr=theirs, env=ENVIRONMENT)
+    running = subprocess.Popen(python, stdout=subprocess.DEVNULL, stderr=theirs)
     os.close(theirs)
     seen = ""
     try:
