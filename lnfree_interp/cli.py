@@ -61,14 +61,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} is not a directory")
 
 
-def check_file(path: str | Path, what: str = "file") -> None:
-    """Raise ValueError unless the file can be read."""
-    try:
-        Path(path).open("rb").close()
-    except OSError as error:
-        raise ValueError(f"cannot read {what} {path}: {error.strerror}") from None
-
-
 def guard(
     run: Callable[[argparse.Namespace], int | None],
     args: argparse.Namespace,

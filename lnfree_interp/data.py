@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .batching import whole
 from .documents import hub_documents, hub_rows
 
 EOT = "<|endoftext|>"
 
 
 def token_stream(tokenizer, documents: Iterable[str], *, batch: int = 256) -> Iterator[list[int]]:
-    """Token ids of each document, each followed by the end-of-text token."""
+    """Token ids of each document (a text by itself is one), each followed by the end-of-text token."""
     eot = tokenizer.eos_token_id
     chunk: list[str] = []
 
@@ -22,7 +24,7 @@ def token_stream(tokenizer, documents: Iterable[str], *, batch: int = 256) -> It
         ids = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
         return ([*document, eot] for document in ids)
 
-    for document in documents:
+    for document in [documents] if isinstance(documents, str) else documents:
         chunk.append(document)
         if len(chunk) == batch:
             yield from encode()
@@ -32,7 +34,7 @@ def token_stream(tokenizer, documents: Iterable[str], *, batch: int = 256) -> It
 
 
 def token_blocks(
-    tokenizer, documents: Iterable[str], block_size: int, *, max_blocks: int | None = None
+    tokenizer, documents: Iterable[str], block_size: SupportsIndex, *, max_blocks: SupportsIndex | None = None
 ) -> Int[Tensor, "batch pos"]:
     """Documents packed end to end (an end-of-text token after each) and cut into equal blocks.
 
@@ -44,7 +46,7 @@ def token_blocks(
         Int[Tensor, "batch pos"] token ids.
 
     Raises:
-        ValueError: there are fewer tokens than one block.
+        ValueError: there are fewer tokens than one block; block_size or max_blocks below 1.
 
     Example:
         >>> from lnfree_interp import load_model, token_blocks
@@ -52,6 +54,8 @@ def token_blocks(
         >>> token_blocks(tokenizer, ["It was the best of times,", "it was the worst of times."], block_size=5).shape
         torch.Size([3, 5])
     """
+    block_size = whole(block_size, "block_size", least=1)
+    max_blocks = None if max_blocks is None else whole(max_blocks, "max_blocks", least=1)
     ids: list[int] = []
     for document in token_stream(tokenizer, documents):
         ids.extend(document)

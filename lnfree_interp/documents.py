@@ -1,10 +1,52 @@
-"""Text: the documents of a file or of a hub dataset. Imports nothing heavy."""
+"""Users' text files, and the documents of a hub dataset. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import gzip
+import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+
+def read_text(path: str | Path, what: str = "text file") -> str:
+    """A plain or gzipped (.gz) UTF-8 file's text, without a byte order mark, every line end as "\\n".
+
+    The one reader of users' texts. Lines are what stands between line ends: never `splitlines`, which also cuts at
+    characters that belong into a text (U+2028, U+0085).
+
+    Args:
+        what: what to call the file in errors.
+
+    Raises:
+        ValueError: the file cannot be read, or is not UTF-8 text.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json_lines(path: str | Path, what: str) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line of a .jsonl file (plain or .gz) that is not blank.
+
+    Raises:
+        ValueError: as read_text; a line that is not JSON.
+    """
+    for number, line in enumerate(read_text(path, what).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: no JSON ({getattr(error, 'msg', error)})") from None
+        yield number, value
 
 
 def read_documents(path: str | Path) -> list[str]:
@@ -22,14 +64,7 @@ def read_documents(path: str | Path) -> list[str]:
         >>> len(documents) > 5, all(documents)
         (True, True)
     """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    except (OSError, EOFError) as error:
-        raise ValueError(f"cannot read text file {path}: {getattr(error, 'strerror', None) or error}") from None
+    text = read_text(path)
     documents = [document for block in text.split("\n\n") if (document := block.strip("\n"))]
     if not any(document.strip() for document in documents):
         raise ValueError(f"text file {path} is empty")

@@ -132,8 +132,8 @@ class PackedWeights:
     ln_final: Norm
     W_E: Float[Tensor, "d_vocab d_model"]
     W_pos: Float[Tensor, "n_ctx d_model"]
-    W_U: Float[Tensor, "d_model d_vocab"]
-    b_U: Float[Tensor, " d_vocab"]
+    W_U: Float[Tensor, "d_model d_vocab_out"]
+    b_U: Float[Tensor, " d_vocab_out"]
     act: Callable[[Tensor], Tensor]
 
 

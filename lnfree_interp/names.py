@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from .documents import read_text
+
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 VALIDATION_TEXT = CHECKPOINTS / "validation.txt"
 EMBEDDED = ("tiny", "tiny-vanilla", "tiny-noLN")
@@ -128,7 +130,10 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files a checkpoint consists of; empty if it has none or a shard is missing."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(read_text(index))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is no index of safetensors files") from None
         files = [directory / shard for shard in shards]
         return files if all(f.is_file() for f in files) else []
     single = directory / "model.safetensors"

@@ -191,6 +191,23 @@ def test_comparison_refuses_models_that_do_not_compare(random_model):
         compare_models({"a": random_model(None)}, tokens, n_bins=0)
 
 
+@pytest.mark.parametrize("kind", [None, "LNPre"])
+def test_progress_is_told_in_sequences_and_items(kind):
+    model = with_letters(kind, n_layers=1)
+    tokens = random_tokens(model, batch=5, pos=6)
+    told = []
+
+    def progress(done, total):
+        told.append((done, total))
+
+    evaluate_loss(model, tokens, per_pass=12, draws=2, progress=progress)
+    compare_models({"m": model}, tokens, per_pass=12, draws=2, progress=progress)
+    assert told == 2 * [(2, 5), (4, 5), (5, 5)]
+    told.clear()
+    hellaswag(model, ITEMS, per_pass=1, progress=progress)
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # HellaSwag and samples
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .. import cli
+from ..documents import read_text
 from ..names import HELLASWAG
 
 
@@ -25,8 +26,8 @@ def main(argv=None) -> int:
 
 def _check(args) -> None:
     cli.check(args)
-    if args.hellaswag and args.hellaswag.endswith(".jsonl"):
-        cli.check_file(args.hellaswag)
+    if args.hellaswag and args.hellaswag.endswith((".jsonl", ".jsonl.gz")):
+        read_text(args.hellaswag, "HellaSwag file")
 
 
 def _run(args) -> None:

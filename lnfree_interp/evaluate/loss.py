@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import TokenSource, token_batches
+from ..batching import Progress, TokenSource, check_next_token, token_batches
 from ..forward import run, unembed
 from ..metrics import cross_entropy
+from ..models import as_model
 
 # Logits held at a time: 256 MiB in fp32.
 LOGITS_PER_PASS = 2**26
@@ -120,7 +121,14 @@ class LossTable:
 
 
 def evaluate_loss(
-    model, tokens: TokenSource, *, worst: int = 3, draws: int = 1000, seed: int = 0, per_pass: int = 4096
+    model,
+    tokens: TokenSource,
+    *,
+    worst: int = 3,
+    draws: int = 1000,
+    seed: int = 0,
+    per_pass: int = 4096,
+    progress: Progress | None = None,
 ) -> LossEvaluation:
     """Cross-entropy per token with median, ranges, an interval, and the worst sequences named.
 
@@ -131,6 +139,7 @@ def evaluate_loss(
         draws: bootstrap draws of sequences.
         seed: of the bootstrap.
         per_pass: tokens in memory at a time; fewer where their logits would fill more than 256 MiB.
+        progress: told of the sequences done.
 
     Returns:
         LossEvaluation in nats per token; 4 bytes per token are kept.
@@ -145,18 +154,20 @@ def evaluate_loss(
         >>> result.range999[0] <= result.range95[0] <= result.median <= result.range95[1]
         True
     """
+    model = as_model(model)
+    check_next_token(model)
     per_pass = min(per_pass, max(1, LOGITS_PER_PASS // model.cfg.d_vocab))
     losses: list[Tensor] = []
     kept: list[tuple[float, int, Tensor]] = []  # the worst sequences so far
     seen = 0
-    for batch in token_batches(model, tokens, per_pass=per_pass, least=2):
+    for batch in token_batches(model, tokens, per_pass=per_pass, least=2, progress=progress):
         if losses and losses[0].shape[1] != batch.shape[1] - 1:
             raise ValueError(f"sequences have {batch.shape[1]} tokens, earlier ones {losses[0].shape[1] + 1}")
         with torch.no_grad():
             loss = cross_entropy(unembed(model, run(model, batch)), batch).float().cpu()
         losses.append(loss)
         means = loss.double().mean(1).nan_to_num(nan=torch.inf).tolist()
-        kept += [(mean, seen + i, batch[i].cpu()) for i, mean in enumerate(means)]
+        kept += [(mean, seen + i, batch[i]) for i, mean in enumerate(means)]
         kept = sorted(kept, key=lambda entry: -entry[0])[:worst]
         seen += len(batch)
     all_losses = torch.cat(losses)
@@ -170,7 +181,7 @@ def evaluate_loss(
         median=median,
         range95=(low, high),
         range999=(lowest, highest),
-        worst=tuple(_name(model, index, loss, row.to(model.cfg.device)) for loss, index, row in kept),
+        worst=tuple(_name(model, index, loss, row) for loss, index, row in kept),
     )
 
 
@@ -240,7 +251,7 @@ def bootstrap(per_sequence: Float[Tensor, " batch"], *, draws: int = 1000, seed:
 
 
 def _name(model, index: int, loss: float, tokens: Int[Tensor, " pos"]) -> WorstSequence:
-    norms = _norms(model, tokens)  # layer, pos
+    norms, ids = _norms(model, tokens), tokens.tolist()
     where = {}
     if norms.shape[1] > 2:
         typical = norms[:, 1:].nanquantile(0.5, dim=1, keepdim=True)
@@ -251,27 +262,27 @@ def _name(model, index: int, loss: float, tokens: Int[Tensor, " pos"]) -> WorstS
             position = int(ratio[layer].argmax()) + 1
             where = {
                 "position": position,
-                "token": _text(model, tokens[position : position + 1]),
+                "token": _text(model, ids[position : position + 1]),
                 "layer": layer,
                 "ratio": ratio[layer, position - 1].item(),
             }
-    return WorstSequence(index, loss, _text(model, tokens[:12]), **where)
+    return WorstSequence(index, loss, _text(model, ids[:12]), **where)
 
 
 def _norms(model, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "layer pos"]:
+    """After each layer; on the CPU."""
     norms: list[Tensor] = []
 
     def look(x: Tensor) -> None:
-        norms.append(x[0].double().norm(dim=-1))
+        # No float64 where there may be none; a residual stream as long as 1e19 is inf in float32, and has exploded.
+        norms.append(torch.linalg.vector_norm(x[0].to(torch.promote_types(x.dtype, torch.float32)), dim=-1))
 
     hooks = {f"blocks.{i}.hook_resid_post": partial(look) for i in range(model.cfg.n_layers)}
     with torch.no_grad():
         run(model, tokens[None], hooks=hooks)
-    return torch.stack(norms)
+    return torch.stack(norms).cpu()
 
 
-def _text(model, tokens: Int[Tensor, " pos"]) -> str:
+def _text(model, ids: list[int]) -> str:
     """The tokens as text; their ids for a model without a tokenizer."""
-    if model.tokenizer is None:
-        return " ".join(map(str, tokens.tolist()))
-    return model.tokenizer.decode(tokens.tolist())
+    return " ".join(map(str, ids)) if model.tokenizer is None else model.tokenizer.decode(ids)

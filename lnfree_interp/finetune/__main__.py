@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import cli
+from ..documents import read_documents
 from ..names import dtype_name, locate_checkpoint
 from ..schedule import PRESETS, RemovalSchedule
 
@@ -38,7 +39,7 @@ def _check(args) -> None:
     dtype_name(args.dtype)
     locate_checkpoint(args.model)
     for file in args.text or ():
-        cli.check_file(file, "text file")
+        read_documents(file)
 
 
 def _run(args) -> int:

@@ -9,8 +9,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import check_tokens, token_batches
+from ..batching import Tokens, check_next_token, check_tokens, token_batches
 from ..forward import run
+from ..models import as_model
 from .choices import ABLATIONS, METHODS
 from .last_layer import Progress, Rows, Unembedding, folded_unembedding, make_neurons, make_rows
 from .rank import mlp_of
@@ -26,7 +27,7 @@ FEW_NEURONS = 16
 
 def ablate_neurons(
     model,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     *,
     layer: int = -1,
     neurons: Sequence[int] | Int[Tensor, " neuron"] | None = None,
@@ -67,6 +68,8 @@ def ablate_neurons(
         >>> result.labels, bool((result.loss == result.loss_frozen).all())
         (('L3N5', 'L3N8'), True)
     """
+    model = as_model(model)
+    check_next_token(model)
     mlp, layer = mlp_of(model, layer)
     chosen = _chosen(neurons, mlp.W_out.shape[0])
     method = _method(model, layer, method, len(chosen))
@@ -81,7 +84,7 @@ def ablate_neurons(
 
 def ablate_cumulatively(
     model,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     neurons: Sequence[int],
     *,
     layer: int = -1,
@@ -107,6 +110,8 @@ def ablate_cumulatively(
         >>> ablate_cumulatively(model, tokens, [5, 8]).labels
         ('L3N5', '+L3N8')
     """
+    model = as_model(model)
+    check_next_token(model)
     mlp, layer = mlp_of(model, layer)
     chosen = _chosen(neurons, mlp.W_out.shape[0])
     _check_ablation(ablation, 0.0)

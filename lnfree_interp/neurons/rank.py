@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..models import as_model
 from .last_layer import folded_unembedding
 
 
@@ -51,6 +52,7 @@ def rank_confidence_neurons(model, layer: int = -1, *, null_directions: int | No
     """
     import pandas as pd
 
+    model = as_model(model)
     mlp, layer = mlp_of(model, layer)
     d_model = model.cfg.d_model
     if null_directions is None:

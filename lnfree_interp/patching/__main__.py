@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from .. import cli
+from ..documents import read_text
 from .sites import DIRECTIONS, METHODS, METRICS, SITES
 
 
@@ -44,9 +45,9 @@ def size(text: str) -> int:
 def _check(args) -> None:
     cli.check(args)
     if args.pairs not in ("induction", "ioi"):
-        if Path(args.pairs).suffix not in (".jsonl", ".csv"):
+        if Path(args.pairs.removesuffix(".gz")).suffix not in (".jsonl", ".csv"):
             raise ValueError(f"--pairs {args.pairs!r} is none of induction, ioi, or a .jsonl or .csv file")
-        cli.check_file(args.pairs, "pairs file")
+        read_text(args.pairs, "pairs file")
     if "atp_star" in args.method and args.site not in ("q", "k"):
         raise ValueError(f"--method atp_star is for sites q and k, not {args.site}")
 
