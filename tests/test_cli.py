@@ -6,6 +6,8 @@ import pty
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import pandas as pd
@@ -43,6 +45,53 @@ def test_dla_on_the_embedded_models(tmp_path, capsys):
     assert free.nmae.max() < 1e-4 < normed.nmae.min()
     assert "<html>" in (out / "dla.html").read_text()
     assert sorted(f.name for f in out.iterdir()) == ["dla.csv", "dla.html"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "files"),
+    [
+        ("norms", [], ["norms.csv", "norms.html", "sinks.csv", "sinks.html"]),
+        (
+            "evaluate",
+            ["--hellaswag", "ITEMS"],
+            [
+                "calibration.csv",
+                "calibration.html",
+                "evaluate.csv",
+                "evaluate.html",
+                "evaluate_worst.csv",
+                "hellaswag.csv",
+            ],
+        ),
+        (
+            "neurons",
+            ["--neurons", "3", "5"],
+            ["neurons.csv", "neurons.html", "neurons_cumulative.csv", "neurons_cumulative.html", "neurons_ranking.csv"],
+        ),
+        (
+            "patching",
+            ["--n-pairs", "2"],
+            ["patching-resid_pre-effects.csv", "patching-resid_pre.csv", "patching-resid_pre.html"],
+        ),
+    ],
+)
+def test_a_command_shows_bars_and_writes_its_files(name, flags, files, tmp_path, monkeypatch, capsys):
+    told = []
+
+    @contextmanager
+    def bar(label, unit):
+        yield lambda done, total: told.append((done, total))
+
+    monkeypatch.setattr(cli, "bar", bar)
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"ctx": "He opened the door", "endings": ["and went in.", "of the sea."], "label": 0}')
+    flags = [str(items) if flag == "ITEMS" else flag for flag in flags]
+    main = import_module(f"lnfree_interp.{name}.__main__").main
+    arguments = ["--model", "tiny", "tiny-noLN", "--tokens", "512", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main([*arguments, *flags]) == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == files
+    assert "tiny-noLN" in capsys.readouterr().out
+    assert told and all(0 <= done <= total for done, total in told) and told[-1][0] == told[-1][1]
 
 
 def test_dla_on_a_file_at_the_last_position(tmp_path, text_file, capsys):
