@@ -13,7 +13,7 @@ from torch import Tensor
 from ..forward import unembed
 from ..metrics import Metric
 from ..pairs import PromptPairs
-from .effect import DIRECTIONS, SITES
+from .sites import DIRECTIONS, SITES
 
 MetricLike = Metric | Callable[[Tensor], Tensor]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..forward import run
 from .cells import Cells, Request
-from .effect import SITES
+from .sites import SITES
 
 Recorded = dict[str, list[Tensor]]
 

@@ -11,8 +11,8 @@ from ..metrics import Metric
 from . import hooked
 from .activation import alike
 from .cells import find_cells
-from .effect import SITES
 from .sides import Case, contract, gradients, numbers_per_prompt
+from .sites import SITES
 
 
 def _explicit_attention(n_layers: int, start: int) -> dict[str, Callable]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..forward import Norm, PackedWeights, Past, packed_weights, run, run_both
 from ..pairs import PromptPairs
 from .cells import Request, read_metric
-from .effect import SITES
+from .sites import SITES
 
 Activations = dict[int, Tensor]
 """Layer -> the site's activation of all prompts."""
