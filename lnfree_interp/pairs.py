@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .batching import Places, check_next_token, encode, indices, one_token, whole
-from .data import read_json_lines, read_text
+from .documents import read_json_lines, read_text
 from .models import as_model
 
 

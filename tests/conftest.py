@@ -2,10 +2,13 @@
 
 import os
 import warnings
+from pathlib import Path
 
 # Tests must never wait for a hub that may not be there.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# What tests start in processes of their own imports this package, not one that happens to be installed.
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 
 from jaxtyping import install_import_hook
 
@@ -13,6 +16,11 @@ _hook = install_import_hook("lnfree_interp", "beartype.beartype")
 
 import pytest
 import torch
+import virtual_device
+
+# Autograd makes room for devices at the first backward pass of a process: the virtual one must be there before.
+if virtual_device.MISSING is None:
+    virtual_device.register()
 
 # The tests' tensors are small: handing them to several threads costs more than it gains.
 torch.set_num_threads(1)

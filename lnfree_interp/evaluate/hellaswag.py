@@ -14,13 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..batching import Progress, check_next_token
-from ..data import read_json_lines
+from ..documents import read_json_lines
 from ..forward import packed_weights, run, unembed
 from ..metrics import log_probs
 from ..models import as_model
+from ..names import HELLASWAG
 from .cached import extend
-
-HUB = "Rowan/hellaswag"
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,9 @@ class HellaSwag:
         return pd.DataFrame([row])
 
 
-def hellaswag_items(source: str | Path = HUB, *, split: str = "validation", limit: int | None = None) -> list[dict]:
+def hellaswag_items(
+    source: str | Path = HELLASWAG, *, split: str = "validation", limit: int | None = None
+) -> list[dict]:
     """Items with their context ("ctx"), "endings" and "label", from a .jsonl file or the hub's data set.
 
     Raises:

@@ -12,13 +12,12 @@ from torch import Tensor
 from ..batching import Tokens, check_next_token, check_tokens, token_batches
 from ..forward import run
 from ..models import as_model
+from .choices import ABLATIONS, METHODS
 from .last_layer import Progress, Rows, Unembedding, folded_unembedding, make_neurons, make_rows
 from .rank import mlp_of
 from .result import NeuronAblation
 from .scan import BlockScan, scan_block
 
-ABLATIONS = ("mean", "zero")
-METHODS = ("auto", "moments", "stream", "rerun")
 # Rows of a block; the moments of a whole layer of GPT-2 small on so many take 250 MiB.
 ROWS_PER_BLOCK = 1024
 NUMBERS_PER_BLOCK = 2**22

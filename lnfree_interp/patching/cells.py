@@ -16,7 +16,7 @@ from ..batching import d_vocab_out
 from ..forward import Norm, PackedWeights, own_hooks, unembed
 from ..metrics import Metric
 from ..pairs import PromptPairs
-from .effect import DIRECTIONS, SITES
+from .sites import DIRECTIONS, SITES
 
 MetricLike = Metric | Callable[[Tensor], Tensor]
 PairsLike = PromptPairs | Sequence[Any]

@@ -16,11 +16,12 @@ from . import hooked
 from .activation import itemsize, rows_of_metric
 from .atp_star import exact_softmax
 from .cells import Indices, MetricLike, PairsLike, Request, check_finite, checked, memory_budget
-from .effect import METHODS, SITES, PatchingEffect
+from .effect import PatchingEffect
 from .exact import widened_norms
 from .relp import relp_weights
 from .second_order import cell_by_cell, jointly
 from .sides import Activations, Case, both_sides, contract, frozen, gradients, numbers_per_prompt, products, site_hooks
+from .sites import METHODS, SITES
 
 
 def attribution_patching(

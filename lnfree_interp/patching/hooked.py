@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..forward import PackedWeights, own_hooks, run
 from .cells import Cells, Request, on_device
-from .effect import SITES
+from .sites import SITES
 
 Recorded = dict[str, list[Tensor]]
 

@@ -11,8 +11,8 @@ from ..metrics import Metric
 from . import hooked
 from .activation import alike, itemsize
 from .cells import find_cells, on_device
-from .effect import SITES
 from .sides import Case, contract, gradients, numbers_per_prompt
+from .sites import SITES
 
 
 def _explicit_attention(n_layers: int, start: int) -> dict[str, Callable]:

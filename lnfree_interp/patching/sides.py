@@ -15,7 +15,7 @@ from ..forward import Norm, PackedWeights, Past, final_norm, run, run_both
 from ..pairs import PromptPairs
 from . import exact
 from .cells import Request, may_differ, on_device, read_metric, tokens_differ
-from .effect import SITES
+from .sites import SITES
 
 Activations = dict[int, Tensor]
 """Layer -> the site's activation of all prompts."""
