@@ -10,11 +10,11 @@ import random
 from typing import TYPE_CHECKING
 
 import common
-import numpy as np
 from common import Claim, Family
 
 import lnfree_interp
 from lnfree_interp import cli
+from lnfree_interp.patching.sites import LEAST
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +43,6 @@ NOUNS = (
 SAID = ("said", "thought", "knew", "felt", "believed", "saw", "declared", "found")
 DID = ("put on", "took off", "lifted up", "held out", "turned to", "spoke of", "looked at", "thought of")
 FEWEST = 12  # prompts a comparison is made with
-LEAST = 0.5  # logits between clean and corrupted, in every model, of the prompts that are used
 
 
 def pronoun_pairs(model, n: int, *, seed: int = 0):
@@ -109,41 +108,42 @@ def claims(family: Family, kind: str, table: pd.DataFrame, gain: pd.DataFrame) -
 
 
 def measure(models: dict, kind: str, args) -> tuple[pd.DataFrame, dict]:
-    """Errors of all models and methods on prompts that move all models; gradient errors [prompt, layer]."""
+    """Errors of all models and methods on prompts that all models solve; errors of the gradient [prompt, layer]."""
     import pandas as pd
     import torch
 
     from lnfree_interp import activation_patching, attribution_patching, patching_error
-    from lnfree_interp.patching import normalized
+    from lnfree_interp.patching import solved
+    from lnfree_interp.patching.effect import compared
 
     pairs = PAIRS[kind](next(iter(models.values())), args.prompts, seed=args.seed)
     exact = {}
     for name, model in models.items():
         with cli.bar(f"{name}, {kind}: activation patching", "cell") as progress:
             exact[name] = activation_patching(model, pairs, site=args.site, progress=progress)
-    moved = torch.stack([e.clean - e.corrupted >= LEAST for e in exact.values()]).all(0).cpu()
-    if moved.sum() < FEWEST:
+    there = torch.stack([solved(effect).cpu() for effect in exact.values()]).all(0)
+    if there.sum() < FEWEST:
         return pd.DataFrame(), {}
-    pairs, tables, errors = pairs[moved], [], {}
+    pairs, tables, errors = pairs[there], [], {}
     for name, model in models.items():
-        with cli.bar(f"{name}, {kind}: those that move", "cell") as progress:
-            truth = activation_patching(model, pairs, site=args.site, progress=progress)
+        truth = exact[name][there]
         for method, options in METHODS.items():
             with cli.bar(f"{name}, {kind}: {method}", "prompt") as progress:
                 guess = attribution_patching(model, pairs, site=args.site, progress=progress, **options)
             error = patching_error(guess, truth, seed=args.seed).table()
             tables.append(error.assign(model=name, method=method, pairs=kind, prompts=len(pairs)))
             if method == "gradient":
-                errors[name] = (normalized(guess) - normalized(truth)).abs().sum(-1).double().cpu()
+                a, b = compared(guess, truth)
+                errors[name] = (a - b).abs().sum(-1)
     return pd.concat(tables), errors
 
 
 def gains(family: Family, kind: str, errors: dict, seed: int) -> dict:
-    """Error of the control minus that of the LN-free model: mean and sd over layers, 95% by bootstrap over prompts."""
+    """Error of the control minus that of the LN-free model: mean and sd over layers, 95% interval over prompts."""
+    from lnfree_interp.statistics import mean_interval
+
     difference = (errors[family.control] - errors[family.free]).numpy()
-    n = len(difference)
-    drawn = difference.mean(1)[np.random.default_rng(seed).integers(n, size=(1000, n))].mean(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = mean_interval(difference.mean(1), seed=seed)
     layers = difference.mean(0)
     return {
         "pairs": kind,
@@ -152,7 +152,7 @@ def gains(family: Family, kind: str, errors: dict, seed: int) -> dict:
         "sd": layers.std(),
         "low": low,
         "high": high,
-        "prompts": n,
+        "prompts": len(difference),
     }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Real
 
 FEWEST = 6
 LEVELS = (0.025, 0.975)
@@ -91,14 +91,14 @@ def mean_interval(values: Float[Array, "n ..."], *, draws: int = 1000, seed: int
     return interval(statistic, n, draws=draws, seed=seed)
 
 
-def ratio(numerator: Array, denominator: Array) -> Array:
+def ratio(numerator: Array | np.number, denominator: Array | np.number) -> Array:
     """Their quotient, 0 where both are 0."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(numerator == 0, 0.0, numerator / denominator)
 
 
 def ratio_interval(
-    numerator: Float[Array, "n ..."], denominator: Float[Array, "n ..."], *, draws: int = 1000, seed: int = 0
+    numerator: Real[Array, "n ..."], denominator: Real[Array, "n ..."], *, draws: int = 1000, seed: int = 0
 ) -> tuple[Array, Array]:
     """95% interval of sum(numerator) / sum(denominator), one of each per sequence; never below 0 if none of them is."""
     a, b = (np.asarray(x, dtype=float) for x in (numerator, denominator))

@@ -53,7 +53,7 @@ class LogitAttribution:
         """One row per component: mean, mean absolute value and standard deviation in logits, largest first."""
         import pandas as pd
 
-        flat = self.values.flatten(1).double().cpu()
+        flat = self.values.flatten(1).cpu().double()
         table = pd.DataFrame(
             {
                 "component": self.labels,

@@ -14,7 +14,8 @@ from ..batching import Progress, TokenSource, check_next_token, token_batches
 from ..forward import run, unembed
 from ..metrics import entropy, js_divergence, log_probs
 from ..models import as_models
-from .loss import LOGITS_PER_PASS, bootstrap
+from ..statistics import mean_interval
+from .loss import LOGITS_PER_PASS
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ModelComparison:
     Attributes:
         names: the models, aligned with every axis "model" and "other".
         divergence: Float[Tensor, "model other"], mean Jensen-Shannon divergence (nats).
-        low, high: Float[Tensor, "model other"], its 95% interval, by bootstrap over sequences.
+        low, high: Float[Tensor, "model other"], its 95% interval over sequences (`statistics`).
         agreement: Float[Tensor, "model other"], share of positions with the same top token.
         loss: Float[Tensor, "model"], mean cross-entropy (nats).
         entropy: Float[Tensor, "model"], mean entropy of the predictions (nats).
@@ -125,19 +126,15 @@ def compare_models(
     values = torch.cat(sequences)
     square = values[:, : 2 * n * n].unflatten(1, (2, n, n))
     loss, entropies, accuracy = values[:, 2 * n * n :].unflatten(1, (3, n)).mean(0)
-    interval = torch.zeros(2, n, n, dtype=torch.float64)
-    for i in range(n):
-        for j in range(i):
-            bounds = torch.tensor(bootstrap(square[:, 0, i, j], draws=draws, seed=seed), dtype=torch.float64)
-            interval[:, i, j] = interval[:, j, i] = bounds
+    low, high = (torch.from_numpy(b) for b in mean_interval(square[:, 0].numpy(), draws=draws, seed=seed))
     divergence, agreement = square.mean(0)
     count, confidence, right = bins
     error = (right - confidence).abs().sum(1) / count.sum(1)
     return ModelComparison(
         names=names,
         divergence=divergence,
-        low=interval[0],
-        high=interval[1],
+        low=low,
+        high=high,
         agreement=agreement,
         loss=loss,
         entropy=entropies,

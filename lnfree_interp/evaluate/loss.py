@@ -15,6 +15,7 @@ from ..batching import Progress, TokenSource, check_next_token, token_batches
 from ..forward import run, unembed
 from ..metrics import cross_entropy
 from ..models import as_model
+from ..statistics import mean_interval
 
 # Logits held at a time: 256 MiB in fp32.
 LOGITS_PER_PASS = 2**26
@@ -52,7 +53,7 @@ class LossEvaluation:
     Attributes:
         losses: Float[Tensor, "batch pos"], entry [b, i] is that of predicting token i + 1; on the CPU.
         mean: over all tokens.
-        interval: of the mean, 95% by bootstrap over sequences; nan for a single sequence.
+        interval: of the mean, 95% over sequences (`statistics`); nan for a single sequence.
         median: over tokens, as are
         range95: (2.5%, 97.5%) quantiles, and
         range999: (0.05%, 99.95%) quantiles.
@@ -89,8 +90,8 @@ class LossTable:
         mean: Float[Tensor, "model"].
         baselines: for each model the name of the one it is compared with, or None.
         gap: Float[Tensor, "model"], mean minus the baseline's; nan without one.
-        low, high: Float[Tensor, "model"], 95% interval of the gap, by bootstrap over sequences, the same
-            sequences drawn for both models.
+        low, high: Float[Tensor, "model"], 95% interval of the gap over sequences, the same ones drawn for
+            both models.
     """
 
     names: tuple[str, ...]
@@ -177,7 +178,7 @@ def evaluate_loss(
     return LossEvaluation(
         losses=all_losses,
         mean=per_sequence.mean().item(),
-        interval=bootstrap(per_sequence, draws=draws, seed=seed),
+        interval=_floats(mean_interval(per_sequence.numpy(), draws=draws, seed=seed)),
         median=median,
         range95=(low, high),
         range999=(lowest, highest),
@@ -218,7 +219,7 @@ def loss_table(
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name} was evaluated on {shapes[0]} predictions, {baseline} on {shapes[1]}")
         difference = (result.losses.double() - evaluations[baseline].losses.double()).mean(1)
-        low, high = bootstrap(difference, draws=draws, seed=seed)
+        low, high = _floats(mean_interval(difference.numpy(), draws=draws, seed=seed))
         gaps.append(difference.mean().item()), lows.append(low), highs.append(high)
     return LossTable(
         names=tuple(evaluations),
@@ -230,20 +231,8 @@ def loss_table(
     )
 
 
-def bootstrap(per_sequence: Float[Tensor, " batch"], *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95% interval of a mean over sequences, sequences drawn with replacement; nan for a single one."""
-    n = len(per_sequence)
-    if n < 2:
-        return (torch.nan, torch.nan)
-    generator = torch.Generator().manual_seed(seed)
-    values = per_sequence.double().cpu()
-    rows = max(1, 2**22 // n)  # draws made at a time
-    means = [
-        values[torch.randint(n, (min(rows, draws - start), n), generator=generator)].mean(1)
-        for start in range(0, draws, rows)
-    ]
-    low, high = np.quantile(torch.cat(means).numpy(), [0.025, 0.975]).tolist()
-    return low, high
+def _floats(bounds: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+    return float(bounds[0]), float(bounds[1])
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ SITES = {
 }
 METHODS = ("gradient", "integrated", "second_order", "atp_star", "relp")
 DIRECTIONS = ("denoising", "noising")
+# Total effects below, in the metric's units (logits, for logit_diff), are not normalised by.
+LEAST = 0.5
 # Name -> the metric, made by the module `metrics` for a model and its pairs.
 METRICS = {
     "logit_diff": lambda metrics, model, pairs: metrics.logit_diff,
