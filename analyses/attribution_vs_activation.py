@@ -131,7 +131,7 @@ def measure(models: dict, kind: str, args) -> tuple[pd.DataFrame, dict]:
             with cli.bar(f"{name}, {kind}: {method}", "prompt") as progress:
                 guess = attribution_patching(model, pairs, site=args.site, progress=progress, **options)
             error = patching_error(guess, truth, seed=args.seed).table()
-            tables.append(error.assign(model=name, method=method, pairs=kind, prompts=len(pairs)))
+            tables.append(error.drop(columns="left_out").assign(model=name, method=method, pairs=kind))
             if method == "gradient":
                 a, b = compared(guess, truth)
                 errors[name] = (a - b).abs().sum(-1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import cli
 from ..documents import read_text
-from .sites import DIRECTIONS, METHODS, METRICS, SITES
+from .sites import DIRECTIONS, LEAST, METHODS, METRICS, SITES
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--path", default="input", choices=("input", "layer"), help="path of integrated gradients (input)")
     add("--joint", action="store_true", help="one Hessian-vector product per layer, not per cell")
     add("--raw", action="store_true", help="compare effects as they are, not as shares of the total effect")
+    least = f"leave out pairs between which the metric moves by less, unless --raw ({LEAST})"
+    add("--least", type=float, default=LEAST, metavar="X", help=least)
     add("--max-memory", type=size, metavar="SIZE", help="memory to stay within, e.g. 500M or 4G (from the device)")
     args = parser.parse_args(argv)
     return cli.guard(_run, args, parser.prog, check=_check)
@@ -48,6 +50,8 @@ def _check(args) -> None:
         if Path(args.pairs.removesuffix(".gz")).suffix not in (".jsonl", ".csv"):
             raise ValueError(f"--pairs {args.pairs!r} is none of induction, ioi, or a .jsonl or .csv file")
         read_text(args.pairs, "pairs file")
+    if not args.least > 0:
+        raise ValueError(f"--least {args.least} is not a number above 0")
     if "atp_star" in args.method and args.site not in ("q", "k"):
         raise ValueError(f"--method atp_star is for sites q and k, not {args.site}")
 

@@ -12,7 +12,7 @@ from ..figures.patching import effect_heatmaps
 from ..lens import LensModel
 from ..pairs import PromptPairs, groups_from_file, induction_pairs, ioi_pairs
 from .activation import activation_patching
-from .effect import PatchingEffect, normalized, patching_error
+from .effect import PatchingEffect, moved, normalized, patching_error, solved
 from .gradients import attribution_patching
 from .sites import METRICS
 
@@ -30,7 +30,7 @@ def _pairs(args, model: LensModel) -> dict[int, PromptPairs]:
 
 def run(args) -> None:
     methods = list(dict.fromkeys(args.method))
-    errors, effects, panels, labels = [], [], {}, []
+    errors, effects, panels, labels, notes = [], [], {}, [], []
     for name, model in cli.models(args):
         groups = _pairs(args, model)
         most = max(groups, key=lambda n: len(groups[n]))
@@ -45,6 +45,10 @@ def run(args) -> None:
             }
             with cli.bar(f"{name}: {args.site}", "cell") as progress:
                 exact = activation_patching(model, pairs, **common, progress=progress)
+            used = moved(exact, args.least)
+            notes.append(f"{name}: {_of_the_task(exact, args, used)}")
+            if not (args.raw or used.any()):
+                continue
             found = {"activation": exact}
             for method in methods:
                 with cli.bar(f"{name}: {method}", "prompt") as progress:
@@ -58,14 +62,17 @@ def run(args) -> None:
                         **common,
                         progress=progress,
                     )
-                error = patching_error(found[method], exact, normalize=not args.raw, seed=args.seed).table()
-                errors.append(error.assign(model=name, tokens=n_pos, pairs=len(pairs)))
+                error = patching_error(found[method], exact, normalize=not args.raw, least=args.least, seed=args.seed)
+                errors.append(error.table().assign(model=name, tokens=n_pos))
             for method, effect in found.items():
                 effects.append(effect.table().assign(model=name, method=method, tokens=n_pos))
                 if n_pos == most:
-                    panels[method, name] = _panel(effect, raw=args.raw)
+                    panels[method, name] = _panel(effect if args.raw else effect[used], raw=args.raw)
             if n_pos == most:
                 labels = axis_labels(model, pairs, exact)
+    if not errors:
+        raise ValueError(f"there is nothing to normalise by, --raw compares effects as they are. {'. '.join(notes)}")
+    print("\n".join(notes))
     error_table, effect_table = (_model_first(pd.concat(t, ignore_index=True)) for t in (errors, effects))
     cli.show(
         summary(error_table), f"{args.site}, {'raw' if args.raw else 'normalised per prompt'}: error against patching"
@@ -73,6 +80,16 @@ def run(args) -> None:
     stem = f"patching-{args.site}"
     cli.save(args.out, stem, error_table, _figure(args, panels, labels, exact))
     cli.save(args.out, f"{stem}-effects", effect_table)
+
+
+def _of_the_task(exact: PatchingEffect, args, used: torch.Tensor) -> str:
+    """On how many pairs the metric moves, and whether that is the task."""
+    n, n_used = len(used), int(used.sum())
+    text = f"{args.metric} moves by {args.least:g} or more on {n_used} of {n} pairs"
+    if args.metric == "kl_from_clean":  # a distance: no way is the right one
+        return text
+    right = int(solved(exact, args.least).sum())
+    return f"{text}, {right} of them the right way" + ("" if 2 * right > n else ": it does not do this task on most")
 
 
 def _model_first(table):
@@ -84,7 +101,7 @@ def summary(errors):
     """One row per model and method: the measures with their intervals."""
     errors = errors[~errors["measure"].str.startswith("error L")]
     text = [f"{v:.3f} [{a:.3f}, {b:.3f}]" for v, a, b in zip(errors["value"], errors["low"], errors["high"])]
-    keys = ["model", "tokens", "pairs", "method"]
+    keys = ["model", "tokens", "prompts", "left_out", "method"]
     table = errors[[*keys, "measure"]].assign(text=text)
     table = table.pivot(index=keys, columns="measure", values="text")[list(dict.fromkeys(errors["measure"]))]
     return table.loc[list(dict.fromkeys(zip(*(errors[k] for k in keys))))].reset_index()
