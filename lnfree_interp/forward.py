@@ -606,8 +606,8 @@ def unembed(
     x = (norm or final_norm(model))(resid)
     W_U, b_U = model.unembed.W_U, model.unembed.b_U
     if tokens is None:
-        logits = F.linear(x, W_U.T, b_U)
+        logits = F.linear(x, W_U.T.to(x.dtype), b_U.to(x.dtype))
     else:
-        logits = torch.einsum("...d,...kd->...k", x, W_U.T[tokens]) + b_U[tokens]
+        logits = torch.einsum("...d,...kd->...k", x, W_U.T[tokens].to(x.dtype)) + b_U[tokens]
     cap = getattr(model.cfg, "output_logits_soft_cap", -1.0)
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits
