@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 
@@ -18,6 +19,7 @@ class LensModel(Protocol):
     cfg: Any
     tokenizer: Any
     hook_dict: dict[str, Any]
+    training: bool
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
     def to_tokens(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -25,10 +27,16 @@ class LensModel(Protocol):
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any: ...
     def parameters(self, *args: Any, **kwargs: Any) -> Any: ...
     def modules(self) -> Any: ...
+    def named_modules(self) -> Any: ...
 
     if TYPE_CHECKING:  # isinstance does not see a Module's children
         embed: Any
         pos_embed: Any
+        hook_pos_embed: Any
         blocks: Any
         ln_final: Any
         unembed: Any
+
+
+ModelOrName = LensModel | str | Path
+"""A model, or what `load_model` takes: a name, a hub id, a directory."""

@@ -12,7 +12,6 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +20,7 @@ from torch import Tensor
 from .documents import read_text
 from .folding import fold_layernorm
 from .layernorm import is_ln_free
+from .lens import LensModel, ModelOrName
 from .names import TOKENIZER_FILES, dtype_name, known_models, locate_checkpoint, weight_files
 
 # ---------------------------------------------------------------------------------------------------------
@@ -255,24 +255,23 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def as_model(model):
+def as_model(model: ModelOrName) -> LensModel:
     """A model as it is, or the one of that name, loaded with `load_model`: what functions that take a model begin with.
 
     Raises:
         ValueError: an unknown name, an object that is no TransformerLens model, a model spread over several devices.
     """
-    if isinstance(model, (str, Path)):
-        model = load_model(model)
-    if isinstance(model, type) or not all(hasattr(model, name) for name in ("cfg", "hook_dict", "blocks")):
-        kind = model.__name__ if isinstance(model, type) else type(model).__name__
+    found = load_model(model) if isinstance(model, (str, Path)) else model
+    if isinstance(found, type) or not all(hasattr(found, name) for name in ("cfg", "hook_dict", "blocks")):
+        kind = found.__name__ if isinstance(found, type) else type(found).__name__
         raise ValueError(f"model must be a HookedTransformer (see load_model) or a name, not {kind}")
-    n_devices = getattr(model.cfg, "n_devices", 1) or 1
+    n_devices = getattr(found.cfg, "n_devices", 1) or 1
     if n_devices > 1:
         raise ValueError(f"the model is spread over {n_devices} devices (cfg.n_devices); it must be on one")
-    return model
+    return found
 
 
-def as_models(models: Mapping[str, object]) -> dict[str, Any]:
+def as_models(models: Mapping[str, ModelOrName]) -> dict[str, LensModel]:
     """name -> model, each through `as_model`.
 
     Raises:
