@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -125,7 +125,7 @@ def rows_of_metric(request: Request, rows: slice, device) -> Request:
     return replace(request, metric=replace(metric, tokens=tokens, context=context))
 
 
-def _shifted(progress: Progress, first: int, n_prompts: int, n_together: int) -> Progress:
+def _shifted(progress: Progress, first: int, n_prompts: int, n_together: int) -> Callable[[int, int], None]:
     """Progress over all prompts from progress over some: in cells, as if each prompt had equally many."""
 
     def report(done: int, total: int) -> None:
@@ -206,7 +206,7 @@ def _patch(model, packed, swept, request: Request, pairs: PromptPairs, budget: i
             final = exact.sweep_cells(sweep, batch)
             if request.reads != sweep.reads:  # the metric's own order
                 final = final[:, torch.searchsorted(sweep.on_device, reads)]
-            finals = [(torch.arange(len(batch)), final)]
+            finals = iter([(torch.arange(len(batch)), final)])
         else:
             n_runs = max(1, max_rows // request.n_read)
             finals = hooked.final_residuals(model, request, base, source, batch, n_runs, packed)
@@ -268,7 +268,8 @@ def batches(cells: Cells, request: Request, max_rows: int, *, together: bool) ->
         for part in order.split(batch_of.unique_consecutive(return_counts=True)[1].tolist()):
             yield cells[part]
         return
-    batch, size = [], 0
+    batch: list[Tensor] = []
+    size = 0
     for piece in sorted(alike(cells), key=lambda index: int(cells.start[index].min())):
         more = int(rows[piece].sum())
         if batch and size + more > max_rows:

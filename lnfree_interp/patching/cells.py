@@ -167,7 +167,7 @@ def chosen(argument: str, value: Indices | None, available: int, holder: str, wh
     """
     if value is None:
         return tuple(range(available))
-    plain = value.tolist() if hasattr(value, "tolist") else value
+    plain: Any = value.tolist() if hasattr(value, "tolist") else value
     many = isinstance(plain, Iterable) and not isinstance(plain, (str, bytes))
     items = [x.item() if hasattr(x, "item") else x for x in plain] if many else [plain]
     if many and items and all(isinstance(x, bool) for x in items):
@@ -228,17 +228,16 @@ def find_cells(request: Request, differs: Callable[[int], Tensor], differ: Tenso
         where = differs(layer)
         where = (where[..., None] if request.positional else where) & mask[..., None]
         found.append(torch.where(where.any(1), where.int().argmax(1), n_pos) if by_unit else where)
-    where = torch.stack(found).cpu()  # the one time that the device is waited for
-    layers = torch.tensor(request.layers)
+    cells = torch.stack(found).cpu()  # the one time that the device is waited for
     if by_unit:  # [layer, prompt, unit], the first position
-        layer, prompt, unit = at = (where < n_pos).nonzero(as_tuple=True)
-        start = where[at]
+        in_layers, prompt, unit = at = (cells < n_pos).nonzero(as_tuple=True)
+        start = cells[at]
         pos = torch.full_like(start, -1)
     else:
-        layer, prompt, pos, unit = where.nonzero(as_tuple=True)
+        in_layers, prompt, pos, unit = cells.nonzero(as_tuple=True)
         start = pos
     unit = pos if request.positional else torch.tensor(request.units)[unit]
-    return Cells(prompt, layers[layer], unit, pos, start)
+    return Cells(prompt, torch.tensor(request.layers)[in_layers], unit, pos, start)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -101,12 +101,13 @@ def attribution_patching(
     else:
         # As stored, in fp32 at least: in half precision the difference between the runs would be mostly rounding.
         packed = widened_norms(packed)
-    if method == "relp":
+    if method == "relp" and packed is not None:
         packed = relp_weights(packed, detach_norm=detach_norm, linear_gelu=linear_gelu)
     n_together = len(pairs)
     if isinstance(metric, Metric):
         n_together = max(1, budget // (numbers_per_prompt(model, request) * itemsize(model, packed)))
     parts = []
+    estimate: tuple[Tensor, Tensor | None]
     with frozen(model), torch.enable_grad():
         for i in range(0, len(pairs), n_together):
             here = slice(i, i + n_together)
@@ -119,8 +120,8 @@ def attribution_patching(
                 estimate = _of_cells(case, case.gradients()), None
             elif method == "integrated":
                 estimate = _of_cells(case, integrated_gradients(case, steps, path)), None
-            elif method == "atp_star":
-                estimate = exact_softmax(case), None
+            elif method == "atp_star" and packed is not None:
+                estimate = exact_softmax(case, packed.layers), None
             else:
                 estimate = (jointly if joint else cell_by_cell)(case, budget)
             parts.append((*estimate, case.at_source, case.at_base))

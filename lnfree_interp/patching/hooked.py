@@ -77,6 +77,7 @@ def overwritten(x: Tensor, values: Tensor, request: Request, cells: Cells) -> Te
     """x [cell, ...] with each cell's activation replaced by that of `values`, shaped alike; cells on the device."""
     new = x.clone()
     row = torch.arange(len(x), device=x.device)
+    at: tuple
     if request.positional:
         at = (row, cells.start)
     elif request.site == "pattern":  # [cell, head, query, key]
