@@ -306,3 +306,13 @@ def test_answers_are_of_the_vocabulary_that_comes_out():
     assert_matches_plain_hooks(model, within, activation_patching(model, within), "resid_pre")
     with pytest.raises(ValueError, match="answer 5 is outside the model's vocabulary of 5"):
         activation_patching(model, PromptPairs(pairs.clean, pairs.corrupted, torch.tensor([[4, 5]] * 3)))
+
+
+def test_pairs_are_their_three_tensors_too(random_model):
+    model = random_model("LNPre")
+    pairs = make_pairs(model)
+    for function in (activation_patching, attribution_patching):
+        got = function(model, (pairs.clean, pairs.corrupted, pairs.answers))
+        assert torch.equal(got.values, function(model, pairs).values)
+        with pytest.raises(ValueError, match="pairs must be PromptPairs"):
+            function(model, [pairs.clean, pairs.corrupted])

@@ -71,6 +71,9 @@ def activation_patching(
     Raises:
         ValueError: unknown site or direction, layers or units that are not there, tokens outside the vocabulary,
             prompts beyond the context, a metric of the wrong shape or not finite.
+            A model that draws random numbers as it runs; hooks of its own at the final norm.
+
+    Hooks that the model carries are part of it, and may mix positions, but not prompts.
 
     Example:
         >>> from lnfree_interp import load_model

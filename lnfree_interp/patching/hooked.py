@@ -27,7 +27,8 @@ def check_model(model, tokens: Int[Tensor, "prompt pos"]) -> None:
     if dtype.itemsize < 4:
         warnings.warn(
             f"this model is patched through its own forward, in {dtype}: what a single cell changes is of the size of "
-            "the rounding errors, so effects of single heads, positions or neurons are noise; use torch.float32",
+            "the rounding errors, and effects are off by tens of percent, a neuron's by more than its size; use "
+            "torch.float32",
             stacklevel=3,
         )
     with torch.no_grad():
