@@ -32,12 +32,17 @@ def main(argv=None) -> int:
 
 @contextmanager
 def bar(label: str):
-    """A progress bar fed with the share of the work done."""
+    """A progress bar fed with (done, in all)."""
     from tqdm import tqdm
 
     layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    with tqdm(total=1.0, desc=label, bar_format=layout, disable=None, leave=False) as shown:
-        yield lambda share: shown.update(min(share, 1.0) - shown.n)
+    with tqdm(total=1, desc=label, bar_format=layout, disable=None, leave=False) as shown:
+
+        def tell(done: int, in_all: int) -> None:
+            shown.total = in_all
+            shown.update(done - shown.n)
+
+        yield tell
 
 
 def _command(args) -> None:
