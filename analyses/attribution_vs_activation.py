@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 
 import common
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
@@ -19,7 +18,9 @@ from plotly.subplots import make_subplots
 from lnfree_interp import PromptPairs, activation_patching, attribution_patching, cli, induction_pairs, ioi_pairs
 from lnfree_interp.figures.style import colour, line, styled
 from lnfree_interp.pairs import pairs_from_text
-from lnfree_interp.patching import normalized, patching_error
+from lnfree_interp.patching import patching_error, solved
+from lnfree_interp.patching.effect import LEAST, compared
+from lnfree_interp.statistics import mean_interval
 
 METHODS = {
     "gradient": {"method": "gradient"},
@@ -44,7 +45,6 @@ NOUNS = (
 SAID = ("said", "thought", "knew", "felt", "believed", "saw", "declared", "found")
 DID = ("put on", "took off", "lifted up", "held out", "turned to", "spoke of", "looked at", "thought of")
 FEWEST = 12  # prompts a comparison is made with
-LEAST = 0.5  # logits between clean and corrupted, in every model, of the prompts that are used
 
 
 def pronoun_pairs(model, n: int, *, seed: int = 0):
@@ -101,33 +101,32 @@ def claims(family: Family, kind: str, table: pd.DataFrame, gain: pd.DataFrame) -
 
 
 def measure(models: dict, kind: str, args) -> tuple[pd.DataFrame, dict]:
-    """Errors of all models and methods on prompts that move all models; gradient errors [prompt, layer]."""
+    """Errors of all models and methods on prompts that all models solve; errors of the gradient [prompt, layer]."""
     pairs = PAIRS[kind](next(iter(models.values())), args.prompts, seed=args.seed)
     exact = {
         name: activation_patching(model, pairs, site=args.site)
         for name, model in cli.progress(list(models.items()), label=f"activation patching, {kind}")
     }
-    moved = torch.stack([e.clean - e.corrupted >= LEAST for e in exact.values()]).all(0).cpu()
-    if moved.sum() < FEWEST:
+    there = torch.stack([solved(effect).cpu() for effect in exact.values()]).all(0)
+    if there.sum() < FEWEST:
         return pd.DataFrame(), {}
-    pairs, tables, errors = pairs[moved], [], {}
+    pairs, tables, errors = pairs[there], [], {}
     for name, model in models.items():
-        truth = activation_patching(model, pairs, site=args.site)
+        truth = exact[name][there]
         for method, options in cli.progress(list(METHODS.items()), label=f"{name}, {kind}"):
             guess = attribution_patching(model, pairs, site=args.site, **options)
             error = patching_error(guess, truth, seed=args.seed).table()
             tables.append(error.assign(model=name, method=method, pairs=kind, prompts=len(pairs)))
             if method == "gradient":
-                errors[name] = (normalized(guess) - normalized(truth)).abs().sum(-1).double().cpu()
+                a, b = compared(guess, truth)
+                errors[name] = (a - b).abs().sum(-1)
     return pd.concat(tables), errors
 
 
 def gains(family: Family, kind: str, errors: dict, seed: int) -> dict:
-    """Error of the control minus that of the LN-free model: mean and sd over layers, 95% by bootstrap over prompts."""
+    """Error of the control minus that of the LN-free model: mean and sd over layers, 95% interval over prompts."""
     difference = (errors[family.control] - errors[family.free]).numpy()
-    n = len(difference)
-    drawn = difference.mean(1)[np.random.default_rng(seed).integers(n, size=(1000, n))].mean(1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
+    low, high = mean_interval(difference.mean(1), seed=seed)
     layers = difference.mean(0)
     return {
         "pairs": kind,
@@ -136,7 +135,7 @@ def gains(family: Family, kind: str, errors: dict, seed: int) -> dict:
         "sd": layers.std(),
         "low": low,
         "high": high,
-        "prompts": n,
+        "prompts": len(difference),
     }
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
@@ -26,6 +28,8 @@ from transformers import (
     set_seed,
 )
 
+from lnfree_interp.batching import check_ids
+from lnfree_interp.cli import replace_file
 from lnfree_interp.data import EOT, Blocks, read_documents, token_blocks
 from lnfree_interp.finetune import StatusLine, last_checkpoint, load_trainable, remove_layernorm
 from lnfree_interp.schedule import RemovalSchedule
@@ -50,6 +54,28 @@ def train_tokenizer(documents: list[str], out: Path) -> None:
         tokenizer_object=tokenizer, bos_token=EOT, eos_token=EOT, unk_token=EOT, model_max_length=CONTEXT
     )
     wrapped.save_pretrained(out)
+
+
+def write_tokens(path: Path, train: torch.Tensor, val: torch.Tensor) -> None:
+    replace_file(path, lambda beside: save_file({"train": train, "val": val}, beside))
+
+
+def read_tokens(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The (training, validation) blocks that `write_tokens` wrote.
+
+    Raises:
+        ValueError: the file is not readable, or holds something other than blocks of token ids.
+    """
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no readable safetensors file ({error}); remove it to make it anew") from None
+    for name in ("train", "val"):
+        blocks = stored.get(name, torch.empty(0))
+        if blocks.dtype != torch.long or blocks.shape[1:] != (CONTEXT,) or not len(blocks):
+            raise ValueError(f"{path} holds no {name} blocks of {CONTEXT} token ids; remove it to make it anew")
+        check_ids(blocks, VOCAB, f"{path}: {name}")
+    return stored["train"], stored["val"]
 
 
 def pretrain(train: torch.Tensor, val: torch.Tensor, tokenizer, out: Path, steps: int) -> None:
@@ -183,10 +209,11 @@ def main() -> None:
     if not (args.out / "tokenizer" / "tokenizer.json").exists():
         train_tokenizer(documents, args.out / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(args.out / "tokenizer")
-    if not (args.out / "tokens.pt").exists():
+    tokens = args.out / "tokens.safetensors"
+    if not tokens.exists():
         val = token_blocks(tokenizer, read_documents(args.val), CONTEXT)
-        torch.save((token_blocks(tokenizer, documents, CONTEXT), val), args.out / "tokens.pt")
-    train, val = torch.load(args.out / "tokens.pt")
+        write_tokens(tokens, token_blocks(tokenizer, documents, CONTEXT), val)
+    train, val = read_tokens(tokens)
     print(f"{train.numel():,} training tokens, {val.numel():,} validation tokens")
 
     tiny, schedule = args.out / "tiny", RemovalSchedule.preset("tiny")
@@ -199,7 +226,7 @@ def main() -> None:
     if args.only in (None, "embed"):
         for name in MODELS:
             embed(args.out / name if name == "tiny" else args.out / name / "final", CHECKPOINTS / name)
-        (CHECKPOINTS / "validation.txt").write_text(excerpt(read_documents(args.val), 20_000))
+        (CHECKPOINTS / "validation.txt").write_text(excerpt(read_documents(args.val), 20_000), encoding="utf-8")
         table = pd.DataFrame([losses(name, val) for name in MODELS])
         table.to_csv(ROOT / "figures" / "tiny_losses.csv", index=False, float_format="%.5f")
         print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))

@@ -1,16 +1,60 @@
-"""Tokens: batches from text files or hub datasets."""
+"""Text files, and tokens from them or from hub datasets."""
 
 from __future__ import annotations
 
 import gzip
+import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .batching import whole
+
 EOT = "<|endoftext|>"
+
+
+def read_text(path: str | Path, what: str = "text file") -> str:
+    """A plain or gzipped (.gz) UTF-8 file's text, without a byte order mark, every line end as "\\n".
+
+    The one reader of users' texts. Lines are what stands between line ends: never `splitlines`, which also cuts at
+    characters that belong into a text (U+2028, U+0085).
+
+    Args:
+        what: what to call the file in errors.
+
+    Raises:
+        ValueError: the file cannot be read, or is not UTF-8 text.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot read {what} {path}: {getattr(error, 'strerror', None) or error}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json_lines(path: str | Path, what: str) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of each line of a .jsonl file (plain or .gz) that is not blank.
+
+    Raises:
+        ValueError: as read_text; a line that is not JSON.
+    """
+    for number, line in enumerate(read_text(path, what).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: no JSON ({getattr(error, 'msg', error)})") from None
+        yield number, value
 
 
 def read_documents(path: str | Path) -> list[str]:
@@ -27,14 +71,7 @@ def read_documents(path: str | Path) -> list[str]:
         >>> len(documents) > 5, all(documents)
         (True, True)
     """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    except (OSError, EOFError) as error:
-        raise ValueError(f"cannot read text file {path}: {getattr(error, 'strerror', None) or error}") from None
+    text = read_text(path)
     documents = [document for block in text.split("\n\n") if (document := block.strip("\n"))]
     if not any(document.strip() for document in documents):
         raise ValueError(f"text file {path} is empty")
@@ -42,7 +79,7 @@ def read_documents(path: str | Path) -> list[str]:
 
 
 def token_stream(tokenizer, documents: Iterable[str], *, batch: int = 256) -> Iterator[list[int]]:
-    """Token ids of each document, each followed by the end-of-text token."""
+    """Token ids of each document (a text by itself is one), each followed by the end-of-text token."""
     eot = tokenizer.eos_token_id
     chunk: list[str] = []
 
@@ -50,7 +87,7 @@ def token_stream(tokenizer, documents: Iterable[str], *, batch: int = 256) -> It
         ids = tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
         return ([*document, eot] for document in ids)
 
-    for document in documents:
+    for document in [documents] if isinstance(documents, str) else documents:
         chunk.append(document)
         if len(chunk) == batch:
             yield from encode()
@@ -60,7 +97,7 @@ def token_stream(tokenizer, documents: Iterable[str], *, batch: int = 256) -> It
 
 
 def token_blocks(
-    tokenizer, documents: Iterable[str], block_size: int, *, max_blocks: int | None = None
+    tokenizer, documents: Iterable[str], block_size: SupportsIndex, *, max_blocks: SupportsIndex | None = None
 ) -> Int[Tensor, "batch pos"]:
     """Documents packed end to end (an end-of-text token after each) and cut into equal blocks.
 
@@ -72,7 +109,7 @@ def token_blocks(
         Int[Tensor, "batch pos"] token ids.
 
     Raises:
-        ValueError: there are fewer tokens than one block.
+        ValueError: there are fewer tokens than one block; block_size or max_blocks below 1.
 
     Example:
         >>> from lnfree_interp import load_model, token_blocks
@@ -80,6 +117,8 @@ def token_blocks(
         >>> token_blocks(tokenizer, ["It was the best of times,", "it was the worst of times."], block_size=5).shape
         torch.Size([3, 5])
     """
+    block_size = whole(block_size, "block_size", least=1)
+    max_blocks = None if max_blocks is None else whole(max_blocks, "max_blocks", least=1)
     ids: list[int] = []
     for document in token_stream(tokenizer, documents):
         ids.extend(document)

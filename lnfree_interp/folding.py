@@ -33,7 +33,7 @@ def fold_layernorm(config, state: Mapping[str, Tensor], *, ln_free: bool) -> Ite
     n_heads = config.n_head
 
     def take(name: str) -> Tensor:
-        return state[name].detach().double()
+        return state[name].detach().cpu().double()  # not every device has fp64
 
     def norm(site: str) -> tuple[Tensor, Tensor]:
         return take(f"{site}.weight") / divisor, take(f"{site}.bias")

@@ -3,13 +3,12 @@
 `run` is TransformerLens' `run_with_hooks` with three differences: it starts from tokens or from the residual
 stream at any layer, it ends at the final residual stream (nothing is unembedded that was not asked for), and
 the last layer can be computed at chosen positions only. Models whose blocks the packed forward covers
-(GPT-2's kind: see `covers`) take a fast path: q, k and v in one product, fused layer norm, GELU and attention.
-All others, and models that carry hooks of their own, go through TransformerLens' own forward with the same hooks
-and give the same results.
+(GPT-2's kind: see `covers`) take a fast path: fused layer norm, GELU and attention, each weight read where it
+lies. All others, and models that carry hooks of their own, go through TransformerLens' own forward with the same
+hooks and give the same results.
 
-The weights are packed at each call of `packed_weights`, never kept from an earlier one: weights may be edited in
-place without a trace (`W.data`), and what is made under inference mode cannot be used for gradients later. Only q, k
-and v are copied, when they are first used. Who makes many passes packs once and hands the weights to all of them.
+Nothing is copied from the model and nothing kept from one call to the next, so that edits of the weights, which may
+leave no trace (`W.data`), are always followed.
 
 The pieces of the fast path (`layer_qkv`, `attend`, `layer_attn_out`, `layer_mlp_post`, `layer_mlp_out`) work on any
 number of rows, so that callers who keep keys and values of earlier positions can run a layer on the rows that changed.
@@ -20,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,10 +100,15 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One block's weights, two-dimensional: `x @ W + b` throughout."""
+    """One block's weights: `x @ W + b` throughout, for q, k and v head by head."""
 
     ln1: Norm
-    qkv: tuple[tuple[Tensor, Tensor], ...]  # (W, b) of q, k and v: [head, d_model, d_head] and [head, d_head]
+    W_Q: Float[Tensor, "head d_model d_head"]
+    b_Q: Float[Tensor, "head d_head"]
+    W_K: Float[Tensor, "head d_model d_head"]
+    b_K: Float[Tensor, "head d_head"]
+    W_V: Float[Tensor, "head d_model d_head"]
+    b_V: Float[Tensor, "head d_head"]
     W_O: Float[Tensor, "heads_d_head d_model"]
     b_O: Float[Tensor, " d_model"]
     attn_scale: float
@@ -114,28 +118,22 @@ class Layer:
     W_out: Float[Tensor, "d_mlp d_model"] | None = None
     b_out: Float[Tensor, " d_model"] | None = None
 
-    @cached_property
-    def W_QKV(self) -> Float[Tensor, "d_model three_heads_d_head"]:
-        with torch.no_grad():
-            return torch.cat([W.transpose(0, 1).flatten(1) for W, _ in self.qkv], 1)
-
-    @cached_property
-    def b_QKV(self) -> Float[Tensor, " three_heads_d_head"]:
-        with torch.no_grad():
-            return torch.cat([b.flatten() for _, b in self.qkv])
+    @property
+    def qkv(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(W, b) of queries, keys and values."""
+        return (self.W_Q, self.b_Q), (self.W_K, self.b_K), (self.W_V, self.b_V)
 
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """A model's weights as the fast path reads them: views, but for q, k and v, which are copied at first use."""
+    """A model's weights as the fast path reads them: views, no copies."""
 
     layers: tuple[Layer, ...]
     ln_final: Norm
     W_E: Float[Tensor, "d_vocab d_model"]
     W_pos: Float[Tensor, "n_ctx d_model"]
-    W_U: Float[Tensor, "d_model d_vocab"]
-    b_U: Float[Tensor, " d_vocab"]
-    n_heads: int
+    W_U: Float[Tensor, "d_model d_vocab_out"]
+    b_U: Float[Tensor, " d_vocab_out"]
     act: Callable[[Tensor], Tensor]
 
 
@@ -200,7 +198,7 @@ def covers(model) -> bool:
 
 
 def packed_weights(model) -> PackedWeights | None:
-    """The model's weights in two dimensions, as they are now; None for a model that `covers` says is not served."""
+    """The model's weights as they are now, views of them; None for a model that `covers` says is not served."""
     if not covers(model):
         return None
     with torch.no_grad():
@@ -215,7 +213,7 @@ def _pack(model) -> PackedWeights:
         layers.append(
             Layer(
                 ln1=norm(block.ln1),
-                qkv=((attn.W_Q, attn.b_Q), (attn.W_K, attn.b_K), (attn.W_V, attn.b_V)),
+                **{f"{part}_{x}": getattr(attn, f"{part}_{x}") for x in "QKV" for part in "Wb"},
                 W_O=attn.W_O.flatten(0, 1),
                 b_O=attn.b_O,
                 attn_scale=float(attn.attn_scale),
@@ -230,7 +228,6 @@ def _pack(model) -> PackedWeights:
         W_pos=model.pos_embed.W_pos,
         W_U=model.unembed.W_U,
         b_U=model.unembed.b_U,
-        n_heads=cfg.n_heads,
         act=ACTIVATIONS.get(cfg.act_fn, F.gelu),
     )
 
@@ -240,16 +237,57 @@ def _pack(model) -> PackedWeights:
 
 
 def layer_qkv(
-    packed: PackedWeights, layer: Layer, resid: Float[Tensor, "*rows d_model"]
+    layer: Layer, resid: Float[Tensor, "*rows d_model"]
 ) -> tuple[Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"], Float[Tensor, "*rows head d_head"]]:
     """Queries, keys and values of the rows given."""
-    return split_qkv(packed, F.linear(layer.ln1(resid), layer.W_QKV.T, layer.b_QKV))
-
-
-def split_qkv(packed: PackedWeights, qkv: Float[Tensor, "*rows three_d"]) -> tuple[Tensor, Tensor, Tensor]:
-    """The product with W_QKV as q, k and v, each Float[Tensor, "*rows head d_head"]."""
-    q, k, v = qkv.unflatten(-1, (3, packed.n_heads, -1)).unbind(-3)
+    q, k, v = products(layer.ln1(resid), *layer.qkv)
     return q, k, v
+
+
+Linear = tuple[Tensor, Tensor]
+"""W and b of a product x W + b: a matrix [d_in, d_out] and its bias, or one of each for every head."""
+
+
+def products(x: Float[Tensor, "*rows d_in"], *linears: Linear) -> tuple[Tensor, ...]:
+    """x W + b for each W and b: [*rows, d_out] of a matrix, [*rows, head, d_out] of a matrix per head."""
+    if all(W.ndim == 2 for W, _ in linears):
+        return tuple(F.linear(x, W.T, b) for W, b in linears)
+    return _HeadProducts.apply(x, *(t for linear in linears for t in linear))
+
+
+def _product(rows: Float[Tensor, "row d_in"], W: Tensor, b: Tensor) -> Tensor:
+    if W.ndim == 2:
+        return F.linear(rows, W.T, b)
+    return torch.baddbmm(b[:, None], rows.expand(len(W), -1, -1), W).transpose(0, 1)
+
+
+class _HeadProducts(torch.autograd.Function):
+    """`products`, the weights read where they lie, with a gradient for x alone that never has an axis head."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *linears: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*linears[::2])
+        rows = x.reshape(-1, x.shape[-1])
+        return tuple(_product(rows, W, b).unflatten(0, x.shape[:-1]) for W, b in zip(linears[::2], linears[1::2]))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx.saved_tensors, grads), *(None for _ in range(2 * len(grads)))
+
+
+def _gradient(weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor | None:
+    """The gradient of x from those of its products."""
+    total = None
+    for W, grad in zip(weights, grads):
+        if grad is None:
+            continue
+        if W.ndim == 2:
+            total = grad @ W.T if total is None else total + grad @ W.T
+            continue
+        heads, shape = grad.flatten(0, -3).transpose(0, 1), grad.shape[:-2]
+        before = heads.new_zeros(heads.shape[1], W.shape[1]) if total is None else total.flatten(0, -2)
+        total = torch.addbmm(before, heads, W.transpose(1, 2), beta=0 if total is None else 1).unflatten(0, shape)
+    return total
 
 
 def attend(
@@ -372,11 +410,11 @@ def _served(hooks: Mapping[str, Hook]) -> bool:
     return all(name.endswith(_SERVED) for name in hooks)
 
 
-Product = tuple[Tensor, Tensor, Tensor]
-"""x, W and b of a product x W + b that a pass asks for."""
+Asked = tuple[Tensor, tuple[Linear, ...]]
+"""What a pass asks for: the products of a tensor with these."""
 
 
-def _steps(packed, tokens, resid, start_layer, hooks, positions, past) -> Generator[Product, Tensor, Tensor]:
+def _steps(packed, tokens, resid, start_layer, hooks, positions, past) -> Generator[Asked, tuple[Tensor, ...], Tensor]:
     """A pass through the packed weights that leaves its matrix products to whoever drives it."""
 
     def at(name: str, x: Tensor) -> Tensor:
@@ -394,12 +432,17 @@ def _steps(packed, tokens, resid, start_layer, hooks, positions, past) -> Genera
     for i in range(start_layer, len(packed.layers)):
         layer, name = packed.layers[i], f"blocks.{i}."
         resid = at(name + "hook_resid_pre", resid)
-        q, k, v = split_qkv(packed, (yield layer.ln1(resid), layer.W_QKV, layer.b_QKV))
+        x = of_queries = layer.ln1(resid)
         mask = None
-        if positions is not None and i == len(packed.layers) - 1:
-            n_pos = resid.shape[1]
-            resid, q = resid[:, positions], q[:, positions]
-            mask = causal_mask(n_pos, n_past + n_pos, resid.device)[positions]
+        if i < len(packed.layers) - 1:
+            q, k, v = yield x, layer.qkv
+        else:  # queries apart, so that passes that want all positions and passes that want some stay in step
+            if positions is not None:
+                n_pos = resid.shape[1]
+                resid, of_queries = resid[:, positions], x[:, positions]
+                mask = causal_mask(n_pos, n_past + n_pos, resid.device)[positions]
+            (q,) = yield of_queries, layer.qkv[:1]
+            k, v = yield x, layer.qkv[1:]
         q, k, v = at(name + "attn.hook_q", q), at(name + "attn.hook_k", k), at(name + "attn.hook_v", v)
         if past is not None:
             k, v = (torch.cat(both, 1) for both in zip(past.kept[i], (k, v)))
@@ -407,22 +450,23 @@ def _steps(packed, tokens, resid, start_layer, hooks, positions, past) -> Genera
             z = _attend_by_pattern(layer, q, k, v, mask, partial(at, name + "attn.hook_pattern"))
         else:
             z = attend(layer, q, k, v, mask)
-        attn_out = yield at(name + "attn.hook_z", z).flatten(-2), layer.W_O, layer.b_O
+        (attn_out,) = yield at(name + "attn.hook_z", z).flatten(-2), ((layer.W_O, layer.b_O),)
         resid = resid + at(name + "hook_attn_out", attn_out)
         if layer.W_in is not None:
             resid = at(name + "hook_resid_mid", resid)
-            pre = at(name + "mlp.hook_pre", (yield layer.ln2(resid), layer.W_in, layer.b_in))
-            mlp_out = yield at(name + "mlp.hook_post", packed.act(pre)), layer.W_out, layer.b_out
+            (pre,) = yield layer.ln2(resid), ((layer.W_in, layer.b_in),)
+            post = at(name + "mlp.hook_post", packed.act(at(name + "mlp.hook_pre", pre)))
+            (mlp_out,) = yield post, ((layer.W_out, layer.b_out),)
             resid = resid + at(name + "hook_mlp_out", mlp_out)
         resid = at(name + "hook_resid_post", resid)
     return resid
 
 
-def _finish(steps: Generator[Product, Tensor, Tensor]) -> Tensor:
+def _finish(steps: Generator[Asked, tuple[Tensor, ...], Tensor]) -> Tensor:
     try:
-        x, W, b = next(steps)
+        x, linears = next(steps)
         while True:
-            x, W, b = steps.send(F.linear(x, W.T, b))
+            x, linears = steps.send(products(x, *linears))
     except StopIteration as end:
         return end.value
 
@@ -450,9 +494,9 @@ def run_both(
         start = options.get("start_layer", 0)
         given = (options.get(name) for name in ("positions", "past"))
         passes.append(_steps(packed, options.get("tokens"), options.get("resid"), start, hooks, *given))
-    answers: tuple[Tensor | None, Tensor | None] = (None, None)
+    answers: tuple = (None, None)
     while True:
-        asked: list[Product] = []
+        asked: list[Asked] = []
         ends = []
         for steps, answer, with_graph in zip(passes, answers, (False, True)):
             with torch.set_grad_enabled(with_graph):
@@ -462,28 +506,30 @@ def run_both(
                     ends.append(end.value)
         if ends:
             return ends[1], ends[0]
-        (others, W, b), (x, _, _) = asked
+        (others, linears), (x, _) = asked
         with torch.enable_grad():
-            answers = _LinearOfBoth.apply(x, others, W, b)[::-1]
+            found = _ProductsOfBoth.apply(x, others, *(t for linear in linears for t in linear))
+        answers = found[len(linears) :], found[: len(linears)]
 
 
-class _LinearOfBoth(torch.autograd.Function):
-    """x W + b for two tensors at once, with a gradient for the first alone."""
+class _ProductsOfBoth(torch.autograd.Function):
+    """`products` of two tensors at once, with a gradient for the first alone."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, others: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(W)
-        rows = torch.cat([x.flatten(0, -2), others.flatten(0, -2)])
-        of_x, of_others = F.linear(rows, W.T, b).split([x[..., 0].numel(), others[..., 0].numel()])
-        of_x, of_others = of_x.view(*x.shape[:-1], -1), of_others.view(*others.shape[:-1], -1)
-        ctx.mark_non_differentiable(of_others)
+    def forward(ctx, x: Tensor, others: Tensor, *linears: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*linears[::2])
+        rows, sizes = torch.cat([x.flatten(0, -2), others.flatten(0, -2)]), [x[..., 0].numel(), others[..., 0].numel()]
+        found = [_product(rows, W, b).split(sizes) for W, b in zip(linears[::2], linears[1::2])]
+        of_x = [part.unflatten(0, x.shape[:-1]) for part, _ in found]
+        of_others = [part.unflatten(0, others.shape[:-1]) for _, part in found]
+        ctx.mark_non_differentiable(*of_others)
         ctx.set_materialize_grads(False)
-        return of_x, of_others
+        return *of_x, *of_others
 
     @staticmethod
-    def backward(ctx, grad: Tensor | None, _):
-        (W,) = ctx.saved_tensors
-        return None if grad is None else grad @ W.T, None, None, None
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = len(ctx.saved_tensors)
+        return _gradient(ctx.saved_tensors, grads[:n]), *(None for _ in range(2 * n + 1))
 
 
 def attention_pattern(layer: Layer, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:

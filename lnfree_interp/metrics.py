@@ -14,6 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .batching import check_tokens
+from .models import as_model
+from .pairs import as_pairs
+
 
 def log_probs(logits: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows d_vocab"]:
     """log_softmax over the vocabulary, in fp32 at least (nats)."""
@@ -33,6 +37,8 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])).exp()
         tensor([[4., 4.]])
     """
+    if logits.ndim != 3 or logits.shape[1] == 0:
+        raise ValueError(f"logits have shape {list(logits.shape)}, wanted is [batch, pos, d_vocab]")
     if logits.shape[:2] != tokens.shape:
         raise ValueError(f"logits are of {list(logits.shape[:2])} tokens, tokens are {list(tokens.shape)}")
     # Gather first, normalise by logsumexp: no second tensor of the logits' size.
@@ -50,7 +56,17 @@ def entropy(logits: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows"]:
         tensor([5., 5.])
     """
     log_p = log_probs(logits)
-    return -_weighted(log_p.exp(), log_p).sum(-1)
+    return _not_negative(-_weighted(log_p.exp(), log_p).sum(-1))
+
+
+def _not_negative(x: Tensor) -> Tensor:
+    """0 where rounding has made x negative, with x's own derivatives (clamp would set them to 0 there)."""
+    return torch.where(x < 0, x - x.detach(), x)
+
+
+def _same_shape(logits: Tensor, other: Tensor) -> None:
+    if logits.shape != other.shape or logits.ndim == 0:
+        raise ValueError(f"logits have shapes {list(logits.shape)} and {list(other.shape)}: they must be the same")
 
 
 def _weighted(p: Tensor, x: Tensor) -> Tensor:
@@ -61,32 +77,40 @@ def _weighted(p: Tensor, x: Tensor) -> Tensor:
 def kl_divergence(
     logits: Float[Tensor, "*rows d_vocab"], other: Float[Tensor, "*rows d_vocab"]
 ) -> Float[Tensor, "*rows"]:
-    """KL(logits || other) of the predicted distributions (nats).
+    """KL(logits || other) of the predicted distributions (nats, never negative).
+
+    Raises:
+        ValueError: logits of different shapes.
 
     Example:
         >>> import torch
         >>> kl_divergence(torch.tensor([0.0, -1e9]), torch.tensor([0.0, 0.0])).exp()
         tensor(2.)
     """
+    _same_shape(logits, other)
     log_p, log_q = log_probs(logits), log_probs(other)
-    return _weighted(log_p.exp(), log_p - log_q).sum(-1)
+    return _not_negative(_weighted(log_p.exp(), log_p - log_q).sum(-1))
 
 
 def js_divergence(
     logits_a: Float[Tensor, "*rows d_vocab"], logits_b: Float[Tensor, "*rows d_vocab"]
 ) -> Float[Tensor, "*rows"]:
-    """Jensen-Shannon divergence of the predicted distributions (nats, at most log 2).
+    """Jensen-Shannon divergence of the predicted distributions (nats, from 0 to log 2).
+
+    Raises:
+        ValueError: logits of different shapes.
 
     Example:
         >>> import torch
         >>> js_divergence(torch.tensor([0.0, -1e9]), torch.tensor([-1e9, 0.0])).exp()
         tensor(2.)
     """
+    _same_shape(logits_a, logits_b)
     log_p, log_q = log_probs(logits_a), log_probs(logits_b)
     log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
     left = _weighted(log_p.exp(), log_p - log_mean)
     right = _weighted(log_q.exp(), log_q - log_mean)
-    return ((left + right).sum(-1) / 2).clamp_min(0.0)
+    return _not_negative((left + right).sum(-1) / 2)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -123,10 +147,21 @@ class Metric:
     context: tuple[Tensor, ...] = field(default=(), repr=False)
 
     def __call__(self, logits: Float[Tensor, "prompt pos d_vocab"], pairs) -> Float[Tensor, " prompt"]:
-        """The metric of full logits."""
-        n_pos = logits.shape[1]
-        logits = logits[:, list(self.reads(n_pos))]
+        """The metric of full logits.
+
+        Raises:
+            ValueError: logits that are not [prompt, pos, d_vocab] of the pairs' prompts, positions outside them, and
+                tokens or context of another number of prompts.
+        """
+        pairs = as_pairs(pairs)
+        if logits.ndim != 3 or logits.shape[:2] != pairs.clean.shape:
+            wanted = [*pairs.clean.shape, "d_vocab"]
+            raise ValueError(f"logits have shape {list(logits.shape)}, these pairs want {wanted}".replace("'", ""))
+        logits = logits[:, list(self.reads(logits.shape[1]))]
         tokens = self.columns(pairs)
+        for rows in (() if tokens is None else (tokens,)) + self.context:
+            if len(rows) != len(pairs):
+                raise ValueError(f"metric {self.name} is made for {len(rows)} prompts, there are {len(pairs)} pairs")
         if tokens is not None:
             index = tokens[:, None].expand(-1, logits.shape[1], -1).to(logits.device)
             logits = logits.gather(-1, index)
@@ -147,7 +182,7 @@ class Metric:
 
     def columns(self, pairs) -> Int[Tensor, "prompt k"] | None:
         """The tokens whose logits are read, for each prompt; None: all."""
-        return pairs.answers if isinstance(self.tokens, str) else self.tokens
+        return as_pairs(pairs).answers if isinstance(self.tokens, str) else self.tokens
 
 
 def _difference(logits: Tensor) -> Tensor:
@@ -176,7 +211,7 @@ def right_log_prob(pairs) -> Metric:
         >>> activation_patching(model, pairs, metric=right_log_prob(pairs)).metric
         'right_log_prob'
     """
-    return Metric("right_log_prob", _right_log_prob, tokens=None, context=(pairs.answers[:, 0],))
+    return Metric("right_log_prob", _right_log_prob, tokens=None, context=(as_pairs(pairs).answers[:, 0],))
 
 
 def kl_from_clean(model, pairs) -> Metric:
@@ -192,7 +227,9 @@ def kl_from_clean(model, pairs) -> Metric:
     """
     from .forward import run, unembed
 
+    model = as_model(model)
+    clean = check_tokens(model, as_pairs(pairs).clean)
     with torch.no_grad():
-        final = run(model, pairs.clean.to(model.cfg.device), positions=[pairs.clean.shape[1] - 1])
+        final = run(model, clean, positions=[clean.shape[1] - 1])
         reference = unembed(model, final)[:, -1]
     return Metric("kl_from_clean", _kl_from, tokens=None, context=(reference,))

@@ -14,11 +14,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .data import read_text
 from .folding import fold_layernorm
 from .layernorm import is_ln_free
 
@@ -150,8 +152,8 @@ def read_config(directory: Path):
     from transformers import GPT2Config
 
     try:
-        raw = json.loads((directory / "config.json").read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raw = json.loads(read_text(directory / "config.json"))
+    except ValueError as error:
         raise ValueError(f"{directory}: config.json is not readable ({error})") from None
     if not isinstance(raw, dict) or raw.get("model_type") != "gpt2":
         kind = raw.get("model_type") if isinstance(raw, dict) else raw
@@ -168,7 +170,10 @@ def _weight_files(directory: Path) -> list[Path]:
     """The safetensors files a checkpoint consists of; empty if it has none or a shard is missing."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(read_text(index))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} is no index of safetensors files") from None
         files = [directory / shard for shard in shards]
         return files if all(f.is_file() for f in files) else []
     single = directory / "model.safetensors"
@@ -381,6 +386,34 @@ def load_model(
     # init_weights=False left every parameter empty memory: none may have been passed over.
     assert not missing, f"never filled: {sorted(missing)}"
     return model.eval().requires_grad_(False)
+
+
+def as_model(model):
+    """A model as it is, or the one of that name, loaded with `load_model`: what functions that take a model begin with.
+
+    Raises:
+        ValueError: an unknown name, an object that is no TransformerLens model, a model spread over several devices.
+    """
+    if isinstance(model, (str, Path)):
+        model = load_model(model)
+    if isinstance(model, type) or not all(hasattr(model, name) for name in ("cfg", "hook_dict", "blocks")):
+        kind = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise ValueError(f"model must be a HookedTransformer (see load_model) or a name, not {kind}")
+    n_devices = getattr(model.cfg, "n_devices", 1) or 1
+    if n_devices > 1:
+        raise ValueError(f"the model is spread over {n_devices} devices (cfg.n_devices); it must be on one")
+    return model
+
+
+def as_models(models: Mapping[str, object]) -> dict[str, Any]:
+    """name -> model, each through `as_model`.
+
+    Raises:
+        ValueError: as `as_model`; no mapping.
+    """
+    if not isinstance(models, Mapping):
+        raise ValueError(f"models must be a mapping of names to models, not {type(models).__name__}")
+    return {name: as_model(model) for name, model in models.items()}
 
 
 def build_model(config, ln_free: bool, tokenizer, *, device, dtype, name: str):

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
+
+from .batching import Places, check_next_token, encode, indices, one_token, whole
+from .data import read_json_lines, read_text
+from .models import as_model
 
 
 @dataclass(frozen=True)
 class PromptPairs:
     """Clean and corrupted prompts of one token length.
 
+    Some of the pairs are `pairs[2]`, `pairs[-1:]`, `pairs[mask]`, ..., always PromptPairs.
+
     Attributes:
         clean, corrupted: token ids, Int[Tensor, "prompt pos"].
         answers: (right, wrong) token ids for each prompt: what the clean and the corrupted prompt call for.
 
     Raises:
-        ValueError: pairs that do not align, clean equal to corrupted, right equal to wrong, no pairs.
+        ValueError: no token ids, pairs that do not align, clean equal to corrupted, right equal to wrong, no pairs.
 
     Example:
         >>> import torch
@@ -37,6 +45,17 @@ class PromptPairs:
     answers: Int[Tensor, "answered_prompt two"]
 
     def __post_init__(self):
+        for name in ("clean", "corrupted", "answers"):
+            ids = getattr(self, name)
+            if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+                kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+                raise ValueError(
+                    f"{name} must be a tensor of token ids, not {kind}; "
+                    "PromptPairs.from_file and pairs_from_text read texts"
+                )
+            if ids.ndim != 2 and name != "answers":
+                raise ValueError(f"{name} has shape {list(ids.shape)}, wanted is [prompt, pos]")
+            object.__setattr__(self, name, ids.to(self.clean.device, torch.long))
         n, n_pos = self.clean.shape
         if n == 0 or n_pos == 0:
             raise ValueError(f"pairs are empty: clean has shape {[n, n_pos]}")
@@ -46,21 +65,31 @@ class PromptPairs:
             raise ValueError(f"clean has {n_pos} tokens, corrupted has {self.corrupted.shape[1]}: pairs must align")
         if tuple(self.answers.shape) != (n, 2):
             raise ValueError(f"answers have shape {list(self.answers.shape)}, {n} prompts want {[n, 2]} (right, wrong)")
-        same = (~self.differ.any(1)).nonzero().flatten().tolist()
-        if same:
-            raise ValueError(f"clean equals corrupted in pair {same[0]}: there is nothing to patch")
-        undecided = (self.answers[:, 0] == self.answers[:, 1]).nonzero().flatten().tolist()
-        if undecided:
-            raise ValueError(
-                f"pair {undecided[0]} has token {int(self.answers[undecided[0], 0])} as right and as wrong"
-            )
+        # What is wrong with the values, in one transfer from the device.
+        same, undecided = torch.stack([~self.differ.any(1), self.answers[:, 0] == self.answers[:, 1]]).tolist()
+        if True in same:
+            raise ValueError(f"clean equals corrupted in pair {same.index(True)}: there is nothing to patch")
+        if True in undecided:
+            i = undecided.index(True)
+            raise ValueError(f"pair {i} has token {int(self.answers[i, 0])} as right and as wrong")
 
     def __len__(self) -> int:
         return len(self.clean)
 
-    def __getitem__(self, rows: slice | Tensor) -> PromptPairs:
-        """Some of the pairs."""
-        return PromptPairs(self.clean[rows], self.corrupted[rows], self.answers[rows])
+    def __getitem__(self, rows: Places) -> PromptPairs:
+        """Some of the pairs, by number, slice, list, index tensor or mask; a single one is PromptPairs too.
+
+        Raises:
+            ValueError: a pair that is not there, or none at all.
+        """
+        chosen = indices(rows, len(self), "pair", range(len(self)), "pairs")
+        if not isinstance(rows, slice) or rows.indices(len(self))[2] < 0:  # a slice is a view, where torch has it
+            rows = torch.tensor(chosen, device=self.clean.device)
+        return _valid_pairs(self.clean[rows], self.corrupted[rows], self.answers[rows])
+
+    def __iter__(self) -> Iterator[PromptPairs]:
+        """The pairs one by one."""
+        return (self[i] for i in range(len(self)))
 
     @property
     def differ(self) -> Bool[Tensor, "prompt pos"]:
@@ -73,14 +102,16 @@ class PromptPairs:
         return self.differ.int().argmax(1)
 
     def to(self, device) -> PromptPairs:
-        return PromptPairs(self.clean.to(device), self.corrupted.to(device), self.answers.to(device))
+        return _valid_pairs(self.clean.to(device), self.corrupted.to(device), self.answers.to(device))
 
     def reversed(self) -> PromptPairs:
         """Clean and corrupted exchanged; the answers stay, so metrics keep their sign."""
-        return PromptPairs(self.corrupted, self.clean, self.answers)
+        return _valid_pairs(self.corrupted, self.clean, self.answers)
 
     @classmethod
-    def from_file(cls, path: str | Path, model, *, length: int | None = None, prepend_bos: bool = True) -> PromptPairs:
+    def from_file(
+        cls, path: str | Path, model, *, length: SupportsIndex | None = None, prepend_bos: bool = True
+    ) -> PromptPairs:
         """The pairs of a .jsonl or .csv file with clean, corrupted, right, wrong.
 
         Args:
@@ -94,21 +125,35 @@ class PromptPairs:
         counts = ", ".join(f"{n} tokens ({len(group)} pairs)" for n, group in groups.items())
         if length is None and len(groups) > 1:
             raise ValueError(f"{path} has pairs of {counts}: choose one with length=, or take groups_from_file")
-        length = next(iter(groups)) if length is None else length
+        length = next(iter(groups)) if length is None else whole(length, "length")
         if length not in groups:
             raise ValueError(f"{path} has no pairs of {length} tokens; it has {counts}")
         return groups[length]
 
 
+def _valid_pairs(clean: Tensor, corrupted: Tensor, answers: Tensor) -> PromptPairs:
+    """Pairs made of valid ones: not checked again, which would read from the device each time."""
+    pairs = object.__new__(PromptPairs)
+    for name, ids in (("clean", clean), ("corrupted", corrupted), ("answers", answers)):
+        object.__setattr__(pairs, name, ids)
+    return pairs
+
+
+def as_pairs(pairs: object) -> PromptPairs:
+    """Pairs as they are, or made of (clean, corrupted, answers).
+
+    Raises:
+        ValueError: something else, or as PromptPairs.
+    """
+    if isinstance(pairs, PromptPairs):
+        return pairs
+    if isinstance(pairs, (tuple, list)) and len(pairs) == 3:
+        return PromptPairs(*pairs)
+    raise ValueError(f"pairs must be PromptPairs, or (clean, corrupted, answers) for it, not {type(pairs).__name__}")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Text -> tokens
-
-
-def _encoder(model) -> Callable[[str], list[int]]:
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{model.cfg.model_name} has no tokenizer, so text cannot be read for it")
-    return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _bos(model) -> list[int]:
@@ -116,18 +161,8 @@ def _bos(model) -> list[int]:
     return [] if bos is None else [bos]
 
 
-def _answer(model, encode: Callable[[str], list[int]], text: str) -> int:
-    ids = encode(text)
-    if len(ids) != 1:
-        shown = [model.tokenizer.decode([i]) for i in ids]
-        raise ValueError(f"answer {text!r} is {len(ids)} tokens {shown}, it must be one")
-    if ids[0] >= model.cfg.d_vocab:
-        raise ValueError(f"answer {text!r} is token {ids[0]}, outside the model's vocabulary of {model.cfg.d_vocab}")
-    return ids[0]
-
-
 def pairs_from_text(
-    model, rows: Sequence[tuple[str, str, str, str]], *, prepend_bos: bool = True, places: Sequence[str] = ()
+    model, rows: Sequence[Sequence[str]], *, prepend_bos: bool = True, places: Sequence[str] = ()
 ) -> dict[int, PromptPairs]:
     """Pairs of texts (clean, corrupted, right, wrong) by token length, shortest first; never padded.
 
@@ -135,8 +170,8 @@ def pairs_from_text(
         places: what to call each row in errors (default "pair 0", ...).
 
     Raises:
-        ValueError: no tokenizer, prompts that do not align or do not differ, longer than the model's context, an
-            answer that is not one token (its tokens are shown).
+        ValueError: no tokenizer, no rows, rows that are no four texts, prompts that do not align or do not differ,
+            longer than the model's context, an answer that is not one token (its tokens are shown).
 
     Example:
         >>> from lnfree_interp import load_model
@@ -145,23 +180,30 @@ def pairs_from_text(
         >>> {n: pairs.clean.shape for n, pairs in groups.items()}
         {5: torch.Size([1, 5])}
     """
-    encode, bos = _encoder(model), _bos(model) if prepend_bos else []
+    model = as_model(model)
+    check_next_token(model)
+    bos = _bos(model) if prepend_bos else []
     groups: dict[int, list[tuple[list[int], list[int], list[int]]]] = {}
-    for i, (clean, corrupted, right, wrong) in enumerate(rows):
+    for i, row in enumerate(rows):
         try:
-            a, b = bos + encode(clean), bos + encode(corrupted)
+            if isinstance(row, str) or len(row) != 4 or not all(isinstance(text, str) for text in row):
+                raise ValueError("a pair is four texts: clean, corrupted, right, wrong")
+            clean, corrupted, right, wrong = row
+            a, b = bos + encode(model, clean), bos + encode(model, corrupted)
             if len(a) != len(b):
                 raise ValueError(f"clean has {len(a)} tokens, corrupted has {len(b)}: pairs must align")
             if a == b:
                 raise ValueError("clean equals corrupted: there is nothing to patch")
             if len(a) > model.cfg.n_ctx:
                 raise ValueError(f"prompt has {len(a)} tokens, the model's context is {model.cfg.n_ctx}")
-            answers = [_answer(model, encode, right), _answer(model, encode, wrong)]
+            answers = [one_token(model, right, "answer"), one_token(model, wrong, "answer")]
             if answers[0] == answers[1]:
                 raise ValueError(f"{right!r} is the right and the wrong answer")
         except ValueError as error:
             raise ValueError(f"{places[i] if places else f'pair {i}'}: {error}") from None
         groups.setdefault(len(a), []).append((a, b, answers))
+    if not groups:
+        raise ValueError("there are no pairs")
     return {n: PromptPairs(*(torch.tensor(column) for column in zip(*groups[n]))) for n in sorted(groups)}
 
 
@@ -188,29 +230,17 @@ def groups_from_file(path: str | Path, model, *, prepend_bos: bool = True) -> di
         >>> list(groups), groups[5].answers.shape
         ([5], torch.Size([1, 2]))
     """
-    path = Path(path)
-    if path.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"pairs file {path} is neither .jsonl nor .csv")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read pairs file {path}: {getattr(error, 'strerror', None) or error}") from None
-    records: list[tuple[int, object]] = []
-    if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines())
-        records = [(reader.line_num, record) for record in reader]
-    else:
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    records.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path} line {number} is not JSON: {error.msg}") from None
+    model = as_model(model)
+    kind = Path(str(path).removesuffix(".gz")).suffix
+    if kind not in (".jsonl", ".csv"):
+        raise ValueError(f"pairs file {path} is neither .jsonl nor .csv (nor one of them as .gz)")
+    records = list(_csv_records(path) if kind == ".csv" else read_json_lines(path, "pairs file"))
     if not records:
         raise ValueError(f"pairs file {path} holds no pairs")
-    rows, places = [], []
+    rows: list[tuple] = []
+    places = []
     for number, record in records:
-        place = f"{path} line {number}"
+        place = f"{path}, line {number}"
         row = tuple(record.get(c) for c in _COLUMNS) if isinstance(record, dict) else (None,) * 4
         missing = [c for c, value in zip(_COLUMNS, row) if not isinstance(value, str) or not value]
         if missing:
@@ -218,6 +248,31 @@ def groups_from_file(path: str | Path, model, *, prepend_bos: bool = True) -> di
         rows.append(row)
         places.append(place)
     return pairs_from_text(model, rows, prepend_bos=prepend_bos, places=places)
+
+
+def _csv_records(path: str | Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """(number of its first line, record) of each row that is not blank; the first row names the columns.
+
+    Raises:
+        ValueError: the file cannot be read, quotes that do not close, a row of more fields than there are columns.
+    """
+    # strict: a quote that does not close would else swallow the rest of the file.
+    reader = csv.reader(io.StringIO(read_text(path, "pairs file"), newline=""), strict=True)
+    columns, first = None, 1
+    try:
+        for row in reader:
+            if row and columns is None:
+                columns = row
+            elif row and columns is not None:
+                if len(row) > len(columns):
+                    raise ValueError(
+                        f"{path}, line {first} has {len(row)} fields for {len(columns)} columns: "
+                        "texts with a comma must stand in quotes"
+                    )
+                yield first, dict(zip(columns, row))
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {first} is no CSV: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -251,7 +306,12 @@ TEMPLATES = (
 """{S} is the giver. In the clean prompt it is one of the two names, in the corrupted prompt the other one."""
 
 
-def ioi_pairs(model, n: int, *, seed: int = 0, template: int | str = 0, prepend_bos: bool = True) -> PromptPairs:
+_SLOTS = ("A", "B", "PLACE", "S", "OBJECT")
+
+
+def ioi_pairs(
+    model, n: SupportsIndex, *, seed: SupportsIndex = 0, template: SupportsIndex | str = 0, prepend_bos: bool = True
+) -> PromptPairs:
     """Pairs for indirect object identification: clean and corrupted differ in who gives, so in who receives.
 
     Names, places and objects are drawn from those that are one token each (after a space) in the model's
@@ -274,25 +334,17 @@ def ioi_pairs(model, n: int, *, seed: int = 0, template: int | str = 0, prepend_
         >>> len(pairs), pairs.differ.sum(1).tolist()
         (4, [1, 1, 1, 1])
     """
-    if n < 1:
-        raise ValueError(f"n is {n}, it must be positive")
-    if isinstance(template, int):
-        if not 0 <= template < len(TEMPLATES):
-            raise ValueError(f"template {template} is unknown; known are 0 to {len(TEMPLATES) - 1}, or a text")
-        template = TEMPLATES[template]
-    lacking = [slot for slot in ("A", "B", "S") if f"{{{slot}}}" not in template]
-    if lacking:
-        raise ValueError(f"template {template!r} lacks {', '.join(f'{{{slot}}}' for slot in lacking)}")
-    encode = _encoder(model)
+    model = as_model(model)
+    n, draw, template = whole(n, "n", least=1), random.Random(whole(seed, "seed")), _template(template)
     names, places, objects = (
-        [word for word in words if len(encode(" " + word)) == 1] for words in (NAMES, PLACES, OBJECTS)
+        [word for word in words if len(encode(model, " " + word)) == 1] for words in (NAMES, PLACES, OBJECTS)
     )
     if len(names) < 2 or not places or not objects:
         raise ValueError(
             f"the tokenizer has {len(names)} names, {len(places)} places and {len(objects)} objects that are one "
             "token each; at least 2, 1 and 1 are needed"
         )
-    draw, rows = random.Random(seed), []
+    rows = []
     for i in range(n):
         receiver, giver = draw.sample(names, 2)
         a, b = (receiver, giver) if i % 2 == 0 else (giver, receiver)
@@ -307,11 +359,38 @@ def ioi_pairs(model, n: int, *, seed: int = 0, template: int | str = 0, prepend_
     return next(iter(groups.values()))
 
 
+def _template(template: SupportsIndex | str) -> str:
+    """The text of a template that is named by its number or given, with no slots but the known ones."""
+    if not isinstance(template, str):
+        number = whole(template, "template")
+        if not 0 <= number < len(TEMPLATES):
+            raise ValueError(f"template {number} is unknown; known are 0 to {len(TEMPLATES) - 1}, or a text")
+        return TEMPLATES[number]
+    known = ", ".join(f"{{{slot}}}" for slot in _SLOTS)
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(
+            f"template {template!r} has a brace too many or too few ({error}); slots are {known}"
+        ) from None
+    slots = []
+    for _, name, spec, conversion in parts:
+        if name is None:  # the text after the last slot
+            continue
+        slots.append(name)
+        if name not in _SLOTS or spec or conversion:
+            raise ValueError(f"template {template!r} has an unknown slot {{{name}}}; known are {known}")
+    lacking = [slot for slot in ("A", "B", "S") if slot not in slots]
+    if lacking:
+        raise ValueError(f"template {template!r} lacks {', '.join(f'{{{slot}}}' for slot in lacking)}")
+    return template
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Induction
 
 
-def induction_pairs(model, n: int, *, length: int = 16, seed: int = 0) -> PromptPairs:
+def induction_pairs(model, n: SupportsIndex, *, length: SupportsIndex = 16, seed: SupportsIndex = 0) -> PromptPairs:
     """Random tokens repeated up to the one before the last: the model must copy what came next the first time.
 
     The pairs differ in that token's first occurrence alone; what stands there is the answer, right in the clean
@@ -331,8 +410,9 @@ def induction_pairs(model, n: int, *, length: int = 16, seed: int = 0) -> Prompt
         >>> pairs.clean.shape, pairs.differ.sum().item()
         (torch.Size([8, 12]), 8)
     """
-    if n < 1:
-        raise ValueError(f"n is {n}, it must be positive")
+    model = as_model(model)
+    check_next_token(model)
+    n, length, draw = whole(n, "n", least=1), whole(length, "length"), random.Random(whole(seed, "seed"))
     if not 4 <= length <= model.cfg.n_ctx:
         raise ValueError(f"length is {length}, it must be from 4 to the model's context of {model.cfg.n_ctx}")
     bos, special = [], set()
@@ -342,7 +422,7 @@ def induction_pairs(model, n: int, *, length: int = 16, seed: int = 0) -> Prompt
     allowed = [i for i in range(model.cfg.d_vocab) if i not in special]
     # The first period is repeated up to the token before the one asked for, which stands at offset `asked`.
     asked = length - len(bos) - period
-    draw, clean, corrupted, answers = random.Random(seed), [], [], []
+    clean, corrupted, answers = [], [], []
     for _ in range(n):
         *first, other = _whole_tokens(model, allowed, period + 1, draw, length)
         changed = [*first[:asked], other, *first[asked + 1 :]]

@@ -1,5 +1,8 @@
 """The laws of direct logit attribution, on every kind of normalisation and every decomposition."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from conftest import NORMALIZATIONS, make_model, random_tokens
@@ -15,6 +18,7 @@ from lnfree_interp.dla import (
     direct_logit_attribution,
     logit_attributions,
 )
+from lnfree_interp.forward import run
 
 TOLERANCE = 1e-9
 BY = attribution.DECOMPOSITIONS
@@ -24,27 +28,27 @@ def close(a, b, tolerance=TOLERANCE):
     torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
 
 
-def component_outputs(model, tokens, by):
+def component_outputs(model, tokens, by, cache=None):
     """Every component's output [component, batch, pos, d_model], the slow way, in the order of the labels."""
-    _, cache = model.run_with_cache(tokens)
+    cache = cache or model.run_with_cache(tokens)[1]
     cfg = model.cfg
     outputs = [cache["hook_embed"]]
     if cfg.positional_embedding_type == "standard":
         outputs.append(cache["hook_pos_embed"].expand_as(outputs[0]))
     for i, block in enumerate(model.blocks):
         if by == "head":
-            outputs += [cache["z", i][:, :, h] @ block.attn.W_O[h] for h in range(cfg.n_heads)]
+            outputs += [cache[f"blocks.{i}.attn.hook_z"][:, :, h] @ block.attn.W_O[h] for h in range(cfg.n_heads)]
             outputs.append(block.attn.b_O.expand_as(outputs[0]))
         else:
-            outputs.append(cache["attn_out", i])
+            outputs.append(cache[f"blocks.{i}.hook_attn_out"])
         if cfg.attn_only:
             continue
         if by == "neuron":
-            post = cache["post", i]
+            post = cache[f"blocks.{i}.mlp.hook_post"]
             outputs += [post[..., n, None] * block.mlp.W_out[n] for n in range(cfg.d_mlp)]
             outputs.append(block.mlp.b_out.expand_as(outputs[0]))
         else:
-            outputs.append(cache["mlp_out", i])
+            outputs.append(cache[f"blocks.{i}.hook_mlp_out"])
     return torch.stack(outputs), cache[f"blocks.{cfg.n_layers - 1}.hook_resid_post"]
 
 
@@ -126,17 +130,33 @@ def test_laws_hold_on_random_configurations(
     close(exact.values, torch.stack(brute))
 
 
+WHERE = (
+    0,
+    -1,
+    [1, 4],
+    [4, 1],
+    slice(2, 5),
+    slice(None, None, 3),
+    slice(None, None, -1),
+    [6, 5, 4, 3, 2, 1, 0],
+    [0, 0, 1, 2, 3, 4, 5],
+    [3, 3],
+    [-1, 0],
+    [6, 1, 2, 3, 4, 5, 0],
+)
+
+
 @pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("positions", [0, -1, [1, 4], [4, 1], slice(2, 5), slice(None, None, 3)])
+@pytest.mark.parametrize("positions", WHERE, ids=str)
 def test_some_positions_are_those_of_all(any_model, by, positions):
     tokens, targets = random_tokens(any_model), random_tokens(any_model, seed=1)
     every = logit_attributions(any_model, tokens, targets, by=by)
     some = logit_attributions(any_model, tokens, targets, by=by, positions=positions)
-    index = [positions] if isinstance(positions, int) else positions
+    index = np.atleast_1d(np.arange(7)[positions]).tolist()
     for all_, few in zip(every, some):
         close(few.values, all_.values[:, :, index])
         close(few.bias, all_.bias[:, index])
-        assert few.positions == tuple(torch.arange(tokens.shape[1])[index].tolist())
+        assert few.positions == tuple(index)
 
 
 def test_default_targets_are_the_next_tokens_and_a_vector_is_for_the_last_position(any_model):
@@ -191,6 +211,61 @@ def test_models_the_packed_forward_does_not_cover(fields, by):
     close(exact.values, torch.stack(brute))
 
 
+HOOKS = (
+    "hook_embed",
+    "blocks.1.hook_resid_pre",
+    "blocks.0.attn.hook_z",
+    "blocks.1.hook_attn_out",
+    "blocks.0.hook_resid_mid",
+    "blocks.1.mlp.hook_post",
+    "blocks.1.hook_mlp_out",
+    "blocks.1.hook_resid_post",
+)
+
+
+@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("kind", [None, "LNPre"])
+@pytest.mark.parametrize("by", BY)
+def test_what_a_models_own_hooks_write_is_a_component(name, kind, by):
+    model = make_model(kind)
+    model.add_hook(name, lambda x, hook: 1.5 * x + 1, is_permanent=True)
+    tokens = random_tokens(model)
+    linear, exact = logit_attributions(model, tokens, by=by)
+    outputs, resid = component_outputs(model, tokens, by)
+    outputs = torch.cat([outputs, (resid - outputs.sum(0))[None]])
+    assert linear.labels[-1] == "hooks"
+    whole = target_logits(model, resid[:, :-1], tokens[:, 1:])
+    close(linear.values.sum(0) + linear.bias, whole)
+    close(whole, model(tokens)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0])
+    brute = [whole - target_logits(model, (resid - c)[:, :-1], tokens[:, 1:]) for c in outputs]
+    close(exact.values, torch.stack(brute))
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", [None, "LNPre", "RMS"])
+def test_low_precision_is_exact_on_the_activations_it_has(kind, dtype, by):
+    """Norms of 4,000, as GPT-2's position 0 has them, nearly all of it one component's: squares are beyond fp16."""
+    wide = make_model(kind)
+    with torch.no_grad():
+        wide.embed.W_E[:10] *= 30 if kind is None else 3000  # without a norm, scores would be beyond fp16 themselves
+        wide.blocks[-1].mlp.W_out[5] *= 1 if kind is None else 2000
+    model = make_model(kind, dtype=dtype)
+    model.load_state_dict({k: v.to(dtype) for k, v in wide.state_dict().items()})
+    wide.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    tokens = random_tokens(model)
+    tokens[:, 0] = torch.arange(3)
+    cache = {}
+    names = [name for name in model.hook_dict if name.endswith(("embed", "attn_out", "mlp_out", "z", "post"))]
+    run(model, tokens, hooks={name: partial(cache.__setitem__, name) for name in names})
+    assert cache["blocks.1.hook_resid_post"].float().norm(dim=-1).max() > (40 if kind is None else 4000)
+    outputs, resid = component_outputs(wide, tokens, by, {name: x.double() for name, x in cache.items()})
+    whole = target_logits(wide, resid[:, :-1], tokens[:, 1:])
+    brute = torch.stack([whole - target_logits(wide, (resid - c)[:, :-1], tokens[:, 1:]) for c in outputs])
+    exact = direct_effect(model, tokens, by=by).values
+    torch.testing.assert_close(exact.double(), brute, atol=1e-5 * brute.abs().max().item(), rtol=1e-3)
+
+
 def test_heads_and_neurons_add_up_to_their_component(any_model):
     tokens = random_tokens(any_model)
     parts = {by: direct_logit_attribution(any_model, tokens, by=by) for by in BY}
@@ -215,7 +290,8 @@ def test_nothing_of_head_batch_pos_d_model_is_made(random_model):
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend(t.numel() for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t))
+            made = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if torch.is_tensor(t)]
+            sizes.extend(t.untyped_storage().nbytes() // t.itemsize for t in made)
             return out
 
     with Sizes():

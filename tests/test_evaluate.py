@@ -19,6 +19,7 @@ from lnfree_interp.evaluate import (
 from lnfree_interp.evaluate.__main__ import baselines, main
 from lnfree_interp.evaluate.cached import extend
 from lnfree_interp.forward import packed_weights
+from lnfree_interp.statistics import mean_interval
 
 
 class Letters:
@@ -87,12 +88,10 @@ def test_bootstrap_draws_sequences_not_tokens(random_model):
     spread = few.losses.mean(1).std().item() / math.sqrt(40)
     width = few.interval[1] - few.interval[0]
     assert width == pytest.approx(2 * 1.96 * spread, rel=0.15)
-    from lnfree_interp.evaluate.loss import bootstrap
 
-    assert bootstrap(few.losses.mean(1)) == few.interval
-    repeated = few.losses.expand(-1, 500)
-    assert bootstrap(repeated.double().mean(1)) == pytest.approx(few.interval, abs=1e-6)
-    assert all(math.isnan(x) for x in bootstrap(torch.ones(1)))
+    repeated = few.losses.expand(-1, 500).double().mean(1)
+    assert mean_interval(repeated.numpy()) == pytest.approx(few.interval, abs=1e-6)
+    assert all(math.isnan(x) for x in evaluate_loss(model, tokens[:1]).interval)
 
 
 @pytest.mark.parametrize("kind", [None, "LNPre"])
@@ -188,6 +187,23 @@ def test_comparison_refuses_models_that_do_not_compare(random_model):
         compare_models({}, tokens)
     with pytest.raises(ValueError, match="n_bins is 0"):
         compare_models({"a": random_model(None)}, tokens, n_bins=0)
+
+
+@pytest.mark.parametrize("kind", [None, "LNPre"])
+def test_progress_is_told_in_sequences_and_items(kind):
+    model = with_letters(kind, n_layers=1)
+    tokens = random_tokens(model, batch=5, pos=6)
+    told = []
+
+    def progress(done, total):
+        told.append((done, total))
+
+    evaluate_loss(model, tokens, per_pass=12, draws=2, progress=progress)
+    compare_models({"m": model}, tokens, per_pass=12, draws=2, progress=progress)
+    assert told == 2 * [(2, 5), (4, 5), (5, 5)]
+    told.clear()
+    hellaswag(model, ITEMS, per_pass=1, progress=progress)
+    assert told == [(1, 3), (2, 3), (3, 3)]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -86,3 +86,57 @@ def test_metric_of_chosen_positions_and_tokens(logits, pairs):
     torch.testing.assert_close(metric(logits, pairs), torch.stack(wanted))
     with pytest.raises(ValueError, match="reads position"):
         metric.reads(3)
+
+
+def test_divergences_and_entropy_are_never_negative():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, 500, generator=generator) * 5
+    other = logits + 1e-7 * torch.randn(300, 500, generator=generator)
+    p, q = logits.log_softmax(-1), other.log_softmax(-1)
+    assert ((p.exp() * (p - q)).sum(-1) < 0).any()  # rounding does that
+    for value in (kl_divergence(logits, other), js_divergence(logits, other), entropy(logits * 1e3)):
+        assert value.min() >= 0 and value.isfinite().all()
+
+
+def test_at_0_the_derivatives_are_the_divergence_s_own():
+    """Of KL(p || q) at q = p the gradient is 0 the Hessian diag(p) - p p^T, whatever rounding makes of it."""
+    generator = torch.Generator().manual_seed(0)
+    for logits in torch.randn(40, 6, generator=generator) * 3:
+        other = (logits + 1e-7 * torch.randn(6, generator=generator)).requires_grad_()
+        (gradient,) = torch.autograd.grad(kl_divergence(logits, other), other, create_graph=True)
+        hessian = torch.stack([torch.autograd.grad(g, other, retain_graph=True)[0] for g in gradient])
+        p = logits.softmax(-1)
+        torch.testing.assert_close(hessian, p.diag() - p.outer(p), atol=1e-5, rtol=1e-4)
+
+
+def test_wrong_shapes_are_one_line(logits, pairs, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # the functions' own checks, not the tests'
+    tokens = torch.arange(15).view(3, 5) % 11
+    metric = Metric("mine", lambda x: x[:, 0, 0], tokens=torch.zeros(2, 1, dtype=torch.long))
+    for function, arguments, message in (
+        (
+            kl_divergence,
+            (logits, logits[:1]),
+            r"logits have shapes \[3, 5, 11\] and \[1, 5, 11\]: they must be the same",
+        ),
+        (js_divergence, (logits, logits[..., :1]), r"\[3, 5, 11\] and \[3, 5, 1\]"),
+        (kl_divergence, (logits[0, 0, 0], logits[0, 0, 0]), r"logits have shapes \[\] and \[\]"),
+        (cross_entropy, (logits[0], tokens[0]), r"logits have shape \[5, 11\], wanted is \[batch, pos, d_vocab\]"),
+        (cross_entropy, (logits[0], logits[0].long()), r"logits have shape \[5, 11\]"),
+        (logit_diff, (logits[0], pairs), r"logits have shape \[5, 11\], these pairs want \[3, 5, d_vocab\]"),
+        (logit_diff, (logits[:2], pairs), r"logits have shape \[2, 5, 11\]"),
+        (logit_diff, (logits[:, :4], pairs), r"logits have shape \[3, 4, 11\]"),
+        (logit_diff, (logits, "pairs"), "pairs must be PromptPairs"),
+        (right_log_prob, ("pairs",), "pairs must be PromptPairs"),
+        (right_log_prob(pairs[:2]), (logits, pairs), "right_log_prob is made for 2 prompts, there are 3 pairs"),
+        (metric, (logits, pairs), "metric mine is made for 2 prompts, there are 3 pairs"),
+    ):
+        with pytest.raises(ValueError, match=message) as raised:
+            function(*arguments)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_metric_takes_pairs_as_three_tensors(logits, pairs):
+    plain = (pairs.clean, pairs.corrupted, pairs.answers)
+    torch.testing.assert_close(logit_diff(logits, plain), logit_diff(logits, pairs))
+    torch.testing.assert_close(right_log_prob(plain)(logits, plain), right_log_prob(pairs)(logits, pairs))

@@ -270,6 +270,23 @@ def test_directories_that_are_no_gpt2(tmp_path, files, message):
     assert "\n" not in str(raised.value)
 
 
+def test_a_config_with_a_byte_order_mark_is_read(tmp_path):
+    random_checkpoint(tmp_path, ln_free=True)
+    plain, tokens = load_model(tmp_path, device="cpu"), torch.arange(9)[None]
+    file = tmp_path / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert torch.equal(load_model(tmp_path, device="cpu")(tokens), plain(tokens))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_an_index_that_is_none(tmp_path, text):
+    random_checkpoint(tmp_path, ln_free=True)
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json is no index of safetensors files") as raised:
+        load_model(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_tokenizer_of_another_size(tmp_path):
     random_checkpoint(tmp_path, ln_free=True)
     for file in models.CHECKPOINTS.joinpath("tiny").glob("tokenizer*"):

@@ -123,6 +123,14 @@ def test_sinks_are_those_of_the_patterns(any_model):
     torch.testing.assert_close(result.stderr, on_first.mean(3).std(1).flatten() / 2)
 
 
+@pytest.mark.parametrize("kind", [None, "LNPre"])
+@pytest.mark.parametrize("function", [residual_norms, attention_sinks])
+def test_progress_is_told_in_sequences(function, kind, random_model):
+    model, told = random_model(kind), []
+    function(model, random_tokens(model, batch=5, pos=6), per_pass=12, progress=lambda *share: told.append(share))
+    assert told == [(2, 5), (4, 5), (5, 5)]
+
+
 def test_bad_input_is_named(random_model):
     model = random_model(None)
     tokens = random_tokens(model)

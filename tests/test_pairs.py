@@ -1,10 +1,15 @@
 """Pairs: aligned, single-token answers, and one clear line for everything that is wrong with a file."""
 
+import csv
+import gzip
+import io
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,6 +22,7 @@ from lnfree_interp.pairs import (
     groups_from_file,
     induction_pairs,
     ioi_pairs,
+    pairs_from_text,
 )
 
 
@@ -44,11 +50,16 @@ def model():
     known = ["and", "went", "to", "the", "gave", "a", "Mary", "John", "Tom", *PLACES[:5], *OBJECTS[:5]]
     tokenizer = make_tokenizer(known)
     cfg = SimpleNamespace(n_ctx=200, d_vocab=len(tokenizer), model_name="test")
-    return SimpleNamespace(tokenizer=tokenizer, cfg=cfg)
+    return fake(tokenizer, cfg)
+
+
+def fake(tokenizer, cfg):
+    """As much of a model as pairs read."""
+    return SimpleNamespace(tokenizer=tokenizer, cfg=cfg, hook_dict={}, blocks=())
 
 
 def bare(d_vocab=50, n_ctx=32):
-    return SimpleNamespace(tokenizer=None, cfg=SimpleNamespace(n_ctx=n_ctx, d_vocab=d_vocab, model_name="bare"))
+    return fake(None, SimpleNamespace(n_ctx=n_ctx, d_vocab=d_vocab, model_name="bare"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -111,7 +122,7 @@ def test_every_template(model):
 
 
 def test_wrong_ioi(model):
-    nameless = SimpleNamespace(tokenizer=make_tokenizer(["and"]), cfg=model.cfg)
+    nameless = fake(make_tokenizer(["and"]), model.cfg)
     with pytest.raises(ValueError, match="the tokenizer has 0 names, 0 places and 0 objects that are one token"):
         ioi_pairs(nameless, 2)
     with pytest.raises(ValueError, match="template 9 is unknown; known are 0 to"):
@@ -196,7 +207,7 @@ def test_wrong_files(model, tmp_path):
         ([GOOD | {"wrong": " Mary"}], "line 1: ' Mary' is the right and the wrong answer"),
         ([{k: v for k, v in GOOD.items() if k != "wrong"}], "line 1 lacks wrong; wanted are clean, corrupted"),
         (["[1, 2]"], "line 1 lacks clean"),
-        (["{nonsense"], "line 1 is not JSON"),
+        (["{nonsense"], "line 1: no JSON"),
         ([GOOD | {"clean": "Mary " * 300, "corrupted": "John " + "Mary " * 299}], "the model's context is 200"),
         ([], "holds no pairs"),
     ]
@@ -208,3 +219,67 @@ def test_wrong_files(model, tmp_path):
         groups_from_file(tmp_path / "pairs.txt", model)
     with pytest.raises(ValueError, match="cannot read pairs file"):
         groups_from_file(tmp_path / "absent.csv", model)
+
+
+def as_csv(records):
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, ["clean", "corrupted", "right", "wrong"])
+    writer.writeheader()
+    writer.writerows(records)
+    return file.getvalue()
+
+
+def as_jsonl(records):
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    middle=st.text(st.sampled_from('a\n\u2028\x85\x0b\x0c",é '), min_size=1, max_size=6),
+    windows=st.booleans(),
+    bom=st.booleans(),
+    packed=st.booleans(),
+)
+def test_texts_are_read_as_they_stand(model, tmp_path_factory, middle, windows, bom, packed):
+    """Whatever characters are in a text, line ends and quotes among them, however the file was saved."""
+    records = [GOOD | {"clean": f"Mary{middle}and", "corrupted": f"John{middle}and"}] * 2
+    rows = [tuple(records[0].values())] * 2
+    wanted = next(iter(pairs_from_text(model, rows).values()))
+    for kind, text in (("csv", as_csv(records)), ("jsonl", as_jsonl(records))):
+        text = text.replace("\r\n", "\n").replace("\n", "\r\n") if windows else text
+        raw = ("\ufeff" * bom + text).encode()
+        path = tmp_path_factory.mktemp("pairs") / (f"pairs.{kind}" + ".gz" * packed)
+        path.write_bytes(gzip.compress(raw) if packed else raw)
+        found = PromptPairs.from_file(path, model)
+        assert torch.equal(found.clean, wanted.clean) and torch.equal(found.corrupted, wanted.corrupted)
+
+
+def test_errors_name_the_line_a_record_begins_at(model, tmp_path):
+    header, good = "clean,corrupted,right,wrong", "Mary and,John and, Mary, John"
+    two_lines, wrong = '"Mary\nand","John\nand", Mary, John', "Mary and,John and, Mary, Mary"
+    for lines, message in (
+        ([header, two_lines, "", wrong], "line 6: ' Mary' is the right and the wrong answer"),
+        ([header, good, '"Mary\nand","John\nand", Mary, Mary'], "line 3: ' Mary' is the right and the wrong"),
+        ([header, good, "Mary and,John and, Mary"], "line 3 lacks wrong"),
+        ([header, good, '"Mary and,John and, Mary, John', good], "line 3 is no CSV: unexpected end of data"),
+        ([header, "When Mary, John and,Then Mary, John and, Mary, John"], "line 2 has 6 fields for 4 columns"),
+        (["", header, "", wrong], "line 4: ' Mary' is"),
+        ([header], "holds no pairs"),
+        ([], "holds no pairs"),
+    ):
+        for end in ("\n", "\r\n"):
+            path = tmp_path / "pairs.csv"
+            path.write_bytes("\n".join(lines).replace("\n", end).encode())
+            with pytest.raises(ValueError, match=message) as caught:
+                groups_from_file(path, model)
+            assert "\n" not in str(caught.value)
+
+
+def test_rows_that_are_no_four_texts(model):
+    for rows in ([("a", "b", "c")], ["abcd"], [("a", "b", 3, "d")]):
+        with pytest.raises(ValueError, match="pair 0: a pair is four texts"):
+            pairs_from_text.__wrapped__(model, rows)
+    with pytest.raises(ValueError, match=r"pair 0: text .* holds half a character"):
+        pairs_from_text(model, [("a\ud800", "b", "c", "d")])
+    with pytest.raises(ValueError, match="there are no pairs"):
+        pairs_from_text(model, [])

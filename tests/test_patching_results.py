@@ -18,6 +18,7 @@ from lnfree_interp.patching import (
     PatchingEffect,
     activation_patching,
     attribution_patching,
+    moved,
     normalized,
     patching_error,
     total_effect,
@@ -226,10 +227,34 @@ def test_error_measures_are_what_they_say():
     for name in ("total", "relative", "pearson", "spearman", "sign_agreement"):
         low, high = getattr(error, f"{name}_interval")
         assert low < getattr(error, name) < high
-    # The interval is that of resampled prompts.
-    rng = np.random.default_rng(1)
-    totals = [np.abs(x - y)[rng.integers(0, 6, 6)].sum(2).mean() for _ in range(4000)]
-    np.testing.assert_allclose(error.total_interval, np.quantile(totals, [0.025, 0.975]), rtol=0.1)
+    assert (error.prompts, error.left_out) == (6, 0)
+
+
+def test_prompts_in_which_nothing_moves_are_left_out_of_shares_and_counted():
+    x, y = random_effects()
+    clean = torch.tensor([1.0, 1e-9, -1, 0.49, 0.5, 0], dtype=torch.float64)
+    a, b = effect_of(x, "gradient", clean), effect_of(y, clean=clean)
+    error = patching_error(a, b)
+    used = torch.tensor([0, 2, 4])
+    assert moved(b).nonzero().flatten().tolist() == used.tolist()
+    alone = patching_error(a[used], b[used])
+    assert (error.prompts, error.left_out) == (3, 3) and (alone.prompts, alone.left_out) == (3, 0)
+    assert error.table().drop(columns="left_out").equals(alone.table().drop(columns="left_out"))
+    assert set(error.table().left_out) == {3} and set(error.table().prompts) == {3}
+    assert patching_error(a, b, normalize=False).prompts == 6
+    assert patching_error(a, b, least=0.1).prompts == 4
+    with pytest.raises(ValueError, match=r"moves by 2\.0 or more on none of 6 prompts \(at most 1\)"):
+        patching_error(a, b, least=2.0)
+    with pytest.raises(ValueError, match="least is 0.0"):
+        patching_error(a, b, least=0.0)
+
+
+def test_some_prompts_of_an_effect():
+    x, _ = random_effects()
+    effect = effect_of(x, reliability=x.abs())
+    some = effect[torch.tensor([4, 1])]
+    assert torch.equal(some.values, x[[4, 1]]) and torch.equal(some.reliability, x[[4, 1]].abs())
+    assert torch.equal(some.clean, effect.clean[[4, 1]]) and some.layers == effect.layers
 
 
 def test_error_of_itself_is_zero_and_scale_counts_only_raw():
@@ -252,7 +277,7 @@ def test_only_like_is_compared_with_like():
     with pytest.raises(ValueError, match=r"approximate effects have shape \[5, 3, 4\]"):
         patching_error(effect_of(x[:5]), effect_of(y))
     with pytest.raises(ValueError, match="prompt 0 has metric 0 clean and corrupted"):
-        patching_error(effect_of(x), effect_of(y, clean=torch.zeros(6, dtype=torch.float64)))
+        normalized(effect_of(y, clean=torch.zeros(6, dtype=torch.float64)))
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -6,26 +6,28 @@ norm lets it be read. The true direct effect removes c and normalises again:
 
     DE(c) = logit(x) - logit(x - c)            (P2 = arXiv 2507.02559, section 4)
 
-which differs wherever removing c changes s. Both follow from three numbers per component, <c, u>, <x, c> and
-|c|^2, and those from z and W_O: no [head, batch, pos, d_model] tensor and no x - c is ever made. Without
-LayerNorm the two are the same.
+which differs wherever removing c changes s. Both follow from three numbers per head or neuron, <c, u>, <x, c> and
+|c|^2, and those from z and W_O: no [head, batch, pos, d_model] tensor is ever made. Without LayerNorm the two are
+the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import check_ids, check_tokens
-from ..forward import final_norm, run
+from ..batching import Places, Targets, Tokens, check_next_token, check_tokens, indices, target_ids
+from ..forward import final_norm, own_hooks, run
+from ..models import as_model
 
 DECOMPOSITIONS = ("component", "head", "neuron")
 # Tokens per pass: what bounds the memory held for z, whatever the number of sequences.
 TOKENS_PER_PASS = 2048
+# Shares of |x|^2 below which |x - c|^2 is not taken from the closed form.
+CANCELLED = 0.01
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class LogitAttribution:
     Attributes:
         values: Float[Tensor, "component batch pos"], in logits.
         labels: one name per component: "embed", "pos_embed", "L3.attn", "L3.mlp", "L3H7", "L3N1021", and "L3.b_O",
-            "L3.b_out" for biases where heads or neurons are listed without them.
+            "L3.b_out" for biases where heads or neurons are listed without them; last "hooks", for a model that
+            carries hooks of its own: what they add to the final residual stream that no component wrote.
         bias: Float[Tensor, "batch pos"], the part no component owns (b_U, and the final norm's own bias).
             `values.sum(0) + bias` is the model's logit (for `direct_effect` only without LayerNorm).
         positions: the position in the prompt of each entry along pos.
@@ -50,7 +53,7 @@ class LogitAttribution:
         """One row per component: mean, mean absolute value and standard deviation in logits, largest first."""
         import pandas as pd
 
-        flat = self.values.flatten(1).double().cpu()
+        flat = self.values.flatten(1).cpu().double()
         table = pd.DataFrame(
             {
                 "component": self.labels,
@@ -68,22 +71,23 @@ class LogitAttribution:
 
 def direct_logit_attribution(
     model,
-    tokens: Int[Tensor, "batch pos"],
-    targets: Int[Tensor, ...] | None = None,
+    tokens: Tokens,
+    targets: Targets | None = None,
     *,
-    versus: Int[Tensor, ...] | None = None,
-    positions: int | slice | Sequence[int] | None = None,
+    versus: Targets | None = None,
+    positions: Places | None = None,
     by: str = "component",
 ) -> LogitAttribution:
     """Each component's part in a logit with the final norm's scale as it is: <c, u> / scale.
 
     Args:
-        model: any HookedTransformer; normalization_type None, "LN", "LNPre", "RMS" or "RMSPre".
-        tokens: Int[Tensor, "batch pos"].
+        model: any HookedTransformer, or a name; normalization_type None, "LN", "LNPre", "RMS" or "RMSPre".
+        tokens: Int[Tensor, "batch pos"], an array or lists of such, a text or a list of texts of one token length.
         targets: None: at every position that has one, the next token; [batch]: at the last position;
-            [batch pos]: at every position. Token ids.
+            [batch pos]: at every position. Token ids; at the last position also one id or one text of a single token,
+            the same for all prompts, or a list of such texts.
         versus: second token ids, of targets' shape: everything is then about the logit difference.
-        positions: only these (of those that targets gives); negative ones count from the end.
+        positions: only these (of those that targets gives); negative ones count from the end; or a mask of all.
         by: "component" (embed, pos_embed, attn and mlp of each layer with their biases), "head" (attention by
             heads, b_O apart) or "neuron" (MLPs by neurons, b_out apart).
 
@@ -108,11 +112,11 @@ def direct_logit_attribution(
 
 def direct_effect(
     model,
-    tokens: Int[Tensor, "batch pos"],
-    targets: Int[Tensor, ...] | None = None,
+    tokens: Tokens,
+    targets: Targets | None = None,
     *,
-    versus: Int[Tensor, ...] | None = None,
-    positions: int | slice | Sequence[int] | None = None,
+    versus: Targets | None = None,
+    positions: Places | None = None,
     by: str = "component",
 ) -> LogitAttribution:
     """How much a logit falls when a component is taken out of the final residual stream and the rest normalised.
@@ -135,11 +139,11 @@ def direct_effect(
 @torch.no_grad()
 def logit_attributions(
     model,
-    tokens: Int[Tensor, "batch pos"],
-    targets: Int[Tensor, ...] | None = None,
+    tokens: Tokens,
+    targets: Targets | None = None,
     *,
-    versus: Int[Tensor, ...] | None = None,
-    positions: int | slice | Sequence[int] | None = None,
+    versus: Targets | None = None,
+    positions: Places | None = None,
     by: str = "component",
     exact: bool = True,
 ) -> tuple[LogitAttribution, LogitAttribution | None]:
@@ -152,14 +156,16 @@ def logit_attributions(
         >>> bool((approximate.values - exact.values).abs().max() < 1e-4)
         True
     """
+    model = as_model(model)
     check_model(model, by)
     tokens = check_tokens(model, tokens)
     kept, targets, versus = align_targets(model, tokens, targets, versus, positions)
-    labels = component_labels(model.cfg, by)
+    hooked = bool(own_hooks(model))
+    labels = component_labels(model.cfg, by) + ("hooks",) * hooked
     parts = []
     for rows in tokens.new_tensor(range(len(tokens))).split(max(1, TOKENS_PER_PASS // tokens.shape[1])):
         other = None if versus is None else versus[rows]
-        parts.append(_attribute(model, tokens[rows], targets[rows], other, kept, by, exact))
+        parts.append(_attribute(model, tokens[rows], targets[rows], other, kept, by, exact, hooked))
     linear, effect, bias = (None if p[0] is None else torch.cat(p, dim=-2) for p in zip(*parts))
     where = tuple(kept)
     approximate = LogitAttribution(linear, labels, bias, where)
@@ -184,58 +190,42 @@ def check_model(model, by: str) -> None:
 
 
 def align_targets(
-    model, tokens: Int[Tensor, "batch pos"], targets: Tensor | None, versus: Tensor | None, positions
+    model, tokens: Int[Tensor, "batch pos"], targets: Targets | None, versus: Targets | None, positions: Places | None
 ) -> tuple[list[int], Int[Tensor, "batch kept"], Int[Tensor, "batch kept"] | None]:
     """The positions asked for and the target (and second) token ids there. The only place that aligns them.
 
     Raises:
-        ValueError: targets or versus of the wrong shape or out of the vocabulary, a position out of range.
+        ValueError: targets or versus of the wrong shape or out of the vocabulary, a position out of range; next
+            tokens where the logits are over another vocabulary.
     """
     n_batch, n_pos = tokens.shape
+    available = range(n_pos)
     if targets is None:
+        check_next_token(model)
         if n_pos < 2:
             raise ValueError("one token has no next token: give targets")
-        targets, available = tokens[:, 1:], range(n_pos - 1)
-    elif targets.shape == (n_batch,):
-        targets, available = targets[:, None], range(n_pos - 1, n_pos)
-    elif targets.shape == (n_batch, n_pos):
-        available = range(n_pos)
+        chosen, available = tokens[:, 1:], range(n_pos - 1)
     else:
-        raise ValueError(
-            f"targets have shape {list(targets.shape)}; allowed are [{n_batch}] (last position) and "
-            f"[{n_batch}, {n_pos}] (every position)"
-        )
-    if versus is not None:
-        versus = versus[:, None] if versus.ndim == 1 else versus
-        if versus.shape != targets.shape:
+        chosen = target_ids(model, targets, n_batch, "targets")
+        if chosen.shape == (n_batch,):
+            chosen, available = chosen[:, None], range(n_pos - 1, n_pos)
+        elif chosen.shape != (n_batch, n_pos):
             raise ValueError(
-                f"versus has shape {list(versus.shape)}, the targets {list(targets.shape)}: they must agree"
+                f"targets have shape {list(chosen.shape)}; allowed are [{n_batch}] (last position) and "
+                f"[{n_batch}, {n_pos}] (every position)"
             )
-        versus = versus.to(tokens.device, torch.long)
-        check_ids(versus, model.cfg.d_vocab, "versus")
-    targets = targets.to(tokens.device, torch.long)
-    check_ids(targets, model.cfg.d_vocab, "targets")
+    other = None if versus is None else target_ids(model, versus, n_batch, "versus")
+    if other is not None:
+        other = other[:, None] if other.ndim == 1 else other
+        if other.shape != chosen.shape:
+            raise ValueError(f"versus has shape {list(other.shape)}, the targets {list(chosen.shape)}: they must agree")
     kept = _resolve_positions(positions, n_pos, available)
     index = torch.tensor(kept, device=tokens.device) - available.start
-    return kept, targets[:, index], None if versus is None else versus[:, index]
+    return kept, chosen[:, index], None if other is None else other[:, index]
 
 
-def _resolve_positions(positions, n_pos: int, available: range) -> list[int]:
-    if positions is None:
-        return list(available)
-    if isinstance(positions, slice):
-        wanted = list(range(n_pos)[positions])
-    else:
-        wanted = [int(p) for p in ([positions] if isinstance(positions, int) else positions)]
-    kept = []
-    for p in wanted:
-        at = p + n_pos if p < 0 else p
-        if at not in available:
-            raise ValueError(f"position {p} is out of range: targets reach from {available[0]} to {available[-1]}")
-        kept.append(at)
-    if not kept:
-        raise ValueError(f"positions {positions} name none of 0 to {n_pos - 1}")
-    return kept
+def _resolve_positions(positions: Places | None, n_pos: int, available: range) -> list[int]:
+    return list(available) if positions is None else indices(positions, n_pos, "position", available, "targets")
 
 
 def component_labels(cfg, by: str) -> tuple[str, ...]:
@@ -252,28 +242,30 @@ def component_labels(cfg, by: str) -> tuple[str, ...]:
 # The computation
 
 
-def _attribute(model, tokens, targets, versus, kept: list[int], by: str, exact: bool):
+def _attribute(model, tokens, targets, versus, kept: list[int], by: str, exact: bool, hooked: bool):
     """(attribution, direct effect or None, bias) of a few sequences: [component, batch, kept] and [batch, kept]."""
     activations, x = _record(model, tokens, kept, by)
-    x = x.flatten(0, 1)  # [n, d_model]; n runs over batch and kept positions
+    # In fp32 at least: fp16 squares overflow at norms of 256, and |x - c|^2 is a small difference of large sums.
+    x = _wide(x.flatten(0, 1))  # [n, d_model]; n runs over batch and kept positions
+    if hooked:
+        activations["hooks"] = x - _written(model, activations)
     norm = final_norm(model)
-    wide = torch.promote_types(x.dtype, torch.float32)
 
     direction, bias = _directions(model, norm, targets, versus)
     scale = norm.scale(x)[:, 0]
-    read = [direction] + [_centred(x, norm)] * exact  # what components are projected on: u, and x itself
-    dots, squares = _project(model, activations, read, norm, by, with_squares=exact)
-    linear = dots[0].to(wide) / scale
     shape = (-1, *targets.shape)
-    if not exact:
-        return linear.view(shape), None, bias.view(targets.shape)
-    if norm.kind is None:
-        return linear.view(shape), linear.clone().view(shape), bias.view(targets.shape)
-    logit = torch.einsum("nd,nd->n", x, direction).to(wide)
-    # |x - c|^2 / d + eps, with x and c centred where the norm centres; rounding must not make it negative.
-    variance = (scale**2 - norm.eps).expand(1, -1) + (squares - 2 * dots[1]).to(wide) / x.shape[-1]
-    effect = logit / scale - (logit - dots[0].to(wide)) / (variance.clamp(min=0) + norm.eps).sqrt()
+    exact_apart = exact and norm.kind is not None
+    dots, left = _project(model, activations, direction, _centred(x, norm) if exact_apart else None, norm)
+    linear = dots / scale
+    if left is None:
+        return linear.view(shape), linear.clone().view(shape) if exact else None, bias.view(targets.shape)
+    whole = torch.einsum("nd,nd->n", x, direction) / scale
+    effect = whole - left[0] / (left[1] / x.shape[-1] + norm.eps).sqrt()
     return linear.view(shape), effect.view(shape), bias.view(targets.shape)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _centred(x: Float[Tensor, "*rows d_model"], norm) -> Float[Tensor, "*rows d_model"]:
@@ -284,12 +276,12 @@ def _centred(x: Float[Tensor, "*rows d_model"], norm) -> Float[Tensor, "*rows d_
 def _directions(model, norm, targets, versus) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, " n"]]:
     """u with logit = <x, u> / scale + bias, and that bias: W_U through the norm's own weights and centring."""
     columns, b_U = model.unembed.W_U.T, model.unembed.b_U
-    direction, bias = columns[targets].flatten(0, 1), b_U[targets].flatten()
+    direction, bias = _wide(columns[targets].flatten(0, 1)), _wide(b_U[targets].flatten())
     if versus is not None:
         direction = direction - columns[versus].flatten(0, 1)
         bias = bias - b_U[versus].flatten()
     if norm.b is not None:
-        bias = bias + direction @ norm.b
+        bias = bias + direction @ _wide(norm.b)
     if norm.w is not None:
         direction = direction * norm.w
     return _centred(direction, norm), bias
@@ -304,9 +296,9 @@ def _record(model, tokens, kept: list[int], by: str) -> tuple[dict[str, Tensor],
         if not getattr(cfg, "attn_only", False):
             names.append(f"blocks.{i}." + ("mlp.hook_post" if by == "neuron" else "hook_mlp_out"))
     activations: dict[str, Tensor] = {}
-    every = len(kept) == tokens.shape[1]
     # A slice where there is one: a view in place of a copy.
     where = slice(kept[0], kept[-1] + 1) if kept == list(range(kept[0], kept[-1] + 1)) else kept
+    every = where == slice(0, tokens.shape[1])
     last = f"blocks.{cfg.n_layers - 1}."
 
     def keep(name: str):
@@ -321,56 +313,77 @@ def _record(model, tokens, kept: list[int], by: str) -> tuple[dict[str, Tensor],
     return activations, x
 
 
-def _project(model, activations, read, norm, by: str, *, with_squares: bool):
-    """<c, r> for each r of `read` and |c|^2, of every component, c centred where the norm centres.
+def _pieces(model, activations):
+    """(the activation, the weights it is multiplied with or None) of everything that writes to the residual stream."""
+    for name, activation in activations.items():
+        block = model.blocks[int(name.split(".")[1])] if name.startswith("blocks.") else None
+        if name.endswith("hook_z"):
+            yield activation, block.attn.W_O
+            yield block.attn.b_O[None], None
+        elif name.endswith("hook_post"):
+            yield activation, block.mlp.W_out
+            yield block.mlp.b_out[None], None
+        else:
+            yield activation, None
+
+
+def _written(model, activations) -> Float[Tensor, "n d_model"]:
+    """The sum of all components."""
+    return sum(
+        _wide(c) if W is None else _wide(c).flatten(1) @ _wide(W).flatten(0, -2) for c, W in _pieces(model, activations)
+    )
+
+
+def _project(model, activations, u, x, norm):
+    """<c, u> of every component c and, if x is given, <x - c, u> and |x - c|^2; c is centred where the norm centres.
 
     Returns:
-        ([component, n] per r, [component, n] or None). Each r must be centred itself where the norm centres.
+        ([component, n], None or two [component, n]). u and x must be centred themselves where the norm centres.
     """
-    dots: list[list[Tensor]] = [[] for _ in read]
-    squares: list[Tensor] = []
-
-    def add(products: list[Tensor], square: Tensor | None) -> None:
-        for i, product in enumerate(products):
-            dots[i].append(product)
-        if square is not None:
-            squares.append(square)
-
-    def whole(c: Float[Tensor, "n_or_1 d_model"]) -> None:
-        """A component given by its output."""
-        c, n = _centred(c, norm), len(read[0])
-        products = [torch.einsum("nd,nd->n", c.expand(n, -1), r)[None] for r in read]
-        add(products, c.pow(2).sum(-1).expand(n)[None] if with_squares else None)
-
-    for name, activation in activations.items():
-        if not name.endswith(("hook_z", "hook_post")):
-            whole(activation)
-            continue
-        block = model.blocks[int(name.split(".")[1])]
-        if name.endswith("hook_z"):
-            add(*_project_heads(activation, _centred(block.attn.W_O, norm), read, with_squares))
-            whole(block.attn.b_O[None])
+    dots, left = [], []
+    for activation, W in _pieces(model, activations):
+        activation = _wide(activation)
+        if W is None:  # a component given by its output
+            c = _centred(activation, norm).expand(len(u), -1)
+            dots.append(_dot(c, u)[None])
+            if x is not None:
+                left.append(torch.stack([_dot(x - c, u), _dot(x - c, x - c)])[:, None])
         else:
-            add(*_project_neurons(activation, _centred(block.mlp.W_out, norm), read, with_squares))
-            whole(block.mlp.b_out[None])
-    return [torch.cat(parts) for parts in dots], torch.cat(squares) if with_squares else None
+            W = _centred(_wide(W), norm)
+            dot = (_onto_heads if W.ndim == 3 else _onto_neurons)(activation, W, u)
+            dots.append(dot)
+            if x is not None:
+                left.append(_left(activation, W, u, x, dot))
+    return torch.cat(dots), None if x is None else torch.cat(left, 1)
 
 
-def _project_heads(
-    z: Float[Tensor, "n head d_head"], W_O: Float[Tensor, "head d_head d_model"], read, with_squares: bool
-):
-    """For c = z W_O of each head: <c, r> = <z, W_O r>, |c|^2 = z (W_O W_O^T) z, each [head, n]."""
-    n_heads = len(W_O)
-    flat = W_O.flatten(0, 1)
-    products = [torch.einsum("nhe,nhe->hn", z, (r @ flat.T).unflatten(1, (n_heads, -1))) for r in read]
-    if not with_squares:
-        return products, None
-    gram = W_O @ W_O.transpose(1, 2)  # [head, d_head, d_head]
-    turned = torch.einsum("nhe,hef->nhf", z, gram)
-    return products, torch.einsum("nhf,nhf->hn", turned, z)
+def _dot(a: Float[Tensor, "n d_model"], b: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
+    return torch.einsum("nd,nd->n", a, b)
 
 
-def _project_neurons(post: Float[Tensor, "n d_mlp"], W_out: Float[Tensor, "d_mlp d_model"], read, with_squares: bool):
-    """For c = post_i W_out[i] of each neuron: <c, r> = post_i <W_out[i], r>, |c|^2 = post_i^2 |W_out[i]|^2."""
-    products = [(post * (r @ W_out.T)).T for r in read]
-    return products, (post.pow(2) * W_out.pow(2).sum(-1)).T if with_squares else None
+def _onto_heads(z: Float[Tensor, "n head d_head"], W_O: Float[Tensor, "head d_head d_model"], r) -> Tensor:
+    """<c, r> = <z, W_O r> for c = z W_O of each head, [head, n]."""
+    return torch.einsum("nhe,nhe->hn", z, (r @ W_O.flatten(0, 1).T).unflatten(1, (len(W_O), -1)))
+
+
+def _onto_neurons(post: Float[Tensor, "n d_mlp"], W_out: Float[Tensor, "d_mlp d_model"], r) -> Tensor:
+    """<c, r> = post_i <W_out[i], r> for c = post_i W_out[i] of each neuron, [neuron, n]."""
+    return (post * (r @ W_out.T)).T
+
+
+def _left(activation, W, u, x, dot) -> Float[Tensor, "two unit n"]:
+    """<x - c, u> and |x - c|^2 = |x|^2 - 2 <x, c> + |c|^2 of each head or neuron, c never made but where it must be."""
+    if W.ndim == 3:
+        turned = torch.einsum("nhe,hef->nhf", activation, W @ W.transpose(1, 2))
+        along, square = _onto_heads(activation, W, x), torch.einsum("nhf,nhf->hn", turned, activation)
+    else:
+        along, square = _onto_neurons(activation, W, x), (activation.pow(2) * W.pow(2).sum(-1)).T
+    size = _dot(x, x)
+    left = torch.stack([_dot(x, u) - dot, size - 2 * along + square])
+    # Where nearly all of x is c, as a massive activation is, the difference of the two would be rounding.
+    cancelled = left[1] < CANCELLED * size
+    for unit in cancelled.any(1).nonzero()[:, 0].tolist():
+        rows = cancelled[unit].nonzero()[:, 0]
+        c = activation[rows, unit] @ W[unit] if W.ndim == 3 else activation[rows, unit, None] * W[unit]
+        left[:, unit, rows] = torch.stack([_dot(x[rows] - c, u[rows]), _dot(x[rows] - c, x[rows] - c)])
+    return left

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..statistics import ratio, ratio_interval, ratio_interval_of_two_ways
 from .attribution import LogitAttribution
 
 # The attention heads' labels, the components that P2 pools.
@@ -21,10 +22,10 @@ class AttributionError:
 
     Attributes:
         pooled: mean|approximate - exact| / mean|exact| over all components and samples (P2's pooled NMAE).
-        interval: its 95% bootstrap interval, components and sequences drawn with replacement.
+        interval: its 95% interval over components and sequences; nan for a single one of either.
         labels: components, aligned with the next three.
         per_component: Float[Tensor, "component"], the same ratio for each component alone.
-        low, high: Float[Tensor, "component"], 95% bootstrap interval over sequences.
+        low, high: Float[Tensor, "component"], its 95% interval over sequences.
     """
 
     pooled: float
@@ -62,8 +63,8 @@ def attribution_error(
         approximate, exact: results for the same components, sequences and positions.
         components: regular expression that a label must match in full; None for all, `dla.HEADS` for the
             attention heads the paper pools.
-        draws: bootstrap draws. Sequences are drawn whole, since tokens of one sequence are not independent;
-            the pooled interval draws components too (P2, section 4).
+        draws: bootstrap draws (`statistics`). Sequences are drawn whole, since tokens of one sequence are not
+            independent; the pooled interval draws components too (P2, section 4).
 
     Raises:
         ValueError: the two do not align, or no label matches.
@@ -81,40 +82,19 @@ def attribution_error(
             f"attributions do not align: {list(approximate.values.shape)} {approximate.labels[:2]} and "
             f"{list(exact.values.shape)} {exact.labels[:2]}"
         )
-    if draws < 1:
-        raise ValueError(f"draws is {draws}; it must be at least 1")
     chosen = [i for i, label in enumerate(exact.labels) if components is None or re.fullmatch(components, label)]
     if not chosen:
         raise ValueError(f"no component matches {components!r}; there are {', '.join(exact.labels[:3])}, ...")
-    a, e = (r.values[chosen].double().cpu() for r in (approximate, exact))
-    difference, size = (a - e).abs().sum(-1), e.abs().sum(-1)  # [component, batch]
-    n_components, n_batch = size.shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def counts(n: int) -> Tensor:
-        """How often each of n is drawn, per draw."""
-        drawn = torch.randint(n, (draws, n), generator=generator)
-        return torch.zeros(draws, n, dtype=torch.double).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-
-    of_sequences, of_components = counts(n_batch), counts(n_components)
-    difference_drawn, size_drawn = difference @ of_sequences.T, size @ of_sequences.T  # [component, draw]
-    pooled = _ratio((of_components.T * difference_drawn).sum(0), (of_components.T * size_drawn).sum(0))
-    low, high = _interval(_ratio(difference_drawn, size_drawn))
+    a, e = (r.values[chosen].cpu().double() for r in (approximate, exact))
+    difference, size = ((x.abs().sum(-1).numpy()) for x in (a - e, e))  # [component, batch]
+    pooled = ratio_interval_of_two_ways(difference, size, draws=draws, seed=seed)
+    per_component = ratio_interval(difference.T, size.T, draws=draws, seed=seed)
+    low, high = (torch.from_numpy(bound) for bound in per_component)
     return AttributionError(
-        pooled=_ratio(difference.sum(), size.sum()).item(),
-        interval=tuple(bound.item() for bound in _interval(pooled)),
+        pooled=float(ratio(difference.sum(), size.sum())),
+        interval=(float(pooled[0]), float(pooled[1])),
         labels=tuple(exact.labels[i] for i in chosen),
-        per_component=_ratio(difference.sum(-1), size.sum(-1)),
+        per_component=torch.from_numpy(ratio(difference.sum(1), size.sum(1))),
         low=low,
         high=high,
     )
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Their quotient, 0 where both are 0."""
-    return torch.where(numerator == 0, 0.0, numerator / denominator)
-
-
-def _interval(draws: Float[Tensor, "*component draw"]) -> tuple[Tensor, Tensor]:
-    low, high = torch.quantile(draws, torch.tensor([0.025, 0.975], dtype=draws.dtype), dim=-1)
-    return low, high

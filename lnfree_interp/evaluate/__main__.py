@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,14 @@ def baselines(models: dict[str, bool]) -> dict[str, str | None]:
     return found
 
 
+@contextmanager
+def _bar(label: str, total: int):
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit="item", disable=None, leave=False) as shown:
+        yield lambda done, _: shown.update(done - shown.n)
+
+
 def _command(args) -> None:
     import pandas as pd
 
@@ -69,8 +78,8 @@ def _command(args) -> None:
     if items:
         scores = {}
         for name, model in models.items():
-            batches = partial(cli.progress, label=f"{name} HellaSwag", unit="batch")
-            scores[name] = hellaswag(model, items, progress=batches)
+            with _bar(f"{name} HellaSwag", len(items)) as progress:
+                scores[name] = hellaswag(model, items, progress=progress)
         table = pd.concat([r.table() for r in scores.values()], ignore_index=True)
         table.insert(0, "model", names)
         tables["hellaswag"] = table

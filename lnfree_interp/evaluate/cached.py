@@ -23,7 +23,7 @@ def extend(
     resid = packed.W_E[tokens] + packed.W_pos[n_past : n_past + tokens.shape[1]]
     cache: Cache = []
     for i, layer in enumerate(packed.layers):
-        q, k, v = layer_qkv(packed, layer, resid)
+        q, k, v = layer_qkv(layer, resid)
         if past:
             times = len(tokens) // len(past[i][0])
             k, v = (

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import TokenSource, token_batches
+from ..batching import Progress, TokenSource, check_next_token, token_batches
 from ..forward import run, unembed
 from ..metrics import entropy, js_divergence, log_probs
-from .loss import LOGITS_PER_PASS, bootstrap
+from ..models import as_models
+from ..statistics import mean_interval
+from .loss import LOGITS_PER_PASS
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class ModelComparison:
     Attributes:
         names: the models, aligned with every axis "model" and "other".
         divergence: Float[Tensor, "model other"], mean Jensen-Shannon divergence (nats).
-        low, high: Float[Tensor, "model other"], its 95% interval, by bootstrap over sequences.
+        low, high: Float[Tensor, "model other"], its 95% interval over sequences (`statistics`).
         agreement: Float[Tensor, "model other"], share of positions with the same top token.
         loss: Float[Tensor, "model"], mean cross-entropy (nats).
         entropy: Float[Tensor, "model"], mean entropy of the predictions (nats).
@@ -74,6 +77,7 @@ def compare_models(
     draws: int = 1000,
     seed: int = 0,
     per_pass: int = 4096,
+    progress: Progress | None = None,
 ) -> ModelComparison:
     """Divergence, top-token agreement, entropy and calibration of models on the same tokens (P2, calibration).
 
@@ -83,6 +87,7 @@ def compare_models(
         n_bins: bins of the calibration error and the reliability plot.
         draws: bootstrap draws of sequences.
         per_pass: tokens in memory at a time; fewer where all models' logits would fill more than 256 MiB.
+        progress: told of the sequences done.
 
     Raises:
         ValueError: no models, models of different vocabularies, fewer than one bin, tokens that are no token ids
@@ -96,6 +101,7 @@ def compare_models(
         >>> result.divergence.shape, result.agreement.diagonal().tolist()
         (torch.Size([2, 2]), [1.0, 1.0])
     """
+    models = as_models(models)
     if not models:
         raise ValueError("there are no models to compare")
     if n_bins < 1:
@@ -104,12 +110,14 @@ def compare_models(
     sizes = {name: model.cfg.d_vocab for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"models of different vocabularies cannot be compared: {sizes}")
+    for model in parts:
+        check_next_token(model)
     n = len(parts)
     # Pairs hold three more tensors of the logits' size while they are compared.
     per_pass = min(per_pass, max(1, LOGITS_PER_PASS // (parts[0].cfg.d_vocab * (n + 3))))
     sequences: list[Tensor] = []  # per batch: [batch, model, other] of divergence and agreement, [batch, 3, model]
     bins = torch.zeros(3, n, n_bins, dtype=torch.float64)  # count, sum of confidence, sum of right answers
-    for batch in token_batches(parts[0], tokens, per_pass=per_pass, least=2):
+    for batch in token_batches(parts[0], tokens, per_pass=per_pass, least=2, progress=progress):
         with torch.no_grad():
             logits = [
                 unembed(model, run(model, batch.to(model.cfg.device))[:, :-1]).to(batch.device) for model in parts
@@ -118,19 +126,15 @@ def compare_models(
     values = torch.cat(sequences)
     square = values[:, : 2 * n * n].unflatten(1, (2, n, n))
     loss, entropies, accuracy = values[:, 2 * n * n :].unflatten(1, (3, n)).mean(0)
-    interval = torch.zeros(2, n, n, dtype=torch.float64)
-    for i in range(n):
-        for j in range(i):
-            bounds = torch.tensor(bootstrap(square[:, 0, i, j], draws=draws, seed=seed), dtype=torch.float64)
-            interval[:, i, j] = interval[:, j, i] = bounds
+    low, high = (torch.from_numpy(b) for b in mean_interval(square[:, 0].numpy(), draws=draws, seed=seed))
     divergence, agreement = square.mean(0)
     count, confidence, right = bins
     error = (right - confidence).abs().sum(1) / count.sum(1)
     return ModelComparison(
         names=names,
         divergence=divergence,
-        low=interval[0],
-        high=interval[1],
+        low=low,
+        high=high,
         agreement=agreement,
         loss=loss,
         entropy=entropies,
@@ -149,22 +153,27 @@ def _per_sequence(
 ) -> Float[Tensor, "batch quantity"]:
     """Each sequence's means: divergences, agreements, losses, entropies, accuracies; fills the bins."""
     n = len(logits)
-    top, summary = [], []
-    for i, x in enumerate(logits):
+    top, of_models, of_pairs = [], [], []
+    for x in logits:
         log_p = log_probs(x)
         best, token = log_p.max(-1)
         loss = -log_p.gather(-1, targets[..., None])[..., 0]
-        right = (token == targets).double()
         top.append(token)
-        summary.append(torch.stack([loss.double(), entropy(x).double(), right]).mean(2))  # quantity, batch
-        confidence = best.double().exp()
-        which = (confidence * bins.shape[2]).long().clamp_max(bins.shape[2] - 1).flatten()
-        for j, amount in enumerate((torch.ones_like(right), confidence, right)):
-            bins[j, i].index_add_(0, which.cpu(), amount.flatten().cpu())
+        of_models += [loss, entropy(x), token == targets, best]
+    pairs = [(i, j) for i in range(n) for j in range(i)]
+    for i, j in pairs:
+        of_pairs += [js_divergence(logits[i], logits[j]), top[i] == top[j]]
+    # Token by token to the CPU, in one copy, and float64 from there on: not every device has it.
+    dtype = reduce(torch.promote_types, (x.dtype for x in of_models))
+    values = torch.stack([x.to(dtype) for x in of_models + of_pairs]).cpu().double()
+    loss, entropies, right, best = values[: 4 * n].unflatten(0, (n, 4)).unbind(1)
+    confidence = best.exp()
+    which = (confidence * bins.shape[2]).long().clamp_max(bins.shape[2] - 1)
+    for j, amount in enumerate((torch.ones_like(right), confidence, right)):
+        bins[j].scatter_add_(1, which.flatten(1), amount.flatten(1))
     square = torch.zeros(2, n, n, len(targets), dtype=torch.float64)
-    for i in range(n):
-        square[1, i, i] = 1.0
-        for j in range(i):
-            square[0, i, j] = square[0, j, i] = js_divergence(logits[i], logits[j]).double().mean(1).cpu()
-            square[1, i, j] = square[1, j, i] = (top[i] == top[j]).double().mean(1).cpu()
-    return torch.cat([square.flatten(0, 2).T, torch.stack(summary, 1).flatten(0, 1).T.cpu()], 1)
+    square[1] = torch.eye(n, dtype=torch.float64)[..., None]
+    for (i, j), of_pair in zip(pairs, values[4 * n :].mean(-1).unflatten(0, (-1, 2))):
+        square[:, i, j] = square[:, j, i] = of_pair
+    summary = torch.stack([loss, entropies, right]).mean(-1)
+    return torch.cat([square.flatten(0, 2), summary.flatten(0, 1)]).T

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,8 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..batching import Progress, check_next_token
+from ..data import read_json_lines
 from ..forward import packed_weights, run, unembed
 from ..metrics import log_probs
+from ..models import as_model
 from .cached import extend
 
 HUB = "Rowan/hellaswag"
@@ -69,7 +71,7 @@ def hellaswag_items(source: str | Path = HUB, *, split: str = "validation", limi
         >>> items[0]["endings"]
         ['and went in.', 'of the sea.']
     """
-    rows = _lines(Path(source)) if str(source).endswith(".jsonl") else _from_hub(str(source), split)
+    rows = _lines(Path(source)) if str(source).endswith((".jsonl", ".jsonl.gz")) else _from_hub(str(source), split)
     items = list(islice(rows, limit))
     if not items:
         raise ValueError(f"{source} holds no HellaSwag items")
@@ -77,17 +79,8 @@ def hellaswag_items(source: str | Path = HUB, *, split: str = "validation", limi
 
 
 def _lines(path: Path) -> Iterator[dict]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    for i, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {i}: no JSON ({error})") from None
-            yield _item(item, f"{path}, line {i}")
+    for number, item in read_json_lines(path, "HellaSwag file"):
+        yield _item(item, f"{path}, line {number}")
 
 
 def _from_hub(name: str, split: str) -> Iterator[dict]:
@@ -117,9 +110,7 @@ def _item(raw, where: str) -> dict:
     return {"ctx": context, "endings": endings, "label": int(label)}
 
 
-def hellaswag(
-    model, items: Iterable[dict], *, per_pass: int = 4096, progress: Callable[[list], Iterable] = iter
-) -> HellaSwag:
+def hellaswag(model, items: Iterable[dict], *, per_pass: int = 4096, progress: Progress | None = None) -> HellaSwag:
     """Accuracy by summed and by length-normalised log-probability of the endings.
 
     Contexts of one length go together; each is run once, its keys and values serve all of its endings. A
@@ -129,7 +120,7 @@ def hellaswag(
         model: a HookedTransformer with a tokenizer.
         items: dicts with "ctx", "endings", "label", all with as many endings: see `hellaswag_items`.
         per_pass: tokens in memory at a time.
-        progress: wraps the list of batches, as tqdm does.
+        progress: told of the items done.
 
     Raises:
         ValueError: a model without a tokenizer, items that are none, endings longer than the model's context.
@@ -140,6 +131,8 @@ def hellaswag(
         >>> hellaswag(load_model("tiny-noLN", device="cpu"), [item]).log_probs.shape
         torch.Size([1, 4])
     """
+    model = as_model(model)
+    check_next_token(model)
     if model.tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so HellaSwag cannot be read for it")
     items = [_item(item, f"item {i}") for i, item in enumerate(items)]
@@ -151,10 +144,14 @@ def hellaswag(
             raise ValueError(f"item {i} has {len(item['endings'])} endings, item 0 has {n_endings}")
     encoded = [_encode(model, item) for item in items]
     sums = torch.zeros(len(items), n_endings, dtype=torch.float64)
-    for group in progress(list(_groups(encoded, per_pass))):
+    done = 0
+    for group in _groups(encoded, per_pass):
         contexts = torch.tensor([encoded[i][0] for i in group], device=model.cfg.device)
         with torch.no_grad():
-            sums[group] = ending_log_probs(model, contexts, [e for i in group for e in encoded[i][1]]).cpu()
+            sums[group] = ending_log_probs(model, contexts, [e for i in group for e in encoded[i][1]])
+        done += len(group)
+        if progress is not None:
+            progress(done, len(items))
     lengths = torch.tensor([[len(e) for e in endings] for _, endings in encoded])
     labels = torch.tensor([item["label"] for item in items])
     accuracy, accuracy_normalised = (
@@ -197,7 +194,7 @@ def _groups(encoded: Sequence[tuple[list[int], list[list[int]]]], per_pass: int)
 def ending_log_probs(
     model, contexts: Int[Tensor, "item pos"], endings: Sequence[Sequence[int]]
 ) -> Float[Tensor, "item ending"]:
-    """Summed log-probability of each ending after its context (nats).
+    """Summed log-probability of each ending after its context (nats); in float64 on the CPU.
 
     Args:
         contexts: of one length.
@@ -208,7 +205,10 @@ def ending_log_probs(
     padded = torch.zeros(len(endings), int(lengths.max()), dtype=torch.long)
     for i, ending in enumerate(endings):
         padded[i, : len(ending)] = torch.tensor(ending)
-    padded, times = padded.to(contexts.device), len(endings) // n_items
+    # Where there is no padding: found on the CPU, which knows, as indices, which the device need not count.
+    there = (torch.arange(padded.shape[1]) < lengths[:, None]).flatten().nonzero()[:, 0]
+    scores = torch.zeros(padded.shape, dtype=torch.float64)
+    padded, index, times = padded.to(contexts.device), there.to(contexts.device), len(endings) // n_items
     packed = packed_weights(model)
     if packed is not None:
         before, past = extend(packed, contexts)
@@ -217,13 +217,10 @@ def ending_log_probs(
     else:
         whole = torch.cat([contexts.repeat_interleave(times, 0), padded], 1)
         resid = run(model, whole)[:, n_context - 1 : -1]
-    there = torch.arange(padded.shape[1]) < lengths[:, None]
-    there = there.to(resid.device)
-    scores = torch.zeros(padded.shape, dtype=torch.float64, device=resid.device)
-    rows = resid[there]  # no logits for padding
+    rows, targets = resid.flatten(0, 1)[index], padded.flatten()[index]
     found = [
-        log_probs(unembed(model, part)).gather(-1, target[:, None])[:, 0].double()
-        for part, target in zip(rows.split(512), padded[there].split(512))
+        log_probs(unembed(model, part)).gather(-1, target[:, None])[:, 0]
+        for part, target in zip(rows.split(512), targets.split(512))
     ]
-    scores[there] = torch.cat(found)
+    scores.view(-1)[there] = torch.cat(found).cpu().double()
     return scores.sum(1).view(n_items, times)

@@ -11,9 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import TokenSource, token_batches
+from ..batching import Progress, TokenSource, check_next_token, token_batches
 from ..forward import run, unembed
 from ..metrics import cross_entropy
+from ..models import as_model
+from ..statistics import mean_interval
 
 # Logits held at a time: 256 MiB in fp32.
 LOGITS_PER_PASS = 2**26
@@ -51,7 +53,7 @@ class LossEvaluation:
     Attributes:
         losses: Float[Tensor, "batch pos"], entry [b, i] is that of predicting token i + 1; on the CPU.
         mean: over all tokens.
-        interval: of the mean, 95% by bootstrap over sequences; nan for a single sequence.
+        interval: of the mean, 95% over sequences (`statistics`); nan for a single sequence.
         median: over tokens, as are
         range95: (2.5%, 97.5%) quantiles, and
         range999: (0.05%, 99.95%) quantiles.
@@ -88,8 +90,8 @@ class LossTable:
         mean: Float[Tensor, "model"].
         baselines: for each model the name of the one it is compared with, or None.
         gap: Float[Tensor, "model"], mean minus the baseline's; nan without one.
-        low, high: Float[Tensor, "model"], 95% interval of the gap, by bootstrap over sequences, the same
-            sequences drawn for both models.
+        low, high: Float[Tensor, "model"], 95% interval of the gap over sequences, the same ones drawn for
+            both models.
     """
 
     names: tuple[str, ...]
@@ -120,7 +122,14 @@ class LossTable:
 
 
 def evaluate_loss(
-    model, tokens: TokenSource, *, worst: int = 3, draws: int = 1000, seed: int = 0, per_pass: int = 4096
+    model,
+    tokens: TokenSource,
+    *,
+    worst: int = 3,
+    draws: int = 1000,
+    seed: int = 0,
+    per_pass: int = 4096,
+    progress: Progress | None = None,
 ) -> LossEvaluation:
     """Cross-entropy per token with median, ranges, an interval, and the worst sequences named.
 
@@ -131,6 +140,7 @@ def evaluate_loss(
         draws: bootstrap draws of sequences.
         seed: of the bootstrap.
         per_pass: tokens in memory at a time; fewer where their logits would fill more than 256 MiB.
+        progress: told of the sequences done.
 
     Returns:
         LossEvaluation in nats per token; 4 bytes per token are kept.
@@ -145,18 +155,20 @@ def evaluate_loss(
         >>> result.range999[0] <= result.range95[0] <= result.median <= result.range95[1]
         True
     """
+    model = as_model(model)
+    check_next_token(model)
     per_pass = min(per_pass, max(1, LOGITS_PER_PASS // model.cfg.d_vocab))
     losses: list[Tensor] = []
     kept: list[tuple[float, int, Tensor]] = []  # the worst sequences so far
     seen = 0
-    for batch in token_batches(model, tokens, per_pass=per_pass, least=2):
+    for batch in token_batches(model, tokens, per_pass=per_pass, least=2, progress=progress):
         if losses and losses[0].shape[1] != batch.shape[1] - 1:
             raise ValueError(f"sequences have {batch.shape[1]} tokens, earlier ones {losses[0].shape[1] + 1}")
         with torch.no_grad():
             loss = cross_entropy(unembed(model, run(model, batch)), batch).float().cpu()
         losses.append(loss)
         means = loss.double().mean(1).nan_to_num(nan=torch.inf).tolist()
-        kept += [(mean, seen + i, batch[i].cpu()) for i, mean in enumerate(means)]
+        kept += [(mean, seen + i, batch[i]) for i, mean in enumerate(means)]
         kept = sorted(kept, key=lambda entry: -entry[0])[:worst]
         seen += len(batch)
     all_losses = torch.cat(losses)
@@ -166,11 +178,11 @@ def evaluate_loss(
     return LossEvaluation(
         losses=all_losses,
         mean=per_sequence.mean().item(),
-        interval=bootstrap(per_sequence, draws=draws, seed=seed),
+        interval=_floats(mean_interval(per_sequence.numpy(), draws=draws, seed=seed)),
         median=median,
         range95=(low, high),
         range999=(lowest, highest),
-        worst=tuple(_name(model, index, loss, row.to(model.cfg.device)) for loss, index, row in kept),
+        worst=tuple(_name(model, index, loss, row) for loss, index, row in kept),
     )
 
 
@@ -207,7 +219,7 @@ def loss_table(
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name} was evaluated on {shapes[0]} predictions, {baseline} on {shapes[1]}")
         difference = (result.losses.double() - evaluations[baseline].losses.double()).mean(1)
-        low, high = bootstrap(difference, draws=draws, seed=seed)
+        low, high = _floats(mean_interval(difference.numpy(), draws=draws, seed=seed))
         gaps.append(difference.mean().item()), lows.append(low), highs.append(high)
     return LossTable(
         names=tuple(evaluations),
@@ -219,20 +231,8 @@ def loss_table(
     )
 
 
-def bootstrap(per_sequence: Float[Tensor, " batch"], *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95% interval of a mean over sequences, sequences drawn with replacement; nan for a single one."""
-    n = len(per_sequence)
-    if n < 2:
-        return (torch.nan, torch.nan)
-    generator = torch.Generator().manual_seed(seed)
-    values = per_sequence.double().cpu()
-    rows = max(1, 2**22 // n)  # draws made at a time
-    means = [
-        values[torch.randint(n, (min(rows, draws - start), n), generator=generator)].mean(1)
-        for start in range(0, draws, rows)
-    ]
-    low, high = np.quantile(torch.cat(means).numpy(), [0.025, 0.975]).tolist()
-    return low, high
+def _floats(bounds: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+    return float(bounds[0]), float(bounds[1])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def bootstrap(per_sequence: Float[Tensor, " batch"], *, draws: int = 1000, seed:
 
 
 def _name(model, index: int, loss: float, tokens: Int[Tensor, " pos"]) -> WorstSequence:
-    norms = _norms(model, tokens)  # layer, pos
+    norms, ids = _norms(model, tokens), tokens.tolist()
     where = {}
     if norms.shape[1] > 2:
         typical = norms[:, 1:].nanquantile(0.5, dim=1, keepdim=True)
@@ -251,27 +251,27 @@ def _name(model, index: int, loss: float, tokens: Int[Tensor, " pos"]) -> WorstS
             position = int(ratio[layer].argmax()) + 1
             where = {
                 "position": position,
-                "token": _text(model, tokens[position : position + 1]),
+                "token": _text(model, ids[position : position + 1]),
                 "layer": layer,
                 "ratio": ratio[layer, position - 1].item(),
             }
-    return WorstSequence(index, loss, _text(model, tokens[:12]), **where)
+    return WorstSequence(index, loss, _text(model, ids[:12]), **where)
 
 
 def _norms(model, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "layer pos"]:
+    """After each layer; on the CPU."""
     norms: list[Tensor] = []
 
     def look(x: Tensor) -> None:
-        norms.append(x[0].double().norm(dim=-1))
+        # No float64 where there may be none; a residual stream as long as 1e19 is inf in float32, and has exploded.
+        norms.append(torch.linalg.vector_norm(x[0].to(torch.promote_types(x.dtype, torch.float32)), dim=-1))
 
     hooks = {f"blocks.{i}.hook_resid_post": partial(look) for i in range(model.cfg.n_layers)}
     with torch.no_grad():
         run(model, tokens[None], hooks=hooks)
-    return torch.stack(norms)
+    return torch.stack(norms).cpu()
 
 
-def _text(model, tokens: Int[Tensor, " pos"]) -> str:
+def _text(model, ids: list[int]) -> str:
     """The tokens as text; their ids for a model without a tokenizer."""
-    if model.tokenizer is None:
-        return " ".join(map(str, tokens.tolist()))
-    return model.tokenizer.decode(tokens.tolist())
+    return " ".join(map(str, ids)) if model.tokenizer is None else model.tokenizer.decode(ids)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..batching import check_tokens
+from ..batching import check_next_token, check_tokens
 from ..forward import packed_weights, run, unembed
 from ..metrics import log_probs
+from ..models import as_models
 from .cached import extend
 
 
@@ -63,6 +64,7 @@ def generate_samples(
         >>> samples == generate_samples({"tiny-noLN": model}, "It was a dark and", max_new_tokens=5)
         True
     """
+    models = as_models(models)
     if not prompt:
         raise ValueError("the prompt is empty")
     if not temperature >= 0:
@@ -72,6 +74,7 @@ def generate_samples(
             raise ValueError(f"{name} is {value}, at least 1 is needed")
     texts = []
     for name, model in models.items():
+        check_next_token(model)
         if model.tokenizer is None:
             raise ValueError(f"model {name} has no tokenizer, so it cannot read the prompt")
         ids = torch.tensor([model.tokenizer(prompt, add_special_tokens=False)["input_ids"]])

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import SupportsIndex
 
-import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import Progress, check_tokens, token_batches
+from ..batching import Places, Progress, Tokens, check_next_token, check_tokens, indices, token_batches
 from ..forward import own_hooks, packed_weights, run
+from ..models import as_model
 from .last_layer import Rows, Unembedding, folded_unembedding, make_neurons, make_rows, wide
 from .rank import mlp_of
 from .result import NeuronAblation
@@ -20,8 +20,6 @@ from .scan import BlockScan, scan_block
 
 ABLATIONS = ("mean", "zero")
 METHODS = ("auto", "moments", "stream", "rerun")
-NeuronNumbers = SupportsIndex | Sequence | np.ndarray | Tensor
-"""Which neurons of a layer: their numbers, negative ones from the end, one number, or a mask over all of them."""
 # Rows of a block, and numbers in one of its tables of rows and neurons. The moments of a whole layer of GPT-2 small on
 # 1,024 rows take 250 MiB.
 ROWS_PER_BLOCK, NUMBERS_PER_BLOCK = 1024, 2**22
@@ -32,10 +30,10 @@ FEW_NEURONS = 16
 
 def ablate_neurons(
     model,
-    tokens: Int[Tensor, "batch pos"],
+    tokens: Tokens,
     *,
     layer: SupportsIndex = -1,
-    neurons: NeuronNumbers | None = None,
+    neurons: Places | None = None,
     ablation: str = "mean",
     method: str = "auto",
     tolerance: float = 1e-5,
@@ -75,10 +73,12 @@ def ablate_neurons(
         >>> result.labels, bool((result.loss == result.loss_frozen).all())
         (('L3N5', 'L3N8'), True)
     """
+    model = as_model(model)
+    check_next_token(model)
     mlp, layer = mlp_of(model, layer)
     chosen = _chosen(neurons, mlp.W_out.shape[0])
     method = _method(model, layer, method, len(chosen))
-    _check_ablation(model, ablation, tolerance)
+    _check_ablation(ablation, tolerance)
     tokens = check_tokens(model, tokens, least=2)
     with torch.no_grad():
         if method == "rerun":
@@ -89,8 +89,8 @@ def ablate_neurons(
 
 def ablate_cumulatively(
     model,
-    tokens: Int[Tensor, "batch pos"],
-    neurons: NeuronNumbers,
+    tokens: Tokens,
+    neurons: Places,
     *,
     layer: SupportsIndex = -1,
     ablation: str = "mean",
@@ -115,9 +115,11 @@ def ablate_cumulatively(
         >>> ablate_cumulatively(model, tokens, [5, 8]).labels
         ('L3N5', '+L3N8')
     """
+    model = as_model(model)
+    check_next_token(model)
     mlp, layer = mlp_of(model, layer)
     chosen = _chosen(neurons, mlp.W_out.shape[0])
-    _check_ablation(model, ablation, 0.0)
+    _check_ablation(ablation, 0.0)
     tokens = check_tokens(model, tokens, least=2)
     first, *rest = _labels(layer, chosen)
     sets = [chosen[: i + 1] for i in range(len(chosen))]
@@ -132,35 +134,17 @@ def ablate_cumulatively(
 def _chosen(neurons, n_neurons: int) -> Int[Tensor, " neuron"]:
     if neurons is None:
         return torch.arange(n_neurons)
-    try:
-        chosen = torch.as_tensor(neurons if isinstance(neurons, Tensor) else np.asarray(neurons)).cpu()
-    except (TypeError, ValueError, RuntimeError):
-        chosen = torch.empty(0)
-    if chosen.dtype == torch.bool and chosen.shape == (n_neurons,):
-        chosen = chosen.nonzero()[:, 0]
-    if chosen.ndim == 0:
-        chosen = chosen[None]
-    kinds = (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if chosen.ndim != 1 or chosen.numel() == 0 or chosen.dtype in kinds or chosen.is_complex():
-        raise ValueError(f"neurons must be a list of neuron numbers or a mask over all {n_neurons}, not {neurons!r}")
-    chosen = chosen.long()
-    wrong = chosen[(chosen < -n_neurons) | (chosen >= n_neurons)]
-    if len(wrong):
-        raise ValueError(f"neuron {int(wrong[0])} is outside 0..{n_neurons - 1}")
-    chosen = torch.where(chosen < 0, chosen + n_neurons, chosen)
-    if len(chosen.unique()) < len(chosen):
-        raise ValueError(f"neurons {chosen.tolist()} name one twice")
-    return chosen
+    chosen = indices(neurons, n_neurons, "neuron", range(n_neurons), "the layer's neurons")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"neurons {chosen} name one twice")
+    return torch.tensor(chosen)
 
 
-def _check_ablation(model, ablation: str, tolerance: float) -> None:
+def _check_ablation(ablation: str, tolerance: float) -> None:
     if ablation not in ABLATIONS:
         raise ValueError(f"unknown ablation {ablation!r}; allowed are {', '.join(ABLATIONS)}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance {tolerance} is not a number of nats from 0 up")
-    n_in, n_out = model.cfg.d_vocab, model.unembed.W_U.shape[1]
-    if n_in != n_out:
-        raise ValueError(f"the model reads {n_in} tokens but predicts {n_out} others: there is no next token's loss")
 
 
 def _method(model, layer: int, method: str, n_neurons: int) -> str:
@@ -288,9 +272,9 @@ def _activations(
 def _rerun(model, tokens, layer: int, sets, labels, ablation, progress) -> NeuronAblation:
     """Each set of neurons ablated together; everything after the layer computed again, its scale both ways."""
     unembedding, packed = folded_unembedding(model), packed_weights(model)
-    union = torch.cat(list(sets)).unique()
-    members = [torch.searchsorted(union, chosen).to(model.cfg.device) for chosen in sets]
-    union = union.to(model.cfg.device)
+    every = torch.cat(list(sets))
+    union, columns = every.unique(return_inverse=True)
+    union, members = union.to(model.cfg.device), columns.to(model.cfg.device).split([len(chosen) for chosen in sets])
     hooked = _in_between(model, layer) is not None
     # Where only W_out comes after the neurons, from the stream after the layer; else the layer itself is run again.
     start, point = (layer, "hook_resid_pre") if hooked else (layer + 1, "hook_resid_post")

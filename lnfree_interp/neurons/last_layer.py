@@ -29,11 +29,12 @@ from ..forward import Norm, final_norm
 # Rounding errors of a product with W, in units in the last place of `Unembedding.rounding`'s size: twice what was
 # seen to reach the likely tokens. (Their largest over a whole vocabulary, likely or not, is some five times as much.)
 PRODUCT_ROUNDING = 2.0
+WITH_FP64 = ("cpu", "cuda")  # kinds of device
 
 
 def wide(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """In fp64 where the device has it, else in fp32."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+    return x.to(torch.float64 if x.device.type in WITH_FP64 else torch.float32)
 
 
 @dataclass(frozen=True)

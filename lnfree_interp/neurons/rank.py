@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from operator import index
 from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .last_layer import folded_unembedding
+from ..batching import whole
+from ..models import as_model
+from .last_layer import WITH_FP64, folded_unembedding
 
 
 def mlp_of(model, layer: SupportsIndex):
@@ -18,11 +19,7 @@ def mlp_of(model, layer: SupportsIndex):
     Raises:
         ValueError: no such layer, or a layer whose MLP has no single W_out.
     """
-    n_layers = model.cfg.n_layers
-    try:
-        layer = index(layer)
-    except (TypeError, ValueError):
-        raise ValueError(f"layer must be a whole number, not {layer!r}") from None
+    layer, n_layers = whole(layer, "layer"), model.cfg.n_layers
     if not -n_layers <= layer < n_layers:
         raise ValueError(f"layer {layer} is outside -{n_layers}..{n_layers - 1}")
     layer %= n_layers
@@ -34,7 +31,7 @@ def mlp_of(model, layer: SupportsIndex):
 
 def in_fp64(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """On the CPU where the device has no fp64."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
+    return (x if x.device.type in WITH_FP64 else x.cpu()).double()
 
 
 def rank_confidence_neurons(model, layer: SupportsIndex = -1, *, null_directions: int | None = None):
@@ -65,6 +62,7 @@ def rank_confidence_neurons(model, layer: SupportsIndex = -1, *, null_directions
     """
     import pandas as pd
 
+    model = as_model(model)
     mlp, layer = mlp_of(model, layer)
     d_model = model.cfg.d_model
     if null_directions is None:

@@ -10,8 +10,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batching import TokenSource, token_batches
+from ..batching import Progress, TokenSource, token_batches
 from ..forward import run
+from ..models import as_model
 
 STATISTICS = ("mean", "stderr", "median", "low", "high")
 QUANTITIES = ("norm", "growth", "cosine")
@@ -70,7 +71,13 @@ class ResidualNorms:
 
 
 def residual_norms(
-    model, tokens: TokenSource, *, per_position: bool = False, eot_token: int | None = None, per_pass: int = 4096
+    model,
+    tokens: TokenSource,
+    *,
+    per_position: bool = False,
+    eot_token: int | None = None,
+    per_pass: int = 4096,
+    progress: Progress | None = None,
 ) -> ResidualNorms:
     """Norm, growth and cosine similarity of the residual stream at every point (P2, residual norms).
 
@@ -83,6 +90,7 @@ def residual_norms(
         per_position: one group per position, in place of position 0, EOT and the rest.
         eot_token: the end-of-text token; default the tokenizer's, no such group if there is none.
         per_pass: tokens in memory at a time.
+        progress: told of the sequences done.
 
     Raises:
         ValueError: tokens that are no token ids of the model's; sequences of several lengths with per_position.
@@ -94,18 +102,21 @@ def residual_norms(
         >>> norms.points[:4], norms.groups
         (('embed', 'pos_embed', 'L0.resid_pre', 'L0.resid_mid'), ('position 0', 'EOT', 'rest'))
     """
+    model = as_model(model)
     if eot_token is None:
         eot_token = getattr(model.tokenizer, "eos_token_id", None)
     names = _points(model)
     sample, counts, groups = None, 0, GROUPS
-    for batch in token_batches(model, tokens, per_pass=per_pass):
+    for batch in token_batches(model, tokens, per_pass=per_pass, progress=progress):
         if per_position:
             groups = tuple(f"position {i}" for i in range(batch.shape[1]))
         if sample is None:
             sample = _Sample(len(names) * len(groups) * len(QUANTITIES))
         elif sample.total.shape[0] != len(names) * len(groups) * len(QUANTITIES):
             raise ValueError(f"sequences have {batch.shape[1]} tokens, others another number: no common positions")
-        values = torch.stack(_along_stream(model, batch, list(names)))
+        # Token by token to the CPU, in one copy, and float64 from there on: not every device has it.
+        values = torch.stack(_along_stream(model, batch, list(names))).cpu().double()
+        batch = batch.cpu()
         if per_position:
             per_sequence, n = (
                 rearrange(values, "point quantity b pos -> b point pos quantity"),
@@ -113,8 +124,8 @@ def residual_norms(
             )
         else:
             per_sequence, n = _by_group(values, _membership(batch, eot_token))
-        sample.add(per_sequence.flatten(1).cpu())
-        counts = counts + torch.stack([n.sum(0), (n > 0).sum(0)]).cpu()
+        sample.add(per_sequence.flatten(1))
+        counts = counts + torch.stack([n.sum(0), (n > 0).sum(0)])
     statistics = sample.statistics().unflatten(0, (len(names), len(groups), len(QUANTITIES)))
     norm, growth, cosine = statistics.unbind(2)
     return ResidualNorms(
@@ -155,7 +166,7 @@ def _along_stream(model, tokens: Tensor, names: list[str]) -> list[Float[Tensor,
             previous, previous_norm = before
             growth = norm / previous_norm
             cosine = torch.linalg.vecdot(x / norm[..., None], previous / previous_norm[..., None])
-        values[name] = torch.stack([norm, growth, cosine]).double().expand(-1, len(tokens), -1)
+        values[name] = torch.stack([norm, growth, cosine]).expand(-1, len(tokens), -1)
         if name != "hook_pos_embed":
             before[:] = [x, norm]
 

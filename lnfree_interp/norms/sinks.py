@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import TokenSource, token_batches
+from ..batching import Progress, TokenSource, token_batches
 from ..forward import run
+from ..models import as_model
 
 # Entries of one layer's attention patterns held at a time.
 PATTERN_ENTRIES = 2**26
@@ -55,13 +55,16 @@ class AttentionSinks:
         )
 
 
-def attention_sinks(model, tokens: TokenSource, *, threshold: float = 0.3, per_pass: int = 4096) -> AttentionSinks:
+def attention_sinks(
+    model, tokens: TokenSource, *, threshold: float = 0.3, per_pass: int = 4096, progress: Progress | None = None
+) -> AttentionSinks:
     """Mean attention on position 0 of every head, and sink rates at a threshold (P2, attention sinks).
 
     Args:
         tokens: Int[Tensor, "batch pos"], or an iterable of such; at least two positions.
         threshold: a head (query) is a sink if its mean attention (attention) on position 0 reaches this.
         per_pass: tokens in memory at a time; fewer where attention patterns are large.
+        progress: told of the sequences done.
 
     Raises:
         ValueError: tokens that are no token ids of the model's, a threshold outside 0..1.
@@ -73,6 +76,7 @@ def attention_sinks(model, tokens: TokenSource, *, threshold: float = 0.3, per_p
         >>> len(sinks.labels), 0 <= sinks.head_rate <= 1
         (16, True)
     """
+    model = as_model(model)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold} is outside 0..1")
     cfg = model.cfg
@@ -80,24 +84,15 @@ def attention_sinks(model, tokens: TokenSource, *, threshold: float = 0.3, per_p
     total, squares, reached = (torch.zeros(heads, dtype=torch.float64) for _ in range(3))
     n_sequences = n_queries = 0
 
-    def look(layer: int, pattern: Tensor, collected: list) -> None:
-        on_first = pattern[:, :, 1:, 0].double()
-        collected.append((layer, on_first.mean(-1), (on_first >= threshold).double().sum((0, 2))))
-
-    for batch in token_batches(model, tokens, per_pass=per_pass, least=2):
+    for batch in token_batches(model, tokens, per_pass=per_pass, least=2, progress=progress):
         rows = max(1, PATTERN_ENTRIES // (cfg.n_heads * batch.shape[1] ** 2))
         for part in batch.split(rows):
-            seen: list = []
-            hooks = {
-                f"blocks.{i}.attn.hook_pattern": partial(lambda i, x, seen: look(i, x, seen), i, seen=seen)
-                for i in range(cfg.n_layers)
-            }
-            with torch.no_grad():
-                run(model, part, hooks=hooks)
-            for layer, mean, n_reached in seen:
-                total[layer] += mean.sum(0).cpu()
-                squares[layer] += mean.square().sum(0).cpu()
-                reached[layer] += n_reached.cpu()
+            # Query by query to the CPU, in one copy, and float64 from there on: not every device has it.
+            on_first = _on_first(model, part).cpu().double()
+            mean = on_first.mean(-1)
+            total += mean.sum(1)
+            squares += mean.square().sum(1)
+            reached += (on_first >= threshold).double().sum((1, 3))
             n_sequences += part.shape[0]
             n_queries += part.shape[0] * (part.shape[1] - 1)
     mean = (total / n_sequences).flatten()
@@ -112,3 +107,16 @@ def attention_sinks(model, tokens: TokenSource, *, threshold: float = 0.3, per_p
         head_rate=(mean >= threshold).double().mean().item(),
         query_rate=queries.mean().item(),
     )
+
+
+def _on_first(model, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "layer batch head query"]:
+    """Attention on position 0 of the queries at positions 1 and later."""
+    seen: list[Tensor] = []
+
+    def look(pattern: Tensor) -> None:
+        # A copy, in float32 at least: what is kept must not be a view of the whole pattern.
+        seen.append(pattern[:, :, 1:, 0].to(torch.promote_types(pattern.dtype, torch.float32), copy=True))
+
+    with torch.no_grad():
+        run(model, tokens, hooks={f"blocks.{i}.attn.hook_pattern": look for i in range(model.cfg.n_layers)})
+    return torch.stack(seen)

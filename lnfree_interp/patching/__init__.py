@@ -3,7 +3,18 @@
 from ..metrics import Metric, logit_diff
 from ..pairs import PromptPairs
 from .activation import activation_patching
-from .effect import DIRECTIONS, METHODS, SITES, PatchingEffect, PatchingError, normalized, patching_error, total_effect
+from .effect import (
+    DIRECTIONS,
+    METHODS,
+    SITES,
+    PatchingEffect,
+    PatchingError,
+    moved,
+    normalized,
+    patching_error,
+    solved,
+    total_effect,
+)
 from .gradients import attribution_patching
 
 __all__ = [
@@ -17,7 +28,9 @@ __all__ = [
     "activation_patching",
     "attribution_patching",
     "logit_diff",
+    "moved",
     "normalized",
     "patching_error",
+    "solved",
     "total_effect",
 ]

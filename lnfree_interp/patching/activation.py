@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..forward import PackedWeights, packed_weights
 from ..metrics import Metric, logit_diff
+from ..models import as_model
 from ..pairs import PromptPairs
 from . import exact, hooked
 from .cells import Cells, MetricLike, Request, Tally, checked, find_cells, memory_budget, read_metric
@@ -65,6 +66,7 @@ def activation_patching(
         >>> effect.values.shape, effect.axes
         (torch.Size([2, 4, 4]), ('prompt', 'layer', 'head'))
     """
+    model = as_model(model)
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
     budget = memory_budget(model, max_memory)
     pairs = pairs.to(model.cfg.device)

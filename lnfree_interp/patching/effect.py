@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from ..statistics import correlation, correlation_interval, mean_interval, ratio, ratio_interval
 
 
 class Site(NamedTuple):
@@ -33,6 +35,8 @@ SITES = {
 }
 METHODS = ("gradient", "integrated", "second_order", "atp_star", "relp")
 DIRECTIONS = ("denoising", "noising")
+# Total effects below, in the metric's units (logits, for logit_diff), are not normalised by.
+LEAST = 0.5
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ class PatchingEffect:
     cells_run: int = 0
     flops: tuple[float, float] | None = None
 
+    def __getitem__(self, prompts: slice | Tensor) -> PatchingEffect:
+        """The effects of some of the prompts."""
+        of_prompts = ("values", "clean", "corrupted", "reliability")
+        return replace(self, **{f: v[prompts] for f in of_prompts if (v := getattr(self, f)) is not None})
+
     def table(self):
         """One row per prompt and cell: prompt, layer, pos or head or neuron, effect (and reliability)."""
         import pandas as pd
@@ -89,8 +98,23 @@ def total_effect(effect: PatchingEffect) -> Float[Tensor, " prompt"]:
     return total if effect.direction == "denoising" else -total
 
 
+def moved(effect: PatchingEffect, least: float = LEAST) -> Bool[Tensor, " prompt"]:
+    """The prompts whose total effect is at least so large, either way: the others have nothing to be a share of."""
+    return total_effect(effect).abs() >= least
+
+
+def solved(effect: PatchingEffect, least: float = LEAST) -> Bool[Tensor, " prompt"]:
+    """The prompts on which the metric is higher by so much for the clean than for the corrupted prompt.
+
+    With logit_diff or right_log_prob: those on which the model does the task.
+    """
+    return effect.clean - effect.corrupted >= least
+
+
 def normalized(effect: PatchingEffect) -> Float[Tensor, "prompt layer *cell"]:
     """Effects as shares of each prompt's total effect, the papers' way (P2, section on attribution patching).
+
+    Shares of a total effect near zero are noise: take `effect[moved(effect)]`.
 
     Raises:
         ValueError: a prompt whose total effect is 0.
@@ -100,7 +124,7 @@ def normalized(effect: PatchingEffect) -> Float[Tensor, "prompt layer *cell"]:
     if zero:
         raise ValueError(
             f"prompt {zero[0]} has metric {effect.clean[zero[0]].item():.4g} clean and corrupted: its "
-            "effects cannot be normalised, compare them raw"
+            "effects cannot be normalised, leave it out (moved) or compare them raw"
         )
     return effect.values / total.view(-1, *[1] * (effect.values.ndim - 1))
 
@@ -111,9 +135,11 @@ def normalized(effect: PatchingEffect) -> Float[Tensor, "prompt layer *cell"]:
 
 @dataclass(frozen=True)
 class PatchingError:
-    """Errors of approximate effects against exact ones; intervals [low, high] by bootstrap over prompts.
+    """Errors of approximate effects against exact ones; 95% intervals [low, high] over prompts (`statistics`).
 
     Attributes:
+        prompts: how many prompts the errors are of.
+        left_out: how many were not used, since nothing moves in them: see `moved`.
         per_layer: sum over a layer's cells of |approximate - exact|, mean over prompts.
         total: its mean over layers.
         relative: sum |approximate - exact| / sum |exact|, over all prompts and cells.
@@ -125,6 +151,8 @@ class PatchingError:
     method: str
     layers: tuple[int, ...]
     normalized: bool
+    prompts: int
+    left_out: int
     per_layer: Float[Tensor, " layer"]
     per_layer_interval: Float[Tensor, "layer two"]
     total: float
@@ -139,7 +167,10 @@ class PatchingError:
     sign_agreement_interval: tuple[float, float]
 
     def table(self):
-        """One row per measure: error of each layer, then total, relative, pearson, spearman, sign agreement."""
+        """One row per measure: error of each layer, then total, relative, pearson, spearman, sign agreement.
+
+        Columns site, method, prompts, left_out, measure, value, low, high.
+        """
         import pandas as pd
 
         rows = [
@@ -151,6 +182,8 @@ class PatchingError:
         table = pd.DataFrame(rows, columns=["measure", "value", "low", "high"])
         table.insert(0, "site", self.site)
         table.insert(1, "method", self.method)
+        table.insert(2, "prompts", self.prompts)
+        table.insert(3, "left_out", self.left_out)
         return table
 
 
@@ -161,49 +194,13 @@ def _ranks(x: np.ndarray) -> np.ndarray:
     return (last - (counts - 1) / 2.0)[inverse.reshape(x.shape)]
 
 
-def _correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Pearson correlation of [prompt, cell] for each row of prompt weights [draw, prompt]; nan if one is constant."""
-    x, y = x - x.mean(), y - y.mean()  # against cancellation
-    w = weights / (weights.sum(1, keepdims=True) * x.shape[1])
-    mx, my = w @ x.sum(1), w @ y.sum(1)
-    vx, vy = w @ (x * x).sum(1) - mx**2, w @ (y * y).sum(1) - my**2
-    cov = w @ (x * y).sum(1) - mx * my
-    with np.errstate(invalid="ignore", divide="ignore"):
-        r = cov / np.sqrt(vx * vy)
-    return np.where((vx > 0) & (vy > 0), r.clip(-1, 1), np.nan)
-
-
-def _interval(draws: np.ndarray) -> np.ndarray:
-    if np.isnan(draws).all(0).any():
-        return np.full((2, *draws.shape[1:]), np.nan)
-    return np.nanquantile(draws, [0.025, 0.975], axis=0)
-
-
-def patching_error(
-    approximate: PatchingEffect, exact: PatchingEffect, *, normalize: bool = True, draws: int = 1000, seed: int = 0
-) -> PatchingError:
-    """How far approximate effects are from exact ones, with 95% intervals by bootstrap over prompts.
-
-    Args:
-        normalize: divide both by each prompt's exact total effect first (P2, arXiv 2507.02559); else raw.
-        draws: bootstrap resamples of the prompts.
-
-    The ranks of Spearman's correlation are those of the whole sample in every resample.
+def compared(
+    approximate: PatchingEffect, exact: PatchingEffect, *, normalize: bool = True, least: float = LEAST
+) -> tuple[Float[Tensor, "prompt layer cell"], Float[Tensor, "prompt layer cell"]]:
+    """The two as they are compared: on the CPU in fp64, as shares of the exact total effect where there is one.
 
     Raises:
-        ValueError: the two are not of the same site, cells, metric or prompts; a prompt that cannot be
-            normalised.
-
-    Example:
-        >>> from lnfree_interp import load_model
-        >>> from lnfree_interp.pairs import induction_pairs
-        >>> from lnfree_interp.patching import activation_patching, attribution_patching
-        >>> model = load_model("tiny-noLN")
-        >>> pairs = induction_pairs(model, 4, length=8)
-        >>> exact = activation_patching(model, pairs)
-        >>> error = patching_error(attribution_patching(model, pairs), exact, draws=50)
-        >>> list(error.table().columns), len(error.per_layer)
-        (['site', 'method', 'measure', 'value', 'low', 'high'], 4)
+        ValueError: as `patching_error`.
     """
     for name in ("site", "direction", "metric", "layers", "units", "axes"):
         a, b = getattr(approximate, name), getattr(exact, name)
@@ -212,42 +209,85 @@ def patching_error(
     if approximate.values.shape != exact.values.shape:
         shapes = list(approximate.values.shape), list(exact.values.shape)
         raise ValueError(f"approximate effects have shape {shapes[0]}, exact ones {shapes[1]}")
-    n = len(exact.values)
-    x, y = approximate.values.double().cpu(), exact.values.double().cpu()
-    if normalize:
-        normalized(exact)  # for its error
-        total = total_effect(exact).double().cpu().view(-1, *[1] * (y.ndim - 1))
-        x, y = x / total, y / total
-    x, y = (v.flatten(2).numpy() for v in (x, y))
+    x, y = (effect.values.detach().cpu().double().flatten(2) for effect in (approximate, exact))
+    if not normalize:
+        return x, y
+    if not least > 0:
+        raise ValueError(f"least is {least}, effects can only be normalised by a total effect above 0")
+    total = total_effect(exact).cpu().double()
+    there = total.abs() >= least
+    if not there.any():
+        raise ValueError(
+            f"the metric moves by {least} or more on none of {len(total)} prompts (at most {total.abs().max():.3g}): "
+            "nothing to normalise by, compare them raw"
+        )
+    total = total[there, None, None]
+    return x[there] / total, y[there] / total
 
-    # Each resample of the prompts is a row of weights; the first row is the sample itself.
-    counts = np.random.default_rng(seed).multinomial(n, [1 / n] * n, size=draws)
-    weights = np.concatenate([np.ones((1, n)), counts]).astype(float)
 
+def patching_error(
+    approximate: PatchingEffect,
+    exact: PatchingEffect,
+    *,
+    normalize: bool = True,
+    least: float = LEAST,
+    draws: int = 1000,
+    seed: int = 0,
+) -> PatchingError:
+    """How far approximate effects are from exact ones, with 95% intervals over prompts.
+
+    Args:
+        normalize: divide both by each prompt's exact total effect first (P2, arXiv 2507.02559); else raw.
+        least: prompts whose total effect is smaller, in the metric's units, are left out of normalised errors.
+        draws: bootstrap resamples of the prompts.
+
+    The ranks of Spearman's correlation are those of the whole sample in every resample.
+
+    Raises:
+        ValueError: the two are not of the same site, cells, metric or prompts; none of the prompts can be
+            normalised.
+
+    Example:
+        >>> from lnfree_interp import load_model
+        >>> from lnfree_interp.pairs import induction_pairs
+        >>> from lnfree_interp.patching import activation_patching, attribution_patching
+        >>> model = load_model("tiny-noLN")
+        >>> pairs = induction_pairs(model, 8, length=8)
+        >>> exact = activation_patching(model, pairs)
+        >>> error = patching_error(attribution_patching(model, pairs), exact, draws=50)
+        >>> error.prompts + error.left_out, len(error.per_layer)
+        (8, 4)
+    """
+    pair = compared(approximate, exact, normalize=normalize, least=least)
+    x, y = (v.numpy() for v in pair)
+    n, sample = len(x), {"draws": draws, "seed": seed}
     error, size = np.abs(x - y).sum(2), np.abs(y).sum(2)  # [prompt, layer]
-    per_layer = weights @ error / n
-    with np.errstate(invalid="ignore", divide="ignore"):
-        relative = (weights @ error.sum(1)) / (weights @ size.sum(1))
-        either = ((x != 0) | (y != 0)).sum((1, 2))
-        agree = ((np.sign(x) == np.sign(y)) & (y != 0)).sum((1, 2))
-        agreement = (weights @ agree) / (weights @ either)
-    flat_x, flat_y = x.reshape(n, -1), y.reshape(n, -1)
-    pearson = _correlation(flat_x, flat_y, weights)
-    spearman = _correlation(_ranks(flat_x), _ranks(flat_y), weights)
+    either = ((x != 0) | (y != 0)).sum((1, 2))
+    agree = ((np.sign(x) == np.sign(y)) & (y != 0)).sum((1, 2))
+    flat = x.reshape(n, -1), y.reshape(n, -1)
+    ranks = tuple(_ranks(v) for v in flat)
+    low, high = mean_interval(error, **sample)
 
-    def both(name: str, values: np.ndarray) -> dict:
-        return {name: float(values[0]), f"{name}_interval": tuple(map(float, _interval(values[1:])))}
+    def of_ratio(name: str, a: np.ndarray, b: np.ndarray) -> dict:
+        bounds = ratio_interval(a, b, **sample)
+        return {name: float(ratio(a.sum(), b.sum())), f"{name}_interval": tuple(map(float, bounds))}
+
+    def of_correlation(name: str, a: np.ndarray, b: np.ndarray) -> dict:
+        return {name: correlation(a, b), f"{name}_interval": correlation_interval(a, b, **sample)}
 
     return PatchingError(
         site=exact.site,
         method=approximate.method,
         layers=exact.layers,
         normalized=normalize,
-        per_layer=torch.from_numpy(per_layer[0]),
-        per_layer_interval=torch.from_numpy(_interval(per_layer[1:]).T.copy()),
-        **both("total", per_layer.mean(1)),
-        **both("relative", relative),
-        **both("pearson", pearson),
-        **both("spearman", spearman),
-        **both("sign_agreement", agreement),
+        prompts=n,
+        left_out=len(exact.values) - n,
+        per_layer=torch.from_numpy(error.mean(0)),
+        per_layer_interval=torch.from_numpy(np.stack([low, high], 1)),
+        total=float(error.mean()),
+        total_interval=tuple(map(float, mean_interval(error.mean(1), **sample))),
+        **of_ratio("relative", error.sum(1), size.sum(1)),
+        **of_correlation("pearson", *flat),
+        **of_correlation("spearman", *ranks),
+        **of_ratio("sign_agreement", agree, either),
     )

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..forward import Layer, PackedWeights, attend, attention_pattern, causal_mask, layer_attn_out, layer_qkv
+from ..forward import Layer, PackedWeights, attend, attention_pattern, causal_mask, layer_attn_out, layer_qkv, products
 from .cells import Cells, Request, Tally
 
 HIDDEN = {"cpu": 2**22, "cuda": 2**27}  # hidden activations of an MLP at a time: on a CPU, what its caches hold
@@ -90,9 +90,9 @@ class Sweep:
 # Pieces of a block that count what they do
 
 
-def _qkv(packed: PackedWeights, layer: Layer, rows: Tensor, tally: Tally) -> tuple[Tensor, Tensor, Tensor]:
-    tally.linear(len(rows), *layer.W_QKV.shape)
-    return layer_qkv(packed, layer, rows)
+def _qkv(layer: Layer, rows: Tensor, tally: Tally) -> tuple[Tensor, Tensor, Tensor]:
+    tally.linear(len(rows), layer.W_Q.shape[1], 3 * layer.W_O.shape[0])
+    return layer_qkv(layer, rows)
 
 
 def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, tally: Tally, positions: list[int] | None = None) -> Tensor:
@@ -170,7 +170,7 @@ def _record(packed, tokens, first, base: Kept | None, needs: set[str], tally: Ta
     resid = packed.W_E[tokens[row_prompt, row_pos]] + packed.W_pos[row_pos]
     for i, layer in enumerate(packed.layers):
         keep("resid_pre", resid, i)
-        q, k, v = _qkv(packed, layer, resid, tally)
+        q, k, v = _qkv(layer, resid, tally)
         for name, rows in (("q", q), ("k", k), ("v", v)):
             keep(name, rows, i)
         z = []
@@ -359,28 +359,25 @@ def _block(sweep: Sweep, i: int, groups: Sequence[Rows], single: Single | None) 
     packed, layer, tally = sweep.packed, sweep.packed.layers[i], sweep.tally
     parts: list[tuple[Rows, Tensor]] = []  # rows of the residual stream that are needed on, and their z
     if groups:
-        last = i == len(packed.layers) - 1
-        heads = (packed.n_heads, -1)
         rows = layer.ln1(torch.cat([g.resid.flatten(0, 1) for g in groups]))
         sizes = [g.resid.shape[:2].numel() for g in groups]
-        width = layer.W_QKV.shape[1] // 3
+        n_in, n_out = layer.W_Q.shape[1], layer.W_O.shape[0]
+        last = i == len(packed.layers) - 1
         # Keys and values of all rows; queries, in the last layer, only where the metric reads.
-        tally.linear(len(rows), layer.W_QKV.shape[0], 2 * width if last else 3 * width)
-        columns = slice(width, None) if last else slice(None)
-        qkv = F.linear(rows, layer.W_QKV.T[columns], layer.b_QKV[columns])
-        for g, x, own in zip(groups, rows.split(sizes), qkv.split(sizes)):
-            n_cells, n_rows = g.resid.shape[:2]
-            own = own.view(n_cells, n_rows, -1, width)
+        tally.linear(len(rows), n_in, 2 * n_out if last else 3 * n_out)
+        *queries, keys, values = products(rows, *layer.qkv[1 if last else 0 :])
+        queries = queries[0].split(sizes) if queries else [None] * len(groups)
+        for g, x, q, k, v in zip(groups, rows.split(sizes), queries, keys.split(sizes), values.split(sizes)):
             positions, resid = sweep.positions(i, g.start), g.resid
-            if last:
+            rows_of_cells = (*resid.shape[:2], -1)
+            if q is None:
                 local = [p - g.start for p in positions]
                 resid = resid[:, local]
-                x = x.view(n_cells, n_rows, -1)[:, local]
-                tally.linear(n_cells * len(local), layer.W_QKV.shape[0], width)
-                q = F.linear(x, layer.W_QKV.T[:width], layer.b_QKV[:width])
+                tally.linear(len(g.cell) * len(local), n_in, n_out)
+                (q,) = products(x.view(rows_of_cells)[:, local], *layer.qkv[:1])
             else:
-                q = own[:, :, 0]
-            q, k, v = (t.unflatten(-1, heads) for t in (q, own[:, :, -2], own[:, :, -1]))
+                q = q.unflatten(0, rows_of_cells[:2])
+            k, v = (t.unflatten(0, rows_of_cells[:2]) for t in (k, v))
             if g.start:
                 k = torch.cat([sweep.base["k"][i][g.prompt, : g.start], k], 1)
                 v = torch.cat([sweep.base["v"][i][g.prompt, : g.start], v], 1)
@@ -401,8 +398,8 @@ def _block(sweep: Sweep, i: int, groups: Sequence[Rows], single: Single | None) 
 
 def _enter(sweep: Sweep, i: int, single: Single) -> list[tuple[Rows, Tensor]]:
     """z in block i of cells with one changed row: only its query, key and value are not the base run's."""
-    packed, layer, base = sweep.packed, sweep.packed.layers[i], sweep.base
-    q_row, k_row, v_row = single.qkv or _qkv(packed, layer, single.row, sweep.tally)
+    layer, base = sweep.packed.layers[i], sweep.base
+    q_row, k_row, v_row = single.qkv or _qkv(layer, single.row, sweep.tally)
     parts = []
     for start in single.start.unique().tolist():
         mine = (single.start == start).nonzero().flatten()

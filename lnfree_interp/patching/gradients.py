@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..forward import packed_weights
 from ..metrics import Metric, logit_diff
+from ..models import as_model
 from ..pairs import PromptPairs
 from .activation import Progress, rows_of_metric
 from .atp_star import exact_softmax
@@ -75,6 +76,7 @@ def attribution_patching(
         >>> effect.values.shape, effect.reliability.shape
         (torch.Size([2, 4, 8]), torch.Size([2, 4, 8]))
     """
+    model = as_model(model)
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
