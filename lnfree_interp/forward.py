@@ -348,7 +348,7 @@ def run(
     resid: Float[Tensor, "batch pos d_model"] | None = None,
     start_layer: int = 0,
     hooks: Mapping[str, Hook] | None = None,
-    positions: Sequence[int] | slice | None = None,
+    positions: Sequence[int] | slice | Int[Tensor, " kept"] | None = None,
     past: Past | None = None,
     packed: PackedWeights | None = None,
 ) -> Float[Tensor, "batch kept_pos d_model"]:
@@ -378,6 +378,8 @@ def run(
             raise ValueError(f"the model has no hook {name!r}")
     if packed is not None and not _served(hooks):
         raise ValueError(f"hooks {sorted(hooks)} are not all served by the packed forward")
+    if positions is not None and not isinstance(positions, (slice, Tensor)):
+        positions = torch.tensor(list(positions), device=model.cfg.device)  # sent to the device once, not per use
     if resid is not None and start_layer == n_layers:
         return resid if positions is None else resid[:, positions]
     packed = packed or packed_weights(model)

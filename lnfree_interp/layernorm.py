@@ -52,7 +52,7 @@ def is_ln_free(config, state: Mapping[str, Tensor]) -> bool:
     sites = [f"h.{layer}.ln_{i}" for layer in range(config.n_layer) for i in (1, 2)]
     if eps < HUGE_EPS:
         for site in [*sites, "ln_f"]:
-            size = state[_find(state, f"{site}.weight")].double().abs().median().item()
+            size = _double(state[_find(state, f"{site}.weight")]).abs().median().item()
             if not size < 1e4:  # also catches inf (1e6 in float16) and nan
                 raise ValueError(
                     f"checkpoint is half-way LN-free: {site}.weight is about {size:g} but layer_norm_epsilon is {eps:g}"
@@ -63,7 +63,7 @@ def is_ln_free(config, state: Mapping[str, Tensor]) -> bool:
             )
         return False
     for site in sites:
-        weight, bias = (state[_find(state, f"{site}.{part}")].double() for part in ("weight", "bias"))
+        weight, bias = (_double(state[_find(state, f"{site}.{part}")]) for part in ("weight", "bias"))
         off = (weight / scale - 1).abs().max().item()
         if not off <= NEUTRAL_TOLERANCE:
             raise ValueError(
@@ -74,12 +74,17 @@ def is_ln_free(config, state: Mapping[str, Tensor]) -> bool:
             raise ValueError(
                 f"checkpoint is half-way LN-free: layer_norm_epsilon is {eps:g} but {site}.bias is not zero"
             )
-    size = state[_find(state, "ln_f.weight")].double().abs().median().item()
+    size = _double(state[_find(state, "ln_f.weight")]).abs().median().item()
     if not 1e-5 <= size / scale < float("inf"):
         raise ValueError(
             f"checkpoint is half-way LN-free: layer_norm_epsilon is {eps:g} but ln_f.weight is about {size:g}"
         )
     return True
+
+
+def _double(x: Tensor) -> Tensor:
+    """In fp64, on the CPU: not every device has it."""
+    return x.detach().cpu().double()
 
 
 def fold_reader(
@@ -378,10 +383,10 @@ def export_ln_free(model: GPT2LMHeadModel, config=None) -> GPT2LMHeadModel:
     for layer, block in enumerate(model.transformer.h):
         for i, owner, name in ((1, block.attn, "c_attn"), (2, block.mlp, "c_fc")):
             reader: RemovableReader = getattr(owner, name)
-            gamma, beta = reader.ln.weight.double(), reader.ln.bias.double()
-            weight, bias = reader.linear.weight.double(), reader.linear.bias.double()
+            gamma, beta = _double(reader.ln.weight), _double(reader.ln.bias)
+            weight, bias = _double(reader.linear.weight), _double(reader.linear.bias)
             parts = [
-                fold_reader(weight[:, s.columns], bias[s.columns], gamma * s.inverse().double(), beta)
+                fold_reader(weight[:, s.columns], bias[s.columns], gamma * _double(s.inverse()), beta)
                 for s in reader.sites
             ]
             key = f"transformer.h.{layer}.{'attn' if i == 1 else 'mlp'}.{name}"
@@ -390,7 +395,8 @@ def export_ln_free(model: GPT2LMHeadModel, config=None) -> GPT2LMHeadModel:
             state[f"transformer.h.{layer}.ln_{i}.weight"] = torch.full_like(reader.ln.weight, root_eps)
             state[f"transformer.h.{layer}.ln_{i}.bias"] = torch.zeros_like(reader.ln.bias)
     ln_f = model.transformer.ln_f
-    state["transformer.ln_f.weight"] = (ln_f.weight.double() * ln_f.site.inverse().double() * root_eps).to(ln_f.weight)
+    gain = _double(ln_f.weight) * _double(ln_f.site.inverse()) * root_eps
+    state["transformer.ln_f.weight"] = gain.to(ln_f.weight)
     state["transformer.ln_f.bias"] = ln_f.bias.clone()
     config = copy.deepcopy(model.config if config is None else config)
     config.layer_norm_epsilon = LN_FREE_EPS

@@ -13,6 +13,11 @@ _hook = install_import_hook("lnfree_interp", "beartype.beartype")
 
 import pytest
 import torch
+import virtual_device
+
+# Autograd makes room for devices at the first backward pass of a process: the virtual one must be there before.
+if virtual_device.MISSING is None:
+    virtual_device.register()
 
 # The tests' tensors are small: handing them to several threads costs more than it gains.
 torch.set_num_threads(1)

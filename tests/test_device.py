@@ -250,24 +250,13 @@ NO_DEVICE = {
 }
 
 # Cases that do not run on the device yet, or whose result's table does not.
-_TABLE = "LogitAttribution.table: float64 on the device"
-PENDING = {
-    "direct_logit_attribution": _TABLE,
-    "direct_logit_attribution:neurons": _TABLE,
-    "direct_effect": _TABLE,
-    "direct_effect:targets": _TABLE,
-    "logit_attributions": _TABLE,
-    "logit_attributions:positions": _TABLE,
-    "attribution_error": "float64 on the device",
-    "rank_confidence_neurons": "float64 on the device",
-    "remove_layernorm": "is_ln_free and export_ln_free: float64 on the device",
-    "patching_error": "float64 on the device",
-}
+PENDING = {"rank_confidence_neurons": "float64 on the device"}
 # Cases whose host syncs grow with the number of cells, neurons or tokens; or that do not run at all.
 _ROWS = "syncs for each first position of the cells, in every layer"
-GROWING = {name: reason for name, reason in PENDING.items() if reason is not _TABLE} | {
+GROWING = PENDING | {
     "ablate_neurons:rerun": "an upload, a download and two masks for each neuron",
     "ablate_cumulatively": "an upload, a download and two masks for each neuron",
+    "patching_error": _ROWS,
     "activation_patching:plain": _ROWS,
     "activation_patching:right_log_prob": _ROWS,
     "activation_patching:kl_from_clean": _ROWS,

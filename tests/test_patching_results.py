@@ -245,7 +245,7 @@ def test_prompts_in_which_nothing_moves_are_left_out_of_shares_and_counted():
     assert patching_error(a, b, least=0.1).prompts == 4
     with pytest.raises(ValueError, match=r"moves by 2\.0 or more on none of 6 prompts \(at most 1\)"):
         patching_error(a, b, least=2.0)
-    with pytest.raises(ValueError, match="least is 0.0"):
+    with pytest.raises(ValueError, match=r"least is 0\.0"):
         patching_error(a, b, least=0.0)
 
 
