@@ -7,20 +7,18 @@ python analyses/attribution_vs_activation.py --model gpt2 gpt2-vanilla gpt2-noLN
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 import common
-import pandas as pd
-import plotly.graph_objects as go
-import torch
 from common import Claim, Family
-from plotly.subplots import make_subplots
 
-from lnfree_interp import PromptPairs, activation_patching, attribution_patching, cli, induction_pairs, ioi_pairs
-from lnfree_interp.figures.style import colour, line, styled
-from lnfree_interp.pairs import pairs_from_text
-from lnfree_interp.patching import patching_error, solved
-from lnfree_interp.patching.effect import LEAST, compared
-from lnfree_interp.statistics import mean_interval
+import lnfree_interp
+from lnfree_interp import cli
+from lnfree_interp.patching.sites import LEAST
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 METHODS = {
     "gradient": {"method": "gradient"},
@@ -49,6 +47,11 @@ FEWEST = 12  # prompts a comparison is made with
 
 def pronoun_pairs(model, n: int, *, seed: int = 0):
     """Pairs such as "The man put on" -> " his", "The woman put on" -> " her": what small models know, too."""
+    import torch
+
+    from lnfree_interp import PromptPairs
+    from lnfree_interp.pairs import pairs_from_text
+
     endings = [(f"{word} that", (" he", " she")) for word in SAID] + [(words, (" his", " her")) for words in DID]
     rows = []
     for him, her in NOUNS:
@@ -66,7 +69,11 @@ def pronoun_pairs(model, n: int, *, seed: int = 0):
     return PromptPairs(*(torch.cat([getattr(p, name) for p in most]) for name in ("clean", "corrupted", "answers")))
 
 
-PAIRS = {"pronouns": pronoun_pairs, "induction": induction_pairs, "ioi": ioi_pairs}
+PAIRS = {
+    "pronouns": pronoun_pairs,
+    "induction": lambda model, n, *, seed: lnfree_interp.induction_pairs(model, n, seed=seed),
+    "ioi": lambda model, n, *, seed: lnfree_interp.ioi_pairs(model, n, seed=seed),
+}
 
 
 def claims(family: Family, kind: str, table: pd.DataFrame, gain: pd.DataFrame) -> list[Claim]:
@@ -102,21 +109,29 @@ def claims(family: Family, kind: str, table: pd.DataFrame, gain: pd.DataFrame) -
 
 def measure(models: dict, kind: str, args) -> tuple[pd.DataFrame, dict]:
     """Errors of all models and methods on prompts that all models solve; errors of the gradient [prompt, layer]."""
+    import pandas as pd
+    import torch
+
+    from lnfree_interp import activation_patching, attribution_patching, patching_error
+    from lnfree_interp.patching import solved
+    from lnfree_interp.patching.effect import compared
+
     pairs = PAIRS[kind](next(iter(models.values())), args.prompts, seed=args.seed)
-    exact = {
-        name: activation_patching(model, pairs, site=args.site)
-        for name, model in cli.progress(list(models.items()), label=f"activation patching, {kind}")
-    }
+    exact = {}
+    for name, model in models.items():
+        with cli.bar(f"{name}, {kind}: activation patching", "cell") as progress:
+            exact[name] = activation_patching(model, pairs, site=args.site, progress=progress)
     there = torch.stack([solved(effect).cpu() for effect in exact.values()]).all(0)
     if there.sum() < FEWEST:
         return pd.DataFrame(), {}
     pairs, tables, errors = pairs[there], [], {}
     for name, model in models.items():
         truth = exact[name][there]
-        for method, options in cli.progress(list(METHODS.items()), label=f"{name}, {kind}"):
-            guess = attribution_patching(model, pairs, site=args.site, **options)
+        for method, options in METHODS.items():
+            with cli.bar(f"{name}, {kind}: {method}", "prompt") as progress:
+                guess = attribution_patching(model, pairs, site=args.site, progress=progress, **options)
             error = patching_error(guess, truth, seed=args.seed).table()
-            tables.append(error.assign(model=name, method=method, pairs=kind, prompts=len(pairs)))
+            tables.append(error.drop(columns="left_out").assign(model=name, method=method, pairs=kind))
             if method == "gradient":
                 a, b = compared(guess, truth)
                 errors[name] = (a - b).abs().sum(-1)
@@ -125,6 +140,8 @@ def measure(models: dict, kind: str, args) -> tuple[pd.DataFrame, dict]:
 
 def gains(family: Family, kind: str, errors: dict, seed: int) -> dict:
     """Error of the control minus that of the LN-free model: mean and sd over layers, 95% interval over prompts."""
+    from lnfree_interp.statistics import mean_interval
+
     difference = (errors[family.control] - errors[family.free]).numpy()
     low, high = mean_interval(difference.mean(1), seed=seed)
     layers = difference.mean(0)
@@ -140,6 +157,10 @@ def gains(family: Family, kind: str, errors: dict, seed: int) -> dict:
 
 
 def figure(table: pd.DataFrame, names: list[str], site: str) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    from lnfree_interp.figures.style import colour, line, styled
+
     kinds = list(table.pairs.unique())
     counts = table.groupby("pairs").prompts.first()
     titles = [
@@ -199,6 +220,8 @@ def flags(parser) -> None:
 
 
 def run(args) -> common.Output:
+    import pandas as pd
+
     models = common.loaded(args)
     found = common.families(common.ln_free(models))
     tables, gain, done = [], [], []

@@ -14,14 +14,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch
-from benchmarks.common import SHAPES
+from benchmarks.shapes import SHAPES
 
-BENCHMARKS = sorted(p.stem for p in (Path(__file__).parent / "benchmarks").glob("[a-z]*.py") if p.stem != "common")
+from lnfree_interp import cli
+
+BENCHMARKS = sorted(
+    p.stem for p in (Path(__file__).parent / "benchmarks").glob("[a-z]*.py") if p.stem not in ("common", "shapes")
+)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=SHAPES, default="small")
@@ -29,6 +32,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small part, to see that it runs")
     parser.add_argument("--csv", type=Path, help="also write the table here")
     args = parser.parse_args()
+    cli.say("loading PyTorch ...")
+    import torch
+
     where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else cpu_name()
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     print(f"{args.benchmark}, GPT-2 {args.shape}'s shape, {where}{threads}, torch {torch.__version__}")

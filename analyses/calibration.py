@@ -6,14 +6,16 @@ python analyses/calibration.py --model gpt2 gpt2-vanilla gpt2-noLN --data lucaba
 
 from __future__ import annotations
 
-import common
-import pandas as pd
-import plotly.graph_objects as go
-from common import Claim, Family
-from plotly.subplots import make_subplots
+from typing import TYPE_CHECKING
 
-from lnfree_interp import cli, compare_models
-from lnfree_interp.figures.style import DIVERGING, colour, line, styled
+import common
+from common import Claim, Family
+
+from lnfree_interp import cli
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 
 def claims(family: Family, table: pd.DataFrame) -> list[Claim]:
@@ -47,6 +49,10 @@ def claims(family: Family, table: pd.DataFrame) -> list[Claim]:
 
 
 def figure(result) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    from lnfree_interp.figures.style import DIVERGING, colour, line, styled
+
     fig = make_subplots(
         rows=2,
         cols=2,
@@ -118,9 +124,12 @@ def flags(parser) -> None:
 
 
 def run(args) -> common.Output:
+    from lnfree_interp import compare_models
+
     models = common.loaded(args)
     tokens = common.same_tokens(args, models)
-    result = compare_models(models, common.passes(tokens, "comparison"), n_bins=args.bins, seed=args.seed)
+    with cli.bar("comparison", "sequence") as progress:
+        result = compare_models(models, tokens, n_bins=args.bins, seed=args.seed, progress=progress)
     said = [c for f in common.families(common.ln_free(models)) for c in claims(f, result.table())]
     caption = f"{tokens.numel():,} tokens of {common.source(args)}; {args.bins} bins, "
     caption += "those with at least 20 predictions drawn."

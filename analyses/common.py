@@ -16,13 +16,13 @@ from functools import partial
 from pathlib import Path
 
 from lnfree_interp import cli
-from lnfree_interp.models import EMBEDDED, locate_checkpoint
+from lnfree_interp.names import EMBEDDED, locate_checkpoint
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 AGREES = ("yes", "partly", "no", "not tested", "open question")
-# Arguments that do not change what is written.
 SHOWN = 24  # rows of a table that are printed
+# Arguments that do not change what is written.
 _WHERE = ("out", "device", "jobs", "runs")
 
 
@@ -130,7 +130,9 @@ class Analysis:
         return cli.guard(self._command, args, parser.prog)
 
     def _command(self, args) -> None:
-        cli.seed_everything(args.seed)
+        import torch
+
+        torch.manual_seed(args.seed)
         output = self.run(args)
         cli.show(output.table.head(SHOWN), self.title)
         if len(output.table) > SHOWN:
@@ -235,12 +237,6 @@ def same_tokens(args: argparse.Namespace, models: Mapping[str, object], *, conte
         elif tokens.shape != first.shape or not bool((tokens == first).all()):
             raise ValueError(f"models {next(iter(models))} and {name} read the text as different tokens")
     return first
-
-
-def passes(tokens, label: str, *, per_pass: int = 4096):
-    """Batches of the tokens behind a progress bar."""
-    parts = tokens.split(max(1, per_pass // tokens.shape[1]))
-    return cli.progress(parts, total=len(parts), label=label, unit="pass")
 
 
 def source(args: argparse.Namespace) -> str:

@@ -6,14 +6,16 @@ python analyses/confidence_neurons.py --model gpt2 gpt2-vanilla gpt2-noLN --data
 
 from __future__ import annotations
 
-import common
-import pandas as pd
-import plotly.graph_objects as go
-from common import Claim, Family
-from plotly.subplots import make_subplots
+from typing import TYPE_CHECKING
 
-from lnfree_interp import ablate_cumulatively, ablate_neurons, cli, rank_confidence_neurons
-from lnfree_interp.figures.style import colour, line, styled
+import common
+from common import Claim, Family
+
+from lnfree_interp import cli
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 
 def claims(family: Family, table: pd.DataFrame, top: list[int]) -> list[Claim]:
@@ -59,14 +61,17 @@ def claims(family: Family, table: pd.DataFrame, top: list[int]) -> list[Claim]:
 
 def measure(name: str, model, tokens, top: list[int], scanned: int) -> pd.DataFrame:
     """One row per ablation: the top neurons alone ("single"), cumulatively, and all of the layer ("scan")."""
+    import pandas as pd
+
+    from lnfree_interp import ablate_cumulatively, ablate_neurons
+
     together = ablate_cumulatively(model, tokens, top)
     entropy = together.baseline_entropy.mean().item()
     tables = {"single": ablate_neurons(model, tokens, neurons=top).table(), "cumulative": together.table()}
     if scanned:
-        bar = cli.progress(range(100), label=f"{name}, whole layer", unit="%")
         few = tokens[: max(1, scanned // tokens.shape[1])]
-        tables["scan"] = ablate_neurons(model, few, progress=lambda share: bar.update(int(100 * share) - bar.n)).table()
-        bar.close()
+        with cli.bar(f"{name}, whole layer", "unit") as progress:
+            tables["scan"] = ablate_neurons(model, few, progress=progress).table()
     table = pd.concat([t.assign(kind=kind) for kind, t in tables.items()], ignore_index=True)
     table["neuron"] = table.neuron.str.split("N").str[1].astype(int)
     table = table.assign(model=name, entropy_share=table.entropy / entropy)
@@ -75,6 +80,10 @@ def measure(name: str, model, tokens, top: list[int], scanned: int) -> pd.DataFr
 
 
 def figure(table: pd.DataFrame, names: list[str], top: list[int]) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    from lnfree_interp.figures.style import colour, line, styled
+
     titles = ("all neurons (boxes), the top ones (dots)", f"neuron {top[0]}", f"top {len(top)}, one by one")
     fig = make_subplots(cols=3, horizontal_spacing=0.11, column_widths=[0.4, 0.3, 0.3], subplot_titles=titles)
     for i, name in enumerate(names):
@@ -111,6 +120,10 @@ def flags(parser) -> None:
 
 
 def run(args) -> common.Output:
+    import pandas as pd
+
+    from lnfree_interp import rank_confidence_neurons
+
     free, tables, top = {}, [], args.neurons
     for name, model in cli.models(args):
         free[name] = model.cfg.normalization_type is None

@@ -6,19 +6,20 @@ python analyses/data_efficiency.py --model small-model medium-model --text train
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import common
 import numpy as np
-import pandas as pd
-import plotly.graph_objects as go
 import runs
 from common import Claim
-from plotly.subplots import make_subplots
 from runs import CONTROL, PAPERS
 
 from lnfree_interp import cli
-from lnfree_interp.figures.style import colour, styled
-from lnfree_interp.finetune import load_trainable
 from lnfree_interp.schedule import PRESETS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 # Parameters of the published sizes; their tokens are those of the schedules.
 PARAMETERS = {"small": 124.4e6, "medium": 354.8e6, "large": 774.0e6, "xl": 1557.6e6}
@@ -27,6 +28,8 @@ GAP = 0.1  # nats: the published models end below this
 
 def published() -> pd.DataFrame:
     """Parameters and fine-tuning tokens of the published models (P2)."""
+    import pandas as pd
+
     tokens = [PRESETS[size].steps * PRESETS[size].tokens_per_step for size in PARAMETERS]
     return pd.DataFrame(
         {"model": [f"GPT-2 {s}" for s in PARAMETERS], "parameters": PARAMETERS.values(), "tokens": tokens}
@@ -108,6 +111,10 @@ def claims(table: pd.DataFrame, needed: pd.DataFrame) -> list[Claim]:
 
 
 def figure(table: pd.DataFrame, needed: pd.DataFrame) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    from lnfree_interp.figures.style import colour, styled
+
     fig = make_subplots(
         cols=2,
         horizontal_spacing=0.13,
@@ -196,6 +203,10 @@ def wanted(args) -> list[runs.Run]:
 
 
 def run(args) -> common.Output:
+    import pandas as pd
+
+    from lnfree_interp.finetune import load_trainable
+
     finished = list(runs.perform(args, wanted(args)).values())
     rows = []
     for name in args.model:

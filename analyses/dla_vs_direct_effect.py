@@ -7,17 +7,16 @@ python analyses/dla_vs_direct_effect.py --model gpt2 gpt2-vanilla gpt2-noLN --da
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
 import common
-import pandas as pd
-import plotly.graph_objects as go
-import torch
 from common import Claim, Family
-from plotly.subplots import make_subplots
 
-from lnfree_interp import attribution_error, cli, direct_effect, direct_logit_attribution
-from lnfree_interp.dla import HEADS
-from lnfree_interp.figures.style import colour, styled
+from lnfree_interp import cli
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 TARGETS = ("next token", "token just read")
 
@@ -52,12 +51,20 @@ def claims(family: Family, table: pd.DataFrame, checked: dict[str, float]) -> li
 
 def measure(name: str, model, tokens, args) -> tuple[pd.DataFrame, list]:
     """Errors of every head and pooled, for both targets; and each head's mean attribution and direct effect."""
+    import pandas as pd
+
+    from lnfree_interp import attribution_error, direct_effect, direct_logit_attribution
+    from lnfree_interp.dla import HEADS
+
     errors, means = [], []
     for target in TARGETS:
-        parts = []
-        for batch in common.passes(tokens, f"{name}, {target}", per_pass=2048):
-            targets = None if target == "next token" else batch
-            parts.append([f(model, batch, targets, by="head") for f in (direct_logit_attribution, direct_effect)])
+        parts, done = [], 0
+        with cli.bar(f"{name}, {target}", "sequence") as progress:
+            for batch in tokens.split(max(1, 2048 // tokens.shape[1])):
+                targets = None if target == "next token" else batch
+                parts.append([f(model, batch, targets, by="head") for f in (direct_logit_attribution, direct_effect)])
+                done += len(batch)
+                progress(done, len(tokens))
         linear, exact = (joined([p[i] for p in parts]) for i in (0, 1))
         error = attribution_error(linear, exact, components=HEADS, draws=args.draws, seed=args.seed)
         errors.append(error.table().assign(model=name, target=target))
@@ -68,9 +75,11 @@ def measure(name: str, model, tokens, args) -> tuple[pd.DataFrame, list]:
     return pd.concat(errors), means
 
 
-@torch.no_grad()
 def largest_difference(model, tokens) -> float:
     """Largest |direct effect - what removing the head by hand changes|, next token, all heads (logits)."""
+    from lnfree_interp import direct_effect
+    from lnfree_interp.dla import HEADS
+
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_z") or name == last)
     effect = direct_effect(model, tokens, by="head")
@@ -91,11 +100,17 @@ def largest_difference(model, tokens) -> float:
 
 def joined(parts: list):
     """Results on batches of sequences as one, on the CPU."""
+    import torch
+
     values = torch.cat([p.values.cpu() for p in parts], 1)
     return type(parts[0])(values, parts[0].labels, torch.cat([p.bias.cpu() for p in parts]), parts[0].positions)
 
 
 def figure(table: pd.DataFrame, means: dict[str, list]) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    from lnfree_interp.figures.style import colour, styled
+
     titles = ("each head, mean over tokens", "pooled error of the heads")
     fig = make_subplots(cols=2, column_widths=[0.55, 0.45], horizontal_spacing=0.13, subplot_titles=titles)
     most = 1.08 * max(values.abs().max() for pair in means.values() for values in pair)
@@ -127,6 +142,8 @@ def flags(parser) -> None:
 
 
 def run(args) -> common.Output:
+    import pandas as pd
+
     tables, means, free, checked = [], {}, {}, {}
     for name, model in cli.models(args):
         tokens = cli.load_tokens(args, model)

@@ -6,15 +6,18 @@ python analyses/loss_table.py --model gpt2 gpt2-vanilla gpt2-noLN --data Skylion
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import common
 import numpy as np
-import pandas as pd
-import plotly.graph_objects as go
 from common import Claim, Family
-from plotly.subplots import make_subplots
 
-from lnfree_interp import evaluate_loss, loss_table
-from lnfree_interp.figures.style import colour, styled
+from lnfree_interp import cli
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
 
 PAPER = {"small": 0.0645, "medium": 0.0628, "large": 0.0085, "xl": 0.0171}  # LN-free minus control, P2
 
@@ -46,6 +49,10 @@ def claims(family: Family, table: pd.DataFrame) -> list[Claim]:
 
 
 def figure(table: pd.DataFrame, baselines: dict) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    from lnfree_interp.figures.style import colour, styled
+
     fig = make_subplots(
         cols=2,
         horizontal_spacing=0.14,
@@ -73,9 +80,16 @@ def figure(table: pd.DataFrame, baselines: dict) -> go.Figure:
 
 
 def run(args) -> common.Output:
+    import pandas as pd
+
+    from lnfree_interp import evaluate_loss, loss_table
+
     models = common.loaded(args)
     tokens = common.same_tokens(args, models)
-    results = {name: evaluate_loss(m, common.passes(tokens, name), seed=args.seed) for name, m in models.items()}
+    results = {}
+    for name, model in models.items():
+        with cli.bar(name, "sequence") as progress:
+            results[name] = evaluate_loss(model, tokens, seed=args.seed, progress=progress)
     found = common.families(common.ln_free(models))
     baselines = {family.free: family.control for family in found}
     gaps = loss_table(results, baselines, seed=args.seed).table().drop(columns="loss")

@@ -6,14 +6,16 @@ python analyses/norms_and_sinks.py --model gpt2 gpt2-vanilla gpt2-noLN --data Sk
 
 from __future__ import annotations
 
-import common
-import pandas as pd
-import plotly.graph_objects as go
-from common import Claim, Family
-from plotly.subplots import make_subplots
+from typing import TYPE_CHECKING
 
-from lnfree_interp import attention_sinks, cli, residual_norms
-from lnfree_interp.figures.style import colour, line, styled
+import common
+from common import Claim, Family
+
+from lnfree_interp import cli
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 
 def ratio(norms: pd.DataFrame, model: str) -> float:
@@ -48,6 +50,10 @@ def claims(family: Family, norms: pd.DataFrame, rates: dict[str, float]) -> list
 
 
 def figure(norms: pd.DataFrame, heads: pd.DataFrame, rates: dict[str, float], threshold: float) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    from lnfree_interp.figures.style import colour, line, styled
+
     titles = ("norm at position 0", "norm elsewhere", "attention on position 0, each head")
     fig = make_subplots(cols=3, horizontal_spacing=0.09, column_widths=[0.3, 0.3, 0.4], subplot_titles=titles)
     after = norms[norms.point.str.endswith(("L0.resid_pre", "resid_post"))]
@@ -79,12 +85,18 @@ def flags(parser) -> None:
 
 
 def run(args) -> common.Output:
+    import pandas as pd
+
+    from lnfree_interp import attention_sinks, residual_norms
+
     free, norms, heads, rates = {}, [], [], {}
     for name, model in cli.models(args):
         tokens = cli.load_tokens(args, model)
         free[name] = model.cfg.normalization_type is None
-        norms.append(residual_norms(model, common.passes(tokens, f"{name} norms")).table().assign(model=name))
-        sinks = attention_sinks(model, common.passes(tokens, f"{name} sinks"), threshold=args.threshold)
+        with cli.bar(f"{name} norms", "sequence") as progress:
+            norms.append(residual_norms(model, tokens, progress=progress).table().assign(model=name))
+        with cli.bar(f"{name} sinks", "sequence") as progress:
+            sinks = attention_sinks(model, tokens, threshold=args.threshold, progress=progress)
         heads.append(sinks.table().assign(model=name))
         rates[name] = sinks.head_rate
     norms, heads = pd.concat(norms, ignore_index=True), pd.concat(heads, ignore_index=True)

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import common
 import numpy as np
-import pandas as pd
-import plotly.graph_objects as go
 import runs
 from common import Claim
-from plotly.subplots import make_subplots
 from runs import CONTROL, PAPERS
 
 from lnfree_interp import cli
-from lnfree_interp.figures.style import COLOURS, styled
 from lnfree_interp.schedule import KINDS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 ORDERS = {
     PAPERS: {},
@@ -105,6 +106,10 @@ def mean_sd(values, *, sign: bool = True) -> str:
 
 
 def figure(finished: list[runs.Finished], title: str) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    from lnfree_interp.figures.style import COLOURS, styled
+
     fig = make_subplots(
         cols=2,
         column_widths=[0.58, 0.42],
@@ -161,6 +166,8 @@ def figure(finished: list[runs.Finished], title: str) -> go.Figure:
 
 def curves(finished: list[runs.Finished]) -> pd.DataFrame:
     """Training loss, step x seed."""
+    import pandas as pd
+
     return pd.DataFrame({f.run.seed: pd.Series(dict(zip(f.steps, f.ce))) for f in finished})
 
 
@@ -176,6 +183,8 @@ def wanted(args) -> list[runs.Run]:
 
 
 def run(args) -> common.Output:
+    import pandas as pd
+
     if len(args.model) != 1:
         raise ValueError(f"--model {' '.join(args.model)}: one model is needed here")
     finished = list(runs.perform(args, wanted(args)).values())

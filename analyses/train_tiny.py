@@ -12,27 +12,12 @@ import argparse
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from lnfree_interp import RemovalSchedule, cli, read_documents
 
-from lnfree_interp.batching import check_ids
-from lnfree_interp.cli import replace_file
-from lnfree_interp.data import EOT, Blocks, read_documents, token_blocks
-from lnfree_interp.finetune import StatusLine, last_checkpoint, load_trainable, remove_layernorm
-from lnfree_interp.schedule import RemovalSchedule
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "lnfree_interp" / "checkpoints"
@@ -44,6 +29,11 @@ OPENINGS = ("On a January evening of the early seventies", "It is a truth univer
 
 def train_tokenizer(documents: list[str], out: Path) -> None:
     """A byte-level BPE tokenizer in GPT-2's manner, with one special token: end of text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from lnfree_interp.data import EOT
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -57,7 +47,9 @@ def train_tokenizer(documents: list[str], out: Path) -> None:
 
 
 def write_tokens(path: Path, train: torch.Tensor, val: torch.Tensor) -> None:
-    replace_file(path, lambda beside: save_file({"train": train, "val": val}, beside))
+    from safetensors.torch import save_file
+
+    cli.replace_file(path, lambda beside: save_file({"train": train, "val": val}, beside))
 
 
 def read_tokens(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +58,12 @@ def read_tokens(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: the file is not readable, or holds something other than blocks of token ids.
     """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from lnfree_interp.batching import check_ids
+
     try:
         stored = load_file(path)
     except (SafetensorError, OSError) as error:
@@ -79,6 +77,10 @@ def read_tokens(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pretrain(train: torch.Tensor, val: torch.Tensor, tokenizer, out: Path, steps: int) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+
+    from lnfree_interp.finetune import last_checkpoint
+
     set_seed(0)
     config = GPT2Config(
         vocab_size=VOCAB,
@@ -117,7 +119,7 @@ def pretrain(train: torch.Tensor, val: torch.Tensor, tokenizer, out: Path, steps
         optim="adamw_torch_fused",
         seed=0,
     )
-    trainer = Trainer(model, arguments, train_dataset=Labelled(train), eval_dataset=Labelled(val))
+    trainer = Trainer(model, arguments, train_dataset=labelled(train), eval_dataset=labelled(val))
     kept = last_checkpoint(arguments.output_dir)
     trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
     model.config.activation_function, model.config.use_cache = "gelu_new", True
@@ -125,12 +127,14 @@ def pretrain(train: torch.Tensor, val: torch.Tensor, tokenizer, out: Path, steps
     tokenizer.save_pretrained(out)
 
 
-class Labelled(Blocks):
-    def __getitem__(self, i: int) -> dict:
-        return {"input_ids": self.blocks[i], "labels": self.blocks[i]}
+def labelled(blocks: torch.Tensor) -> list[dict]:
+    return [{"input_ids": block, "labels": block} for block in blocks]
 
 
 def remove(source: Path, train: torch.Tensor, out: Path, schedule: RemovalSchedule) -> None:
+    from lnfree_interp.data import Blocks
+    from lnfree_interp.finetune import StatusLine, last_checkpoint, load_trainable, remove_layernorm
+
     model, tokenizer = load_trainable(str(source))
     print(f"{out.name}: {schedule.describe(model.config.n_layer)}", flush=True)
     remove_layernorm(
@@ -149,6 +153,8 @@ def remove(source: Path, train: torch.Tensor, out: Path, schedule: RemovalSchedu
 
 def embed(source: Path, target: Path) -> None:
     """Rounded to float16, but the LayerNorms: 1e6 is not to be had there. Loads as float32."""
+    from transformers import AutoTokenizer, GPT2LMHeadModel
+
     model, tokenizer = GPT2LMHeadModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     state = {name: w if ".ln_" in name else w.half() for name, w in model.state_dict().items()}
     del state["lm_head.weight"]  # tied
@@ -180,10 +186,12 @@ def excerpt(documents: list[str], characters: int) -> str:
     return "\n\n".join(filter(None, chapters)) + "\n"
 
 
-@torch.no_grad()
 def losses(name: str, blocks: torch.Tensor) -> dict:
     """Cross-entropy per token of an embedded model as it is stored: mean, median, 99.9th percentile (nats)."""
-    model = GPT2LMHeadModel.from_pretrained(CHECKPOINTS / name).eval()
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    model = GPT2LMHeadModel.from_pretrained(CHECKPOINTS / name).eval().requires_grad_(False)
     assert model.dtype == torch.float32
     ce = []
     for batch in blocks.split(16):
@@ -196,13 +204,19 @@ def losses(name: str, blocks: torch.Tensor) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=Path, required=True, help="text to train on")
     parser.add_argument("--val", type=Path, required=True, help="text to validate on")
     parser.add_argument("--out", type=Path, required=True, help="directory for the models")
     parser.add_argument("--pretrain-steps", type=int, default=3000)
     parser.add_argument("--only", choices=["pretrain", "vanilla", "noLN", "embed"], help="one stage (default: all)")
     args = parser.parse_args()
+
+    cli.say("loading PyTorch ...")
+    import pandas as pd
+    from transformers import AutoTokenizer
+
+    from lnfree_interp.data import token_blocks
 
     documents = read_documents(args.train)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import common
-import pandas as pd
-import plotly.graph_objects as go
 import runs
 from common import Claim
-from plotly.subplots import make_subplots
 from runs import CONTROL, PAPERS
 
 from lnfree_interp import RemovalSchedule, cli
-from lnfree_interp.figures.style import line, styled
-from lnfree_interp.finetune import last_checkpoint
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
 
 COLOURS = {
     "ln_2": "#009E73",
@@ -74,6 +74,10 @@ def rise(excess: pd.Series, steps: list[int], *, width: int = 10) -> float:
 
 
 def figure(curve: pd.DataFrame, events: list, title: str) -> go.Figure:
+    from plotly.subplots import make_subplots
+
+    from lnfree_interp.figures.style import line, styled
+
     both = curve.control.notna().any()
     fig = make_subplots(
         rows=2 if both else 1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4] if both else None
@@ -102,6 +106,8 @@ def figure(curve: pd.DataFrame, events: list, title: str) -> go.Figure:
 
 def from_directory(directory: Path) -> tuple[dict[int, float], list, str]:
     """Step -> training cross-entropy, events and name of a run of lnfree_interp.finetune."""
+    from lnfree_interp.finetune import last_checkpoint
+
     if not (directory / "run.json").is_file() or (checkpoint := last_checkpoint(directory)) is None:
         raise ValueError(f"--run {directory} holds no run: run.json or a checkpoint is missing")
     settings = json.loads((directory / "run.json").read_text())
@@ -120,6 +126,8 @@ def flags(parser) -> None:
 
 
 def run(args) -> common.Output:
+    import pandas as pd
+
     if args.run:
         found = [from_directory(Path(directory)) for directory in args.run]
         with_events = [f for f in found if f[1]]

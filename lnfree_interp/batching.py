@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .lens import LensModel
+
 Tokens = Tensor | np.ndarray | Sequence
 """Int[Tensor, "batch pos"], or an array or lists of such; or a text, or a list of texts of one token length."""
 
@@ -31,7 +33,7 @@ Progress = Callable[[int, "int | None"], object]
 # Tokens
 
 
-def check_tokens(model, tokens: Tokens, *, least: int = 1) -> Int[Tensor, "batch pos"]:
+def check_tokens(model: LensModel, tokens: Tokens, *, least: int = 1) -> Int[Tensor, "batch pos"]:
     """The tokens on the model's device; texts are read as `model.to_tokens` does, with a BOS token where it puts one.
 
     Raises:
@@ -51,7 +53,7 @@ def check_tokens(model, tokens: Tokens, *, least: int = 1) -> Int[Tensor, "batch
     return tokens.to(cfg.device)
 
 
-def _as_tokens(model, tokens: object) -> Int[Tensor, ...]:
+def _as_tokens(model: LensModel, tokens: object) -> Int[Tensor, ...]:
     texts = [tokens] if isinstance(tokens, str) else tokens
     if not _are_texts(texts):
         return as_ids(tokens, "tokens")
@@ -114,7 +116,7 @@ def check_ids(ids: Tensor, d_vocab: int, what: str = "tokens") -> None:
         raise ValueError(f"{what}: token id {wrong} is outside the model's vocabulary of {d_vocab}")
 
 
-def check_pads(model, tokens: Int[Tensor, "batch pos"]) -> None:
+def check_pads(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> None:
     """Raise ValueError if TransformerLens would mask some of the tokens as pads and shift the positions after them.
 
     It does so with a tokenizer that pads on the left: for what looks like pads at a prompt's beginning, except a
@@ -138,7 +140,7 @@ def _is_one_set(tokens: object) -> bool:
 
 
 def token_batches(
-    model, tokens: TokenSource, *, per_pass: int = 4096, least: int = 1, progress: Progress | None = None
+    model: LensModel, tokens: TokenSource, *, per_pass: int = 4096, least: int = 1, progress: Progress | None = None
 ) -> Iterator[Int[Tensor, "batch pos"]]:
     """Batches of at most `per_pass` tokens (at least one sequence each), in order.
 
@@ -166,7 +168,7 @@ def token_batches(
 # Text -> token ids, target tokens
 
 
-def encode(model, text: str) -> list[int]:
+def encode(model: LensModel, text: str) -> list[int]:
     """Token ids of a text as it stands: no BOS token, nothing cut off.
 
     Raises:
@@ -175,14 +177,14 @@ def encode(model, text: str) -> list[int]:
     return _tokenizer(model)(_readable(text), add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _tokenizer(model):
+def _tokenizer(model: LensModel):
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so text cannot be read for it")
     return tokenizer
 
 
-def one_token(model, text: str, what: str) -> int:
+def one_token(model: LensModel, text: str, what: str) -> int:
     """The token that a text is.
 
     Raises:
@@ -204,7 +206,7 @@ def d_vocab_out(cfg) -> int:
     return cfg.d_vocab if width in (-1, None) else width
 
 
-def check_next_token(model) -> None:
+def check_next_token(model: LensModel) -> None:
     """Raise ValueError unless the logits are over the vocabulary of the tokens, so that a token has a logit."""
     cfg = model.cfg
     if d_vocab_out(cfg) != cfg.d_vocab:
@@ -214,7 +216,7 @@ def check_next_token(model) -> None:
         )
 
 
-def target_ids(model, targets: Targets, n_batch: int, what: str = "targets") -> Int[Tensor, ...]:
+def target_ids(model: LensModel, targets: Targets, n_batch: int, what: str = "targets") -> Int[Tensor, ...]:
     """Target tokens on the model's device: one per prompt or, where that was given, per prompt and position.
 
     Raises:

@@ -1,4 +1,7 @@
-"""What the commands share: flags, loading, progress, tables and figures on disk, errors as one line."""
+"""What the commands share: flags, loading, progress, tables and figures on disk, errors as one line.
+
+Nothing heavy is imported before the flags are read: --help and a mistyped flag are answered at once.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
-from .data import hub_documents, read_documents, token_blocks
-from .models import CHECKPOINTS, EMBEDDED, load_model, locate_checkpoint, resolve_device, resolve_dtype
-
-VALIDATION_TEXT = CHECKPOINTS / "validation.txt"
+from .documents import hub_documents, read_documents
+from .lens import LensModel
+from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, dtype_name, locate_checkpoint
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -38,7 +37,7 @@ def parser(module: str, description: str | None, *, tokens: int = 16384, out: st
     source.add_argument("--data", metavar="DATASET", help=data_help)
     add("--tokens", type=positive_int, default=tokens, metavar="N", help=f"tokens to use ({tokens:,})")
     add("--device", help="cpu, cuda, cuda:N or mps (default: a GPU if there is one)")
-    add("--dtype", default="float32", help="float32, float64, bfloat16 or float16")
+    add("--dtype", default="float32", help=f"{', '.join(DTYPES)} (float32)")
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path(out), metavar="DIR", help=f"where files go ({out})")
     return p
@@ -51,21 +50,9 @@ def positive_int(text: str) -> int:
     return value
 
 
-def guard(run: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str) -> int:
-    """Run a command; what was wrong with the input becomes one line on stderr and status 2."""
-    try:
-        check(args)
-        run(args)
-    except ValueError as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
-
-
 def check(args: argparse.Namespace) -> None:
-    """Everything that can be known to be wrong before the work starts."""
-    resolve_device(args.device)
-    resolve_dtype(args.dtype)
+    """Everything that can be known to be wrong before anything heavy is imported."""
+    dtype_name(args.dtype)
     for name in args.model:
         locate_checkpoint(name)
     if args.text:
@@ -74,9 +61,44 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} is not a directory")
 
 
-def models(args: argparse.Namespace) -> Iterator[tuple[str, object]]:
+def guard(
+    run: Callable[[argparse.Namespace], int | None],
+    args: argparse.Namespace,
+    prog: str,
+    *,
+    check: Callable[[argparse.Namespace], None] = check,
+) -> int:
+    """Check the arguments, then run a command that imports its own modules; exit status 0 if it returns None.
+
+    What was wrong with the input becomes one line on stderr and status 2, an interrupt one line and status 130.
+    """
+    try:
+        check(args)
+        say("loading PyTorch ...")
+        from .models import resolve_device
+
+        resolve_device(args.device)
+        return run(args) or 0
+    except ValueError as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def say(text: str) -> None:
+    """A line on stderr for the person who waits; nothing where stderr is no terminal."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+
+
+def models(args: argparse.Namespace) -> Iterator[tuple[str, LensModel]]:
     """(display name, model) of each --model, one in memory at a time."""
+    from .models import load_model
+
     for name in args.model:
+        say(f"loading {name} ...")
         yield display_name(name), load_model(name, device=args.device, dtype=args.dtype)
 
 
@@ -89,12 +111,17 @@ def documents(args: argparse.Namespace) -> Iterable[str]:
     return hub_documents(args.data) if args.data else read_documents(args.text or VALIDATION_TEXT)
 
 
-def load_tokens(args: argparse.Namespace, model, *, context: int = 512) -> Int[Tensor, "batch pos"]:
+def load_tokens(args: argparse.Namespace, model: LensModel, *, context: int = 512):
     """About --tokens token ids in rows of `context` or the model's context, if that is shorter.
+
+    Returns:
+        Int[Tensor, "batch pos"] on the model's device.
 
     Raises:
         ValueError: the model has no tokenizer, or there is less text than one row.
     """
+    from .data import token_blocks
+
     if model.tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so text cannot be read for it")
     context = min(context, model.cfg.n_ctx)
@@ -103,11 +130,18 @@ def load_tokens(args: argparse.Namespace, model, *, context: int = 512) -> Int[T
     return blocks.to(model.cfg.device)
 
 
-def progress(iterable: Iterable, *, total: int | None = None, label: str = "", unit: str = "it"):
-    """A progress bar on stderr with the time left; silent where stderr is no terminal."""
+@contextmanager
+def bar(label: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar on stderr with the time left, as a `batching.Progress`; silent where stderr is no terminal."""
     from tqdm import tqdm
 
-    return tqdm(iterable, total=total, desc=label, unit=unit, disable=None, leave=False)
+    with tqdm(desc=label, unit=unit, disable=None, leave=False) as shown:
+
+        def report(done: int, total: int | None) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield report
 
 
 def show(table, title: str | None = None) -> None:
@@ -137,7 +171,3 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)

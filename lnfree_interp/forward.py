@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .lens import LensModel
+
 Hook = Callable[[Tensor], "Tensor | None"]
 """Reads an activation; what it returns, if not None, takes the activation's place."""
 
@@ -146,7 +148,7 @@ def norm_of(module: Any, kind: str | None, eps: float) -> Norm:
     return Norm(kind, float(getattr(module, "eps", eps)), getattr(module, "w", None), getattr(module, "b", None))
 
 
-def final_norm(model) -> Norm:
+def final_norm(model: LensModel) -> Norm:
     """The normalisation before the unembedding, by `cfg.normalization_type`.
 
     Raises:
@@ -169,7 +171,7 @@ def final_norm(model) -> Norm:
     return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
 
 
-def own_hooks(model) -> tuple[str, ...]:
+def own_hooks(model: LensModel) -> tuple[str, ...]:
     """The names of a model's modules that carry hooks: a user's own, since ours never outlive a call."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if model is None:
@@ -177,7 +179,7 @@ def own_hooks(model) -> tuple[str, ...]:
     return tuple(name for name, module in model.named_modules() if any(getattr(module, kind) for kind in kinds))
 
 
-def covers(model) -> bool:
+def covers(model: LensModel) -> bool:
     """Whether the packed forward computes exactly what the model's own forward computes.
 
     False for blocks of another kind (rotary, gated, grouped, ...), for modules that are not TransformerLens' own, and
@@ -197,7 +199,7 @@ def covers(model) -> bool:
     return not own_hooks(model)
 
 
-def packed_weights(model) -> PackedWeights | None:
+def packed_weights(model: LensModel) -> PackedWeights | None:
     """The model's weights as they are now, views of them; None for a model that `covers` says is not served."""
     if not covers(model):
         return None
@@ -205,7 +207,7 @@ def packed_weights(model) -> PackedWeights | None:
         return _pack(model)
 
 
-def _pack(model) -> PackedWeights:
+def _pack(model: LensModel) -> PackedWeights:
     cfg, layers = model.cfg, []
     norm = partial(norm_of, kind=cfg.normalization_type, eps=cfg.eps)
     for block in model.blocks:
@@ -342,7 +344,7 @@ class Past:
 
 
 def run(
-    model,
+    model: LensModel,
     tokens: Int[Tensor, "batch pos"] | None = None,
     *,
     resid: Float[Tensor, "batch pos d_model"] | None = None,
@@ -474,7 +476,7 @@ def _finish(steps: Generator[Asked, tuple[Tensor, ...], Tensor]) -> Tensor:
 
 
 def run_both(
-    model, graph: Mapping[str, Any], plain: Mapping[str, Any], *, packed: PackedWeights | None = None
+    model: LensModel, graph: Mapping[str, Any], plain: Mapping[str, Any], *, packed: PackedWeights | None = None
 ) -> tuple[Float[Tensor, "batch kept_pos d_model"], Float[Tensor, "other_batch other_kept_pos d_model"]]:
     """Two passes in step, the first with a graph for gradients and the second without, each weight read once for both.
 
@@ -545,7 +547,7 @@ def _attend_by_pattern(layer, q, k, v, mask, at_pattern) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", at_pattern(attention_pattern(layer, q, k, mask)), v)
 
 
-def _run_hooked(model, tokens, resid, start_layer, hooks, positions) -> Tensor:
+def _run_hooked(model: LensModel, tokens, resid, start_layer, hooks, positions) -> Tensor:
     """The same through TransformerLens' own forward: all positions, then the chosen ones."""
     final: list[Tensor] = []
 
@@ -588,7 +590,7 @@ def _run_hooked(model, tokens, resid, start_layer, hooks, positions) -> Tensor:
 
 
 def unembed(
-    model,
+    model: LensModel,
     resid: Float[Tensor, "*rows d_model"],
     tokens: Int[Tensor, "*rows k"] | None = None,
     *,
@@ -604,8 +606,8 @@ def unembed(
     x = (norm or final_norm(model))(resid)
     W_U, b_U = model.unembed.W_U, model.unembed.b_U
     if tokens is None:
-        logits = F.linear(x, W_U.T, b_U)
+        logits = F.linear(x, W_U.T.to(x.dtype), b_U.to(x.dtype))
     else:
-        logits = torch.einsum("...d,...kd->...k", x, W_U.T[tokens]) + b_U[tokens]
+        logits = torch.einsum("...d,...kd->...k", x, W_U.T[tokens].to(x.dtype)) + b_U[tokens]
     cap = getattr(model.cfg, "output_logits_soft_cap", -1.0)
     return cap * torch.tanh(logits / cap) if cap and cap > 0 else logits

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .batching import check_tokens
+from .lens import ModelOrName
 from .models import as_model
 from .pairs import as_pairs
 
@@ -214,7 +215,7 @@ def right_log_prob(pairs) -> Metric:
     return Metric("right_log_prob", _right_log_prob, tokens=None, context=(as_pairs(pairs).answers[:, 0],))
 
 
-def kl_from_clean(model, pairs) -> Metric:
+def kl_from_clean(model: ModelOrName, pairs) -> Metric:
     """The metric KL(clean || patched) of the prediction at the last position (nats): 0 once all is restored.
 
     Example:

@@ -1,4 +1,4 @@
-"""Names -> checkpoints -> TransformerLens models, with or without LayerNorm.
+"""Checkpoints -> TransformerLens models, with or without LayerNorm.
 
 Whether a checkpoint is LN-free is read from its epsilon and its weights, never from its name. Both kinds end up
 in the same centred coordinates: normalisation weights folded into what reads them, the residual stream and the
@@ -8,136 +8,20 @@ at a time.
 
 from __future__ import annotations
 
-import difflib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .data import read_text
+from .documents import read_text
 from .folding import fold_layernorm
 from .layernorm import is_ln_free
-
-CHECKPOINTS = Path(__file__).parent / "checkpoints"
-EMBEDDED = ("tiny", "tiny-vanilla", "tiny-noLN")
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_SIZES = {"gpt2": ("small", 300), "gpt2-medium": ("medium", 500), "gpt2-large": ("large", 600), "gpt2-xl": ("xl", 800)}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a checkpoint is: a directory, or a hub id with an optional revision."""
-
-    hub_id: str | None = None
-    revision: str | None = None
-    directory: Path | None = None
-    kind: str = ""
-
-
-def _known() -> dict[str, Source]:
-    known = {name: Source(directory=CHECKPOINTS / name, kind="embedded") for name in EMBEDDED}
-    for name, (size, steps) in _SIZES.items():
-        known[name] = Source(f"openai-community/{name}", kind="original")
-        known[f"{name}-vanilla"] = Source(f"schaeff/gpt2-{size}_vanilla{steps}", kind="fine-tuned control")
-        known[f"{name}-noLN"] = Source(f"schaeff/gpt2-{size}_LNFree{steps}", kind="LN-free")
-    for version in range(1, 6):
-        known[f"gpt2-noLN-v{version}"] = Source("apollo-research/gpt2_noLN", f"v{version}", kind="LN-free")
-    return known
-
-
-def available_models():
-    """The names `load_model` knows besides hub ids and directories.
-
-    Returns:
-        DataFrame with columns name, kind (embedded, original, fine-tuned control, LN-free), source, revision.
-
-    Example:
-        >>> available_models().query("kind == 'LN-free'").name.tolist()[:3]
-        ['gpt2-noLN', 'gpt2-medium-noLN', 'gpt2-large-noLN']
-    """
-    import pandas as pd
-
-    return pd.DataFrame(
-        [
-            {"name": name, "kind": s.kind, "source": s.hub_id or "in the package", "revision": s.revision or ""}
-            for name, s in _known().items()
-        ]
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Names -> a directory of files
-
-
-def locate_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The directory that holds a checkpoint's files, fetched into the hub's cache if it must be.
-
-    Raises:
-        ValueError: an unknown name (the nearest known ones are named), a directory without a GPT-2 checkpoint,
-            a hub model that is neither in the cache nor reachable.
-    """
-    name = str(name_or_path)
-    source = _known().get(name)
-    if source is None and Path(name).is_dir():
-        source = Source(directory=Path(name))
-    if source is None and not _is_hub_id(name):
-        near = difflib.get_close_matches(name, _known(), n=3, cutoff=0.4) or list(EMBEDDED)
-        raise ValueError(f"unknown model {name!r}; nearest known: {', '.join(near)} (or a hub id, or a directory)")
-    source = source or Source(name)
-    if source.directory is not None:
-        if revision is not None:
-            raise ValueError(f"revision {revision!r} given for {name!r}, which is no hub model")
-        if not (source.directory / "config.json").is_file():
-            raise ValueError(f"{name} is no GPT-2 checkpoint: it holds no config.json")
-        return source.directory
-    return _from_hub(name, source.hub_id, revision or source.revision)
-
-
-def _is_hub_id(name: str) -> bool:
-    parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "~"))
-
-
-_MODEL_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-_TOKENIZER_FILES = ["tokenizer*.json", "vocab.json", "merges.txt", "special_tokens_map.json"]
-
-
-def _from_hub(name: str, hub_id: str, revision: str | None) -> Path:
-    """The hub's cache first, with no look-up; the hub itself for what the cache does not hold."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-
-    where = f"{hub_id}" + (f" at revision {revision}" if revision else "")
-    try:
-        cached = Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
-        if (cached / "config.json").is_file() and _weight_files(cached):
-            return cached
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        patterns = _MODEL_FILES + _TOKENIZER_FILES
-        fetched = Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, etag_timeout=5))
-    except RevisionNotFoundError:
-        raise ValueError(f"model {name!r}: {hub_id} has no revision {revision!r}") from None
-    except RepositoryNotFoundError:
-        raise ValueError(f"model {name!r}: the hub has no model {hub_id} open to you") from None
-    except Exception as error:
-        raise ValueError(
-            f"model {name!r} ({where}) is neither in the cache {HF_HUB_CACHE} nor reachable on the hub "
-            f"({type(error).__name__})"
-        ) from None
-    if not _weight_files(fetched):
-        raise ValueError(f"model {name!r} ({where}) has no .safetensors weights; other formats are not read")
-    return fetched
-
+from .lens import LensModel, ModelOrName
+from .names import TOKENIZER_FILES, dtype_name, known_models, locate_checkpoint, weight_files
 
 # ---------------------------------------------------------------------------------------------------------
 # Files -> config and weights
@@ -166,20 +50,6 @@ def read_config(directory: Path):
     return config
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The safetensors files a checkpoint consists of; empty if it has none or a shard is missing."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(read_text(index))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} is no index of safetensors files") from None
-        files = [directory / shard for shard in shards]
-        return files if all(f.is_file() for f in files) else []
-    single = directory / "model.safetensors"
-    return [single] if single.is_file() else []
-
-
 class Weights(Mapping[str, Tensor]):
     """A checkpoint's tensors under GPT2LMHeadModel's names, read from disk one at a time when asked for.
 
@@ -191,7 +61,7 @@ class Weights(Mapping[str, Tensor]):
     """
 
     def __init__(self, directory: Path, config):
-        files = _weight_files(directory)
+        files = weight_files(directory)
         if not files:
             raise ValueError(f"{directory} is no GPT-2 checkpoint: it lacks model.safetensors or a part of it")
         self.directory: Path = directory
@@ -298,7 +168,7 @@ def _tokenizer_of_gpt2() -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download("openai-community/gpt2", allow_patterns=_TOKENIZER_FILES, etag_timeout=5))
+        return Path(snapshot_download("openai-community/gpt2", allow_patterns=TOKENIZER_FILES, etag_timeout=5))
     except Exception:
         raise ValueError("GPT-2's tokenizer is neither in the cache nor reachable on the hub") from None
 
@@ -332,10 +202,7 @@ def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:
     Raises:
         ValueError: not one of float32, float64, bfloat16, float16.
     """
-    dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype not in DTYPES.values():
-        raise ValueError(f"unknown dtype {str(dtype)!r}; allowed are {', '.join(DTYPES)}")
-    return dtype
+    return getattr(torch, dtype_name(dtype))
 
 
 def load_model(
@@ -377,7 +244,7 @@ def load_model(
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
     tokenizer = load_tokenizer(directory, config)
-    name = name_or_path if str(name_or_path) in _known() else directory.name
+    name = name_or_path if str(name_or_path) in known_models() else directory.name
     model = build_model(config, ln_free, tokenizer, device=device, dtype=dtype, name=str(name))
     with torch.no_grad():
         missing = dict(model.named_parameters())
@@ -388,24 +255,23 @@ def load_model(
     return model.eval().requires_grad_(False)
 
 
-def as_model(model):
+def as_model(model: ModelOrName) -> LensModel:
     """A model as it is, or the one of that name, loaded with `load_model`: what functions that take a model begin with.
 
     Raises:
         ValueError: an unknown name, an object that is no TransformerLens model, a model spread over several devices.
     """
-    if isinstance(model, (str, Path)):
-        model = load_model(model)
-    if isinstance(model, type) or not all(hasattr(model, name) for name in ("cfg", "hook_dict", "blocks")):
-        kind = model.__name__ if isinstance(model, type) else type(model).__name__
+    found = load_model(model) if isinstance(model, (str, Path)) else model
+    if isinstance(found, type) or not all(hasattr(found, name) for name in ("cfg", "hook_dict", "blocks")):
+        kind = found.__name__ if isinstance(found, type) else type(found).__name__
         raise ValueError(f"model must be a HookedTransformer (see load_model) or a name, not {kind}")
-    n_devices = getattr(model.cfg, "n_devices", 1) or 1
+    n_devices = getattr(found.cfg, "n_devices", 1) or 1
     if n_devices > 1:
         raise ValueError(f"the model is spread over {n_devices} devices (cfg.n_devices); it must be on one")
-    return model
+    return found
 
 
-def as_models(models: Mapping[str, object]) -> dict[str, Any]:
+def as_models(models: Mapping[str, ModelOrName]) -> dict[str, LensModel]:
     """name -> model, each through `as_model`.
 
     Raises:

@@ -16,7 +16,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .batching import Places, check_next_token, encode, indices, one_token, whole
-from .data import read_json_lines, read_text
+from .documents import read_json_lines, read_text
+from .lens import LensModel, ModelOrName
 from .models import as_model
 
 
@@ -110,7 +111,7 @@ class PromptPairs:
 
     @classmethod
     def from_file(
-        cls, path: str | Path, model, *, length: SupportsIndex | None = None, prepend_bos: bool = True
+        cls, path: str | Path, model: ModelOrName, *, length: SupportsIndex | None = None, prepend_bos: bool = True
     ) -> PromptPairs:
         """The pairs of a .jsonl or .csv file with clean, corrupted, right, wrong.
 
@@ -156,13 +157,13 @@ def as_pairs(pairs: object) -> PromptPairs:
 # Text -> tokens
 
 
-def _bos(model) -> list[int]:
+def _bos(model: LensModel) -> list[int]:
     bos = getattr(model.tokenizer, "bos_token_id", None)
     return [] if bos is None else [bos]
 
 
 def pairs_from_text(
-    model, rows: Sequence[Sequence[str]], *, prepend_bos: bool = True, places: Sequence[str] = ()
+    model: ModelOrName, rows: Sequence[Sequence[str]], *, prepend_bos: bool = True, places: Sequence[str] = ()
 ) -> dict[int, PromptPairs]:
     """Pairs of texts (clean, corrupted, right, wrong) by token length, shortest first; never padded.
 
@@ -210,7 +211,7 @@ def pairs_from_text(
 _COLUMNS = ("clean", "corrupted", "right", "wrong")
 
 
-def groups_from_file(path: str | Path, model, *, prepend_bos: bool = True) -> dict[int, PromptPairs]:
+def groups_from_file(path: str | Path, model: ModelOrName, *, prepend_bos: bool = True) -> dict[int, PromptPairs]:
     """The pairs of a .jsonl or .csv file with clean, corrupted, right, wrong, by token length.
 
     Texts are taken as they stand: a GPT-2 answer usually begins with a space.
@@ -310,7 +311,12 @@ _SLOTS = ("A", "B", "PLACE", "S", "OBJECT")
 
 
 def ioi_pairs(
-    model, n: SupportsIndex, *, seed: SupportsIndex = 0, template: SupportsIndex | str = 0, prepend_bos: bool = True
+    model: ModelOrName,
+    n: SupportsIndex,
+    *,
+    seed: SupportsIndex = 0,
+    template: SupportsIndex | str = 0,
+    prepend_bos: bool = True,
 ) -> PromptPairs:
     """Pairs for indirect object identification: clean and corrupted differ in who gives, so in who receives.
 
@@ -390,7 +396,9 @@ def _template(template: SupportsIndex | str) -> str:
 # Induction
 
 
-def induction_pairs(model, n: SupportsIndex, *, length: SupportsIndex = 16, seed: SupportsIndex = 0) -> PromptPairs:
+def induction_pairs(
+    model: ModelOrName, n: SupportsIndex, *, length: SupportsIndex = 16, seed: SupportsIndex = 0
+) -> PromptPairs:
     """Random tokens repeated up to the one before the last: the model must copy what came next the first time.
 
     The pairs differ in that token's first occurrence alone; what stands there is the answer, right in the clean
@@ -432,7 +440,7 @@ def induction_pairs(model, n: SupportsIndex, *, length: SupportsIndex = 16, seed
     return PromptPairs(torch.tensor(clean), torch.tensor(corrupted), torch.tensor(answers))
 
 
-def _whole_tokens(model, allowed: list[int], n: int, draw: random.Random, length: int) -> list[int]:
+def _whole_tokens(model: LensModel, allowed: list[int], n: int, draw: random.Random, length: int) -> list[int]:
     """n different tokens that are text by themselves."""
     found: list[int] = []
     for size in (4 * n, len(allowed)):  # nearly always, a few are enough to look at

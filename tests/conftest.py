@@ -2,10 +2,13 @@
 
 import os
 import warnings
+from pathlib import Path
 
 # Tests must never wait for a hub that may not be there.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# What tests start in processes of their own imports this package, not one that happens to be installed.
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 
 from jaxtyping import install_import_hook
 

@@ -21,6 +21,7 @@ import loss_table
 import norms_and_sinks
 import removal_order
 import runs
+import train_run
 import training_curve
 from common import Claim, Family
 
@@ -288,7 +289,7 @@ def test_patching_analysis(tmp_path):
 def test_runs_are_kept_and_order_is_compared(tmp_path, monkeypatch):
     monkeypatch.setattr(removal_order, "ORDERS", {k: removal_order.ORDERS[k] for k in (runs.PAPERS, "ln_f first")})
     monkeypatch.setattr(removal_order, "claims", lambda losses, rises: [])
-    monkeypatch.setattr(runs, "EVALUATED", 1024)
+    monkeypatch.setattr(train_run, "EVALUATED", 1024)
     flags = ["--steps", "14", "--step-tokens", "512", "--seeds", "1", "--device", "cpu"]
     where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert removal_order.main([*flags, *where]) == 0
@@ -376,7 +377,7 @@ def test_all_runs_training_only_with_a_text(fakes, tmp_path):
 def test_a_changed_model_is_run_again(fakes, tmp_path):
     import shutil
 
-    from lnfree_interp.models import CHECKPOINTS
+    from lnfree_interp.names import CHECKPOINTS
 
     calls, _ = fakes
     mine = tmp_path / "mine"

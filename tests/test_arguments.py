@@ -42,6 +42,7 @@ from lnfree_interp import (
 )
 from lnfree_interp.batching import check_ids, check_tokens, token_batches
 from lnfree_interp.metrics import kl_from_clean
+from lnfree_interp.names import CHECKPOINTS
 from lnfree_interp.pairs import PromptPairs, groups_from_file, pairs_from_text
 
 NAME = "tiny-noLN"
@@ -149,7 +150,7 @@ def test_a_model_by_name_is_loaded_once(model, pairs, tokens, tmp_path, monkeypa
     loaded = []
     monkeypatch.setattr(models, "load_model", lambda name: loaded.append(name) or model)
     for function in every_function(tmp_path, pairs, tokens).values():
-        for name in (NAME, models.CHECKPOINTS / NAME):
+        for name in (NAME, CHECKPOINTS / NAME):
             loaded.clear()
             assert_same(function(name), function(model))
             assert loaded == [name]

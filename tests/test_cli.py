@@ -1,6 +1,14 @@
 """Commands: a table on stdout, a .csv and an .html on disk; bad input is one line, status 2, nothing written."""
 
 import gzip
+import os
+import pty
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -9,6 +17,12 @@ from test_models import random_checkpoint
 from lnfree_interp import cli
 from lnfree_interp.dla import __main__ as dla
 
+ROOT = Path(__file__).parents[1]
+COMMANDS = {
+    p.parent.name: ["-m", f"lnfree_interp.{p.parent.name}"] for p in sorted(ROOT.glob("lnfree_interp/*/__main__.py"))
+}
+COMMANDS |= {p.name: [str(p)] for p in sorted(ROOT.glob("analyses/*.py")) if "if __name__" in p.read_text()}
+HEAVY = {"torch", "transformers", "transformer_lens", "plotly", "pandas", "datasets"}
 TEXT = "It was the best of times, it was the worst of times. " * 400
 
 
@@ -31,6 +45,53 @@ def test_dla_on_the_embedded_models(tmp_path, capsys):
     assert free.nmae.max() < 1e-4 < normed.nmae.min()
     assert "<html>" in (out / "dla.html").read_text()
     assert sorted(f.name for f in out.iterdir()) == ["dla.csv", "dla.html"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "files"),
+    [
+        ("norms", [], ["norms.csv", "norms.html", "sinks.csv", "sinks.html"]),
+        (
+            "evaluate",
+            ["--hellaswag", "ITEMS"],
+            [
+                "calibration.csv",
+                "calibration.html",
+                "evaluate.csv",
+                "evaluate.html",
+                "evaluate_worst.csv",
+                "hellaswag.csv",
+            ],
+        ),
+        (
+            "neurons",
+            ["--neurons", "3", "5"],
+            ["neurons.csv", "neurons.html", "neurons_cumulative.csv", "neurons_cumulative.html", "neurons_ranking.csv"],
+        ),
+        (
+            "patching",
+            ["--n-pairs", "2"],
+            ["patching-resid_pre-effects.csv", "patching-resid_pre.csv", "patching-resid_pre.html"],
+        ),
+    ],
+)
+def test_a_command_shows_bars_and_writes_its_files(name, flags, files, tmp_path, monkeypatch, capsys):
+    told = []
+
+    @contextmanager
+    def bar(label, unit):
+        yield lambda done, total: told.append((done, total))
+
+    monkeypatch.setattr(cli, "bar", bar)
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"ctx": "He opened the door", "endings": ["and went in.", "of the sea."], "label": 0}')
+    flags = [str(items) if flag == "ITEMS" else flag for flag in flags]
+    main = import_module(f"lnfree_interp.{name}.__main__").main
+    arguments = ["--model", "tiny", "tiny-noLN", "--tokens", "512", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main([*arguments, *flags]) == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == files
+    assert "tiny-noLN" in capsys.readouterr().out
+    assert told and all(0 <= done <= total for done, total in told) and told[-1][0] == told[-1][1]
 
 
 def test_dla_on_a_file_at_the_last_position(tmp_path, text_file, capsys):
@@ -102,3 +163,103 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         cli.save(tmp_path / "out", "stem", Table())
     assert list((tmp_path / "out").iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Answers at once
+
+
+def answer(command: list[str], *arguments: str) -> tuple[int, str, set[str]]:
+    """Exit status, what is printed, and the names of the top packages that were imported."""
+    python = [sys.executable, "-X", "importtime"]
+    out = subprocess.run([*python, *command, *arguments], capture_output=True, text=True)
+    lines = out.stderr.splitlines()
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines if line.startswith("import time:")}
+    said = [line for line in lines if not line.startswith("import time:")]
+    return out.returncode, "\n".join([*out.stdout.splitlines(), *said]), imported
+
+
+def test_all_commands_are_found():
+    assert len(COMMANDS) >= 6 + 12 and {"dla", "finetune", "all.py", "loss_table.py"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_and_a_mistyped_flag_import_nothing_heavy(name):
+    status, printed, imported = answer(COMMANDS[name], "--help")
+    assert status == 0 and printed.startswith("usage:") and not imported & HEAVY
+    status, printed, imported = answer(COMMANDS[name], "--modle", "tiny")
+    assert status == 2 and printed.count("\n") == 0 and "error: " in printed and not imported & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("dla", ["--model", "tinny"]),
+        ("norms", ["--dtype", "float8"]),
+        ("neurons", ["--text", "missing.txt"]),
+        ("patching", ["--pairs", "missing.csv"]),
+        ("patching", ["--max-memory", "lots"]),
+        ("patching", ["--method", "atp_star"]),
+        ("evaluate", ["--hellaswag", "missing.jsonl"]),
+        ("finetune", ["--model", "tiny", "--preset", "huge", "--text", "x", "--out", "y"]),
+        ("finetune", ["--model", "tiny", "--preset", "tiny", "--text", "missing.txt", "--out", "y"]),
+        ("loss_table.py", ["--model", "tinny"]),
+    ],
+)
+def test_a_bad_value_imports_nothing_heavy(name, arguments):
+    status, printed, imported = answer(COMMANDS[name], *arguments)
+    assert status == 2 and printed.count("\n") == 0 and "error: " in printed and not imported & HEAVY
+
+
+def test_help_comes_at_once():
+    def seconds() -> float:
+        began = time.monotonic()
+        assert answer(COMMANDS["dla"], "--help")[0] == 0
+        return time.monotonic() - began
+
+    assert min(seconds() for _ in range(3)) < 2
+
+
+@pytest.mark.parametrize("name", ["dla", "loss_table.py"])
+def test_a_person_at_a_terminal_sees_that_it_is_loading(name, tmp_path):
+    ours, theirs = pty.openpty()
+    arguments = ["--model", "tiny", "--tokens", "256", "--out", str(tmp_path)]
+    python = [sys.executable, "-X", "importtime", *COMMANDS[name], *arguments]
+    running = subprocess.Popen(python, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    seen = ""
+    try:
+        while "loading" not in seen:
+            seen += os.read(ours, 4096).decode()
+    finally:
+        running.kill()
+        running.wait()
+        os.close(ours)
+    before = seen.partition("loading PyTorch ...")[0]
+    assert "lnfree_interp.cli" in before
+    assert not any(f" {package}\r\n" in before for package in HEAVY)
+
+
+def test_a_bar_is_told_of_done_and_in_all(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with cli.bar("tiny", "sequence") as progress:
+        progress(1, None)
+        time.sleep(0.15)
+        progress(3, 4)
+    shown = capsys.readouterr().err
+    assert "tiny" in shown and "3/4" in shown and "sequence" in shown
+
+
+def test_a_bar_is_silent_where_nobody_looks(capsys):
+    with cli.bar("tiny", "sequence") as progress:
+        progress(4, 4)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_interrupt_is_one_line(capsys):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    args = cli.parser("dla", "").parse_args(["--model", "tiny"])
+    assert cli.guard(interrupted, args, "dla") == 130
+    assert capsys.readouterr().err == "dla: interrupted\n"

@@ -252,15 +252,9 @@ NO_DEVICE = {
 # Cases that do not run on the device yet, or whose result's table does not.
 PENDING = {"rank_confidence_neurons": "float64 on the device"}
 # Cases whose host syncs grow with the number of cells, neurons or tokens; or that do not run at all.
-_ROWS = "syncs for each first position of the cells, in every layer"
 GROWING = PENDING | {
     "ablate_neurons:rerun": "an upload, a download and two masks for each neuron",
     "ablate_cumulatively": "an upload, a download and two masks for each neuron",
-    "patching_error": _ROWS,
-    "activation_patching:plain": _ROWS,
-    "activation_patching:right_log_prob": _ROWS,
-    "activation_patching:kl_from_clean": _ROWS,
-    "activation_patching:resid_pre": _ROWS,
 }
 
 

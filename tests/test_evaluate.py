@@ -16,8 +16,9 @@ from lnfree_interp.evaluate import (
     hellaswag_items,
     loss_table,
 )
-from lnfree_interp.evaluate.__main__ import baselines, main
+from lnfree_interp.evaluate.__main__ import main
 from lnfree_interp.evaluate.cached import extend
+from lnfree_interp.evaluate.command import baselines
 from lnfree_interp.forward import packed_weights
 from lnfree_interp.statistics import mean_interval
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lnfree_interp import available_models, load_model, models
+from lnfree_interp.names import CHECKPOINTS, EMBEDDED
 
 
 def random_checkpoint(directory, *, ln_free, seed=0, prefix=True, **fields):
@@ -289,7 +290,7 @@ def test_an_index_that_is_none(tmp_path, text):
 
 def test_a_tokenizer_of_another_size(tmp_path):
     random_checkpoint(tmp_path, ln_free=True)
-    for file in models.CHECKPOINTS.joinpath("tiny").glob("tokenizer*"):
+    for file in CHECKPOINTS.joinpath("tiny").glob("tokenizer*"):
         shutil.copy(file, tmp_path)
     with pytest.raises(ValueError, match="the tokenizer has 4096 tokens, the model's vocabulary 97"):
         load_model(tmp_path)
@@ -311,7 +312,7 @@ def test_devices_and_dtypes_that_are_not_there(tmp_path):
 # --- the embedded models ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", models.EMBEDDED)
+@pytest.mark.parametrize("name", EMBEDDED)
 def test_embedded_models(name):
     model = load_model(name, device="cpu", dtype="float64")
     assert model.cfg.normalization_type == (None if name == "tiny-noLN" else "LNPre")
@@ -319,12 +320,12 @@ def test_embedded_models(name):
     tokens = model.to_tokens(text, prepend_bos=False)
     assert model.to_string(tokens[0]) == text
     assert model.to_tokens(text)[0, 0] == model.tokenizer.eos_token_id
-    hf = GPT2LMHeadModel.from_pretrained(models.CHECKPOINTS / name, dtype=torch.float64)
+    hf = GPT2LMHeadModel.from_pretrained(CHECKPOINTS / name, dtype=torch.float64)
     difference = model(tokens).log_softmax(-1) - hf(tokens).logits.log_softmax(-1)
     assert difference.abs().max() < 1e-6
-    assert json.loads((models.CHECKPOINTS / name / "config.json").read_text())["model_type"] == "gpt2"
+    assert json.loads((CHECKPOINTS / name / "config.json").read_text())["model_type"] == "gpt2"
 
 
 def test_embedded_models_are_small():
-    files = [f for f in models.CHECKPOINTS.rglob("*") if f.is_file()]
+    files = [f for f in CHECKPOINTS.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) <= 16e6

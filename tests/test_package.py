@@ -1,12 +1,24 @@
 """The package's public names, and what importing them costs."""
 
 import inspect
+import re
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
 import lnfree_interp
+
+PATH = lnfree_interp.__path__
+
+
+def run_python(code: str) -> str:
+    """What the code prints in a Python of its own."""
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    return out.stdout.strip() + out.stderr
 
 
 @pytest.mark.parametrize("name", lnfree_interp.__all__)
@@ -15,24 +27,53 @@ def test_public_names_load_and_are_documented(name):
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'laod_model'"):
+    with pytest.raises(AttributeError, match="attribute laod_model"):
         lnfree_interp.laod_model  # noqa: B018
 
 
-@pytest.mark.slow
+PACKAGES = [lnfree_interp, *(import_module(f"lnfree_interp.{m.name}") for m in iter_modules(PATH) if m.ispkg)]
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.__name__)
+def test_a_package_exports_what_its_stub_lists(package):
+    stub = Path(package.__file__).with_suffix(".pyi")
+    listed = re.findall(r"\bas (\w+)", stub.read_text()) if stub.is_file() else []
+    assert sorted(listed) == sorted(getattr(package, "__all__", []))
+    assert all(getattr(package, name) is not None for name in listed)
+    assert set(listed) <= set(dir(package))
+
+
+def test_a_star_import_gives_the_public_names():
+    got: dict = {}
+    exec("from lnfree_interp import *", got)
+    assert set(lnfree_interp.__all__) <= set(got)
+
+
+@pytest.mark.parametrize(
+    "first", ["import lnfree_interp.evaluate.hellaswag", "import lnfree_interp.evaluate", "import lnfree_interp"]
+)
+def test_a_function_is_not_hidden_by_the_module_it_lives_in(first):
+    code = f"{first}; import lnfree_interp; from lnfree_interp.evaluate import hellaswag as one\n"
+    code += "print(type(one).__name__, one is lnfree_interp.hellaswag, one is lnfree_interp.evaluate.hellaswag)"
+    assert run_python(code) == "function True True"
+
+
+HEAVY = ("torch", "transformers", "transformer_lens", "plotly", "pandas", "datasets")
+
+
 @pytest.mark.parametrize(
     ("statement", "unwanted"),
     [
-        ("import lnfree_interp", ("torch", "transformers", "transformer_lens", "plotly")),
-        ("import lnfree_interp.finetune", ("transformer_lens", "plotly")),
+        (f"import lnfree_interp, {', '.join(p.__name__ for p in PACKAGES)}; dir(lnfree_interp)", HEAVY),
+        ("from lnfree_interp import RemovalSchedule, cli, read_documents", HEAVY),
+        ("from lnfree_interp.finetune import remove_layernorm", ("transformer_lens", "plotly")),
         ("from lnfree_interp import direct_logit_attribution, load_model", ("plotly",)),
         ("from lnfree_interp import activation_patching, ablate_neurons, evaluate_loss, residual_norms", ("plotly",)),
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(statement, unwanted):
     code = f"import sys; {statement}; print([m for m in {unwanted} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert out.stdout.strip() == "[]", out.stdout + out.stderr
+    assert run_python(code) == "[]"
 
 
 def test_every_public_function_has_a_runnable_example():

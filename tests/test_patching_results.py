@@ -4,6 +4,7 @@ import csv
 import math
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,8 @@ from conftest import make_model
 from test_patching import make_pairs
 
 from lnfree_interp.metrics import Metric, logit_diff
-from lnfree_interp.pairs import PromptPairs
+from lnfree_interp.models import load_model
+from lnfree_interp.pairs import PromptPairs, induction_pairs, ioi_pairs
 from lnfree_interp.patching import (
     PatchingEffect,
     activation_patching,
@@ -21,9 +23,11 @@ from lnfree_interp.patching import (
     moved,
     normalized,
     patching_error,
+    solved,
     total_effect,
 )
-from lnfree_interp.patching.__main__ import main, parse_size, summary
+from lnfree_interp.patching.__main__ import main, size
+from lnfree_interp.patching.command import summary
 
 # ---------------------------------------------------------------------------------------------------------
 # Laws of patching
@@ -285,10 +289,10 @@ def test_only_like_is_compared_with_like():
 
 
 def test_sizes():
-    assert [parse_size(s) for s in (None, "1000", "2K", "1.5M", "4GB")] == [None, 1000, 2048, 3 * 2**19, 2**32]
+    assert [size(s) for s in ("1000", "2K", "1.5M", "4GB")] == [1000, 2048, 3 * 2**19, 2**32]
     for bad in ("0", "many", "-3", "5T"):
-        with pytest.raises(ValueError, match="is not a positive size"):
-            parse_size(bad)
+        with pytest.raises(ArgumentTypeError, match="is not a positive size"):
+            size(bad)
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +325,7 @@ def checkpoints(tmp_path_factory):
 
 def test_command(checkpoints, tmp_path, capsys):
     arguments = ["--model", *map(str, checkpoints), "--pairs", "induction", "--n-pairs", "4", "--length", "8"]
-    methods = ["--method", "gradient", "second_order", "integrated"]
+    methods = ["--method", "gradient", "second_order", "integrated", "--least", "1e-6"]
     assert main([*arguments, *methods, "--out", str(tmp_path), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "second_order" in out and "free" in out and "pearson" in out
@@ -335,6 +339,24 @@ def test_command(checkpoints, tmp_path, capsys):
     assert "free: activation" in html and "original: integrated" in html
 
 
+@pytest.mark.parametrize(("kind", "does"), [("induction", True), ("ioi", False)])
+def test_command_counts_what_it_uses_and_says_whether_the_model_does_the_task(kind, does, tmp_path, capsys):
+    arguments = ["--model", "tiny-noLN", "--pairs", kind, "--n-pairs", "24", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    model = load_model("tiny-noLN", device="cpu")
+    pairs = induction_pairs(model, 24) if kind == "induction" else ioi_pairs(model, 24)
+    exact = activation_patching(model, pairs)
+    used, right = int(moved(exact).sum()), int(solved(exact).sum())
+    assert 0 < used < 24
+    assert f"logit_diff moves by 0.5 or more on {used} of 24 pairs, {right} of them the right way" in out
+    assert ("does not do this task" in out) == (not does)
+    table = pd.read_csv(tmp_path / "patching-resid_pre.csv")
+    error = patching_error(attribution_patching(model, pairs), exact)
+    assert set(table.prompts) == {used} and set(table.left_out) == {24 - used}
+    assert table.set_index("measure").value["total"] == pytest.approx(error.total, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
@@ -344,7 +366,12 @@ def test_command(checkpoints, tmp_path, capsys):
         (["--pairs", "absent.csv"], "cannot read pairs file absent.csv"),
         (["--pairs", "ioi"], "no tokenizer"),
         (["--length", "99"], "length is 99"),
-        (["--max-memory", "lots"], "--max-memory 'lots' is not a positive size"),
+        (["--least", "0"], "--least 0.0 is not a number above 0"),
+        (
+            ["--least", "99"],
+            "nothing to normalise by, --raw compares effects as they are. free: logit_diff moves by 99",
+        ),
+        (["--max-memory", "lots"], "--max-memory: 'lots' is not a positive size"),
         (["--site", "neurons"], "site 'neurons' needs layers="),
     ],
 )

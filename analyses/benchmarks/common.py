@@ -10,12 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-SHAPES = {  # n_layers, d_model, n_heads
-    "small": (12, 768, 12),
-    "medium": (24, 1024, 16),
-    "large": (36, 1280, 20),
-    "xl": (48, 1600, 25),
-}
+from .shapes import SHAPES
 
 
 def random_model(shape: str, normalization_type: str | None = "LNPre", device="cpu", dtype=torch.float32, seed=0):

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import pandas as pd
-import torch
-
 from .. import cli
-from ..batching import check_tokens
-from ..figures.dla import head_heatmaps, heads_of
-from .attribution import TOKENS_PER_PASS, LogitAttribution, logit_attributions
-from .error import HEADS, attribution_error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,95 +13,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--draws", type=cli.positive_int, default=1000, help="bootstrap draws (1,000)")
     parser.add_argument("--prompt", default="It was the best of times, it was the worst of", help="sample prompt")
     parser.add_argument("--top", type=cli.positive_int, default=8, help="components shown for the prompt (8)")
-    return cli.guard(_command, parser.parse_args(argv), parser.prog)
+    return cli.guard(_run, parser.parse_args(argv), parser.prog)
 
 
-def _command(args) -> None:
-    errors, components, panels, prompts = ([], [], {"attribution": {}, "direct effect": {}, "difference": {}}, [])
-    for name, model in cli.models(args):
-        tokens = cli.load_tokens(args, model, context=args.context)
-        prompts.append((name, *_sample(model, args.prompt, args.top)))
-        for target in ("next token", "token just read"):
-            targets = None if target == "next token" else tokens
-            positions = None if args.positions == "all" else -2 if targets is None else -1
-            linear, exact = _streamed(model, tokens, targets, positions, name)
-            error = attribution_error(linear, exact, components=HEADS, draws=args.draws, seed=args.seed)
-            errors.append(
-                {
-                    "model": name,
-                    "normalization": str(model.cfg.normalization_type),
-                    "target": target,
-                    "NMAE": f"{error.pooled:.2%}",
-                    "95% interval": f"[{error.interval[0]:.2%}, {error.interval[1]:.2%}]",
-                    "mean of heads": f"{error.per_component.mean().item():.2%}",
-                    "sequences": len(tokens),
-                    "tokens": linear.values[0].numel(),
-                }
-            )
-            if targets is None:
-                grids = {"attribution": linear.values, "direct effect": exact.values}
-                grids["difference"] = linear.values - exact.values
-                for kind, values in grids.items():
-                    panels[kind][f"{name}: {kind}"] = heads_of(values, linear.labels)
-                columns = {"model": name, **_means(linear, exact)}
-                per_head = error.table().rename(columns={"low": "nmae_low", "high": "nmae_high"})
-                components.append(pd.DataFrame(columns).merge(per_head, on="component", how="left"))
-    cli.show(pd.DataFrame(errors), "Direct logit attribution against direct effect, attention heads (pooled NMAE)")
-    for name, target, table in prompts:
-        cli.show(table, f"{name}: {args.prompt!r} -> {target!r}, components of the logit")
-    figure = head_heatmaps(
-        panels["attribution"] | panels["direct effect"] | panels["difference"],
-        title="Mean attribution of each head to the next token's logit",
-        columns=len(args.model),
-    )
-    cli.save(args.out, "dla", pd.concat(components), figure)
+def _run(args) -> None:
+    from .command import run
 
-
-def _streamed(model, tokens, targets, positions, name: str) -> tuple[LogitAttribution, LogitAttribution]:
-    """`logit_attributions` by heads, with a progress bar over the sequences; results on the CPU."""
-    per_pass = max(1, TOKENS_PER_PASS // tokens.shape[1])
-    pieces = []
-    for rows in cli.progress(torch.arange(len(tokens)).split(per_pass), label=name, unit="batch"):
-        chosen = None if targets is None else targets[rows]
-        pieces.append(logit_attributions(model, tokens[rows], chosen, positions=positions, by="head"))
-    return tuple(
-        LogitAttribution(
-            torch.cat([p[i].values.cpu() for p in pieces], dim=1),
-            pieces[0][i].labels,
-            torch.cat([p[i].bias.cpu() for p in pieces]),
-            pieces[0][i].positions,
-        )
-        for i in (0, 1)
-    )
-
-
-def _means(linear: LogitAttribution, exact: LogitAttribution) -> dict:
-    return {
-        "component": list(linear.labels),
-        "attribution": linear.values.flatten(1).double().mean(1).tolist(),
-        "direct_effect": exact.values.flatten(1).double().mean(1).tolist(),
-    }
-
-
-def _sample(model, prompt: str, top: int):
-    """(most likely next token, table of the components with the largest attribution to its logit)."""
-    if model.tokenizer is None:
-        raise ValueError(f"{model.cfg.model_name} has no tokenizer, so the prompt cannot be read for it")
-    if not prompt:
-        raise ValueError("--prompt is empty")
-    tokens = model.to_tokens(prompt, truncate=False)
-    check_tokens(model, tokens)
-    target = model(tokens)[:, -1].argmax(-1)
-    linear, exact = logit_attributions(model, tokens, target, by="head")
-    largest = linear.values[:, 0, 0].abs().topk(min(top, len(linear.labels))).indices.tolist()
-    table = pd.DataFrame(
-        {
-            "component": [linear.labels[i] for i in largest],
-            "attribution": [linear.values[i, 0, 0].item() for i in largest],
-            "direct effect": [exact.values[i, 0, 0].item() for i in largest],
-        }
-    )
-    return model.tokenizer.decode(target), table
+    run(args)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..batching import Places, Targets, Tokens, check_next_token, check_tokens, indices, target_ids
 from ..forward import final_norm, own_hooks, run
+from ..lens import LensModel, ModelOrName
 from ..models import as_model
 
 DECOMPOSITIONS = ("component", "head", "neuron")
@@ -70,7 +71,7 @@ class LogitAttribution:
 
 
 def direct_logit_attribution(
-    model,
+    model: LensModel,
     tokens: Tokens,
     targets: Targets | None = None,
     *,
@@ -111,7 +112,7 @@ def direct_logit_attribution(
 
 
 def direct_effect(
-    model,
+    model: LensModel,
     tokens: Tokens,
     targets: Targets | None = None,
     *,
@@ -138,7 +139,7 @@ def direct_effect(
 
 @torch.no_grad()
 def logit_attributions(
-    model,
+    model: ModelOrName,
     tokens: Tokens,
     targets: Targets | None = None,
     *,
@@ -176,7 +177,7 @@ def logit_attributions(
 # Checks and alignment
 
 
-def check_model(model, by: str) -> None:
+def check_model(model: LensModel, by: str) -> None:
     """Raise ValueError unless the model's logits are a sum over its components."""
     cfg = model.cfg
     if by not in DECOMPOSITIONS:
@@ -190,7 +191,11 @@ def check_model(model, by: str) -> None:
 
 
 def align_targets(
-    model, tokens: Int[Tensor, "batch pos"], targets: Targets | None, versus: Targets | None, positions: Places | None
+    model: LensModel,
+    tokens: Int[Tensor, "batch pos"],
+    targets: Targets | None,
+    versus: Targets | None,
+    positions: Places | None,
 ) -> tuple[list[int], Int[Tensor, "batch kept"], Int[Tensor, "batch kept"] | None]:
     """The positions asked for and the target (and second) token ids there. The only place that aligns them.
 
@@ -242,7 +247,7 @@ def component_labels(cfg, by: str) -> tuple[str, ...]:
 # The computation
 
 
-def _attribute(model, tokens, targets, versus, kept: list[int], by: str, exact: bool, hooked: bool):
+def _attribute(model: LensModel, tokens, targets, versus, kept: list[int], by: str, exact: bool, hooked: bool):
     """(attribution, direct effect or None, bias) of a few sequences: [component, batch, kept] and [batch, kept]."""
     activations, x = _record(model, tokens, kept, by)
     # In fp32 at least: fp16 squares overflow at norms of 256, and |x - c|^2 is a small difference of large sums.
@@ -273,7 +278,7 @@ def _centred(x: Float[Tensor, "*rows d_model"], norm) -> Float[Tensor, "*rows d_
     return x - x.mean(-1, keepdim=True) if norm.centres else x
 
 
-def _directions(model, norm, targets, versus) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, " n"]]:
+def _directions(model: LensModel, norm, targets, versus) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, " n"]]:
     """u with logit = <x, u> / scale + bias, and that bias: W_U through the norm's own weights and centring."""
     columns, b_U = model.unembed.W_U.T, model.unembed.b_U
     direction, bias = _wide(columns[targets].flatten(0, 1)), _wide(b_U[targets].flatten())
@@ -287,7 +292,7 @@ def _directions(model, norm, targets, versus) -> tuple[Float[Tensor, "n d_model"
     return _centred(direction, norm), bias
 
 
-def _record(model, tokens, kept: list[int], by: str) -> tuple[dict[str, Tensor], Tensor]:
+def _record(model: LensModel, tokens, kept: list[int], by: str) -> tuple[dict[str, Tensor], Tensor]:
     """The activations a decomposition is made of, at the kept positions, and the final residual stream there."""
     cfg = model.cfg
     names = ["hook_embed"] + ["hook_pos_embed"] * (cfg.positional_embedding_type == "standard")
@@ -313,7 +318,7 @@ def _record(model, tokens, kept: list[int], by: str) -> tuple[dict[str, Tensor],
     return activations, x
 
 
-def _pieces(model, activations):
+def _pieces(model: LensModel, activations):
     """(the activation, the weights it is multiplied with or None) of everything that writes to the residual stream."""
     for name, activation in activations.items():
         block = model.blocks[int(name.split(".")[1])] if name.startswith("blocks.") else None
@@ -327,14 +332,14 @@ def _pieces(model, activations):
             yield activation, None
 
 
-def _written(model, activations) -> Float[Tensor, "n d_model"]:
+def _written(model: LensModel, activations) -> Float[Tensor, "n d_model"]:
     """The sum of all components."""
     return sum(
         _wide(c) if W is None else _wide(c).flatten(1) @ _wide(W).flatten(0, -2) for c, W in _pieces(model, activations)
     )
 
 
-def _project(model, activations, u, x, norm):
+def _project(model: LensModel, activations, u, x, norm):
     """<c, u> of every component c and, if x is given, <x - c, u> and |x - c|^2; c is centred where the norm centres.
 
     Returns:

@@ -3,22 +3,6 @@
 Sources: P1 = arXiv 2409.13710, P2 = arXiv 2507.02559.
 """
 
-from .compare import ModelComparison, compare_models
-from .hellaswag import HellaSwag, hellaswag, hellaswag_items
-from .loss import LossEvaluation, LossTable, WorstSequence, evaluate_loss, loss_table
-from .samples import Samples, generate_samples
+import lazy_loader
 
-__all__ = [
-    "HellaSwag",
-    "LossEvaluation",
-    "LossTable",
-    "ModelComparison",
-    "Samples",
-    "WorstSequence",
-    "compare_models",
-    "evaluate_loss",
-    "generate_samples",
-    "hellaswag",
-    "hellaswag_items",
-    "loss_table",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

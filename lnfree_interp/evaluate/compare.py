@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..batching import Progress, TokenSource, check_next_token, token_batches
 from ..forward import run, unembed
+from ..lens import ModelOrName
 from ..metrics import entropy, js_divergence, log_probs
 from ..models import as_models
 from ..statistics import mean_interval
@@ -70,7 +71,7 @@ class ModelComparison:
 
 
 def compare_models(
-    models: Mapping[str, object],
+    models: Mapping[str, ModelOrName],
     tokens: TokenSource,
     *,
     n_bins: int = 15,

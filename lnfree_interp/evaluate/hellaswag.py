@@ -14,13 +14,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..batching import Progress, check_next_token
-from ..data import read_json_lines
+from ..documents import read_json_lines
 from ..forward import packed_weights, run, unembed
+from ..lens import LensModel, ModelOrName
 from ..metrics import log_probs
 from ..models import as_model
+from ..names import HELLASWAG
 from .cached import extend
-
-HUB = "Rowan/hellaswag"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class HellaSwag:
         return pd.DataFrame([row])
 
 
-def hellaswag_items(source: str | Path = HUB, *, split: str = "validation", limit: int | None = None) -> list[dict]:
+def hellaswag_items(
+    source: str | Path = HELLASWAG, *, split: str = "validation", limit: int | None = None
+) -> list[dict]:
     """Items with their context ("ctx"), "endings" and "label", from a .jsonl file or the hub's data set.
 
     Raises:
@@ -110,7 +112,9 @@ def _item(raw, where: str) -> dict:
     return {"ctx": context, "endings": endings, "label": int(label)}
 
 
-def hellaswag(model, items: Iterable[dict], *, per_pass: int = 4096, progress: Progress | None = None) -> HellaSwag:
+def hellaswag(
+    model: ModelOrName, items: Iterable[dict], *, per_pass: int = 4096, progress: Progress | None = None
+) -> HellaSwag:
     """Accuracy by summed and by length-normalised log-probability of the endings.
 
     Contexts of one length go together; each is run once, its keys and values serve all of its endings. A
@@ -168,7 +172,7 @@ def hellaswag(model, items: Iterable[dict], *, per_pass: int = 4096, progress: P
     )
 
 
-def _encode(model, item: dict) -> tuple[list[int], list[list[int]]]:
+def _encode(model: LensModel, item: dict) -> tuple[list[int], list[list[int]]]:
     def ids(text: str) -> list[int]:
         return model.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -192,7 +196,7 @@ def _groups(encoded: Sequence[tuple[list[int], list[list[int]]]], per_pass: int)
 
 
 def ending_log_probs(
-    model, contexts: Int[Tensor, "item pos"], endings: Sequence[Sequence[int]]
+    model: LensModel, contexts: Int[Tensor, "item pos"], endings: Sequence[Sequence[int]]
 ) -> Float[Tensor, "item ending"]:
     """Summed log-probability of each ending after its context (nats); in float64 on the CPU.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..batching import Progress, TokenSource, check_next_token, token_batches
 from ..forward import run, unembed
+from ..lens import LensModel, ModelOrName
 from ..metrics import cross_entropy
 from ..models import as_model
 from ..statistics import mean_interval
@@ -122,7 +123,7 @@ class LossTable:
 
 
 def evaluate_loss(
-    model,
+    model: ModelOrName,
     tokens: TokenSource,
     *,
     worst: int = 3,
@@ -239,7 +240,7 @@ def _floats(bounds: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
 # Naming a sequence and the place where it goes wrong
 
 
-def _name(model, index: int, loss: float, tokens: Int[Tensor, " pos"]) -> WorstSequence:
+def _name(model: LensModel, index: int, loss: float, tokens: Int[Tensor, " pos"]) -> WorstSequence:
     norms, ids = _norms(model, tokens), tokens.tolist()
     where = {}
     if norms.shape[1] > 2:
@@ -258,7 +259,7 @@ def _name(model, index: int, loss: float, tokens: Int[Tensor, " pos"]) -> WorstS
     return WorstSequence(index, loss, _text(model, ids[:12]), **where)
 
 
-def _norms(model, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "layer pos"]:
+def _norms(model: LensModel, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "layer pos"]:
     """After each layer; on the CPU."""
     norms: list[Tensor] = []
 
@@ -272,6 +273,6 @@ def _norms(model, tokens: Int[Tensor, " pos"]) -> Float[Tensor, "layer pos"]:
     return torch.stack(norms).cpu()
 
 
-def _text(model, ids: list[int]) -> str:
+def _text(model: LensModel, ids: list[int]) -> str:
     """The tokens as text; their ids for a model without a tokenizer."""
     return " ".join(map(str, ids)) if model.tokenizer is None else model.tokenizer.decode(ids)

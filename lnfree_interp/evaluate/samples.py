@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..batching import check_next_token, check_tokens
 from ..forward import packed_weights, run, unembed
+from ..lens import LensModel, ModelOrName
 from ..metrics import log_probs
 from ..models import as_models
 from .cached import extend
@@ -37,7 +38,7 @@ class Samples:
 
 
 def generate_samples(
-    models: Mapping[str, object],
+    models: Mapping[str, ModelOrName],
     prompt: str,
     *,
     n_samples: int = 1,
@@ -90,7 +91,7 @@ def generate_samples(
     return Samples(prompt, tuple(models), tuple(texts))
 
 
-def _continue(model, ids: Tensor, n_new: int, temperature: float, top_k: int | None, seed: int) -> Tensor:
+def _continue(model: LensModel, ids: Tensor, n_new: int, temperature: float, top_k: int | None, seed: int) -> Tensor:
     packed, past, new = packed_weights(model), None, []
     generator = torch.Generator().manual_seed(seed)
     step = ids

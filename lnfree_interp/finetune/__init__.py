@@ -8,21 +8,6 @@ residual norms even; all else is HF's Trainer. DIR/final is the LN-free checkpoi
 Sources: P1 = arXiv 2409.13710 (the recipe), P2 = arXiv 2507.02559 (running averages, auxiliary loss).
 """
 
-from ..schedule import PRESETS, RemovalSchedule
-from .callbacks import Diverged, LossGuard, RemovalCallback, StatusLine, last_checkpoint
-from .training import RemovalTrainer, checkpoint_to_resume, load_trainable, remove_layernorm, save_checkpoint
+import lazy_loader
 
-__all__ = [
-    "PRESETS",
-    "Diverged",
-    "LossGuard",
-    "RemovalCallback",
-    "RemovalSchedule",
-    "RemovalTrainer",
-    "StatusLine",
-    "checkpoint_to_resume",
-    "last_checkpoint",
-    "load_trainable",
-    "remove_layernorm",
-    "save_checkpoint",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -24,7 +24,8 @@ from transformers.activations import ACT2FN
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..layernorm import auxiliary_loss, export_ln_free, is_ln_free, make_removable, plain_model
-from ..models import Weights, locate_checkpoint, read_config
+from ..models import Weights, read_config
+from ..names import locate_checkpoint
 from ..schedule import RemovalSchedule
 from .callbacks import LossGuard, RemovalCallback, StatusLine, last_checkpoint, steps_of
 
@@ -156,12 +157,13 @@ def remove_layernorm(
     Example:
         >>> import tempfile
         >>> from dataclasses import replace
-        >>> from lnfree_interp import RemovalSchedule, cli, read_documents, remove_layernorm, token_blocks
+        >>> from lnfree_interp import RemovalSchedule, read_documents, remove_layernorm, token_blocks
         >>> from lnfree_interp.data import Blocks
         >>> from lnfree_interp.finetune import load_trainable
+        >>> from lnfree_interp.names import VALIDATION_TEXT
         >>> from lnfree_interp.layernorm import is_ln_free
         >>> model, tokenizer = load_trainable("tiny")
-        >>> data = Blocks(token_blocks(tokenizer, read_documents(cli.VALIDATION_TEXT), 64))
+        >>> data = Blocks(token_blocks(tokenizer, read_documents(VALIDATION_TEXT), 64))
         >>> schedule = replace(RemovalSchedule.preset("tiny").scaled(20), tokens_per_step=128, block_size=64)
         >>> quiet = {"logging_strategy": "no", "disable_tqdm": True}
         >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +ELLIPSIS

@@ -3,8 +3,6 @@
 Sources: P2 = arXiv 2507.02559; the neurons' first description is arXiv 2406.16254.
 """
 
-from .ablate import ablate_cumulatively, ablate_neurons
-from .rank import rank_confidence_neurons
-from .result import NeuronAblation
+import lazy_loader
 
-__all__ = ["NeuronAblation", "ablate_cumulatively", "ablate_neurons", "rank_confidence_neurons"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,13 +13,12 @@ from torch import Tensor
 from ..batching import Places, Progress, Tokens, check_next_token, check_tokens, indices, token_batches
 from ..forward import own_hooks, packed_weights, run
 from ..models import as_model
+from .choices import ABLATIONS, METHODS
 from .last_layer import Rows, Unembedding, folded_unembedding, make_neurons, make_rows, wide
 from .rank import mlp_of
 from .result import NeuronAblation
 from .scan import BlockScan, scan_block
 
-ABLATIONS = ("mean", "zero")
-METHODS = ("auto", "moments", "stream", "rerun")
 # Rows of a block, and numbers in one of its tables of rows and neurons. The moments of a whole layer of GPT-2 small on
 # 1,024 rows take 250 MiB.
 ROWS_PER_BLOCK, NUMBERS_PER_BLOCK = 1024, 2**22

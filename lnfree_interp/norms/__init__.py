@@ -4,7 +4,6 @@ P2 = arXiv 2507.02559: in GPT-2 the residual stream at position 0 is an order of
 and heads park their attention there; LN-free models have neither to that degree.
 """
 
-from .residual import ResidualNorms, residual_norms
-from .sinks import AttentionSinks, attention_sinks
+import lazy_loader
 
-__all__ = ["AttentionSinks", "ResidualNorms", "attention_sinks", "residual_norms"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..batching import Progress, TokenSource, token_batches
 from ..forward import run
+from ..lens import LensModel, ModelOrName
 from ..models import as_model
 
 STATISTICS = ("mean", "stderr", "median", "low", "high")
@@ -71,7 +72,7 @@ class ResidualNorms:
 
 
 def residual_norms(
-    model,
+    model: ModelOrName,
     tokens: TokenSource,
     *,
     per_position: bool = False,
@@ -144,7 +145,7 @@ def residual_norms(
 # One batch along the stream
 
 
-def _points(model) -> dict[str, str]:
+def _points(model: LensModel) -> dict[str, str]:
     """Hook name -> label, in the order in which a forward passes them."""
     points = {"hook_embed": "embed", "hook_pos_embed": "pos_embed", "blocks.0.hook_resid_pre": "L0.resid_pre"}
     for i in range(model.cfg.n_layers):
@@ -153,7 +154,7 @@ def _points(model) -> dict[str, str]:
     return {name: label for name, label in points.items() if name in model.hook_dict}
 
 
-def _along_stream(model, tokens: Tensor, names: list[str]) -> list[Float[Tensor, "quantity batch pos"]]:
+def _along_stream(model: LensModel, tokens: Tensor, names: list[str]) -> list[Float[Tensor, "quantity batch pos"]]:
     """Norm, growth and cosine at each point, one activation kept back at a time."""
     values: dict[str, Tensor] = {}
     before: list[Tensor] = []  # the stream at the point before, and its norm

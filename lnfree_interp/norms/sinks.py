@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..batching import Progress, TokenSource, token_batches
 from ..forward import run
+from ..lens import LensModel, ModelOrName
 from ..models import as_model
 
 # Entries of one layer's attention patterns held at a time.
@@ -56,7 +57,12 @@ class AttentionSinks:
 
 
 def attention_sinks(
-    model, tokens: TokenSource, *, threshold: float = 0.3, per_pass: int = 4096, progress: Progress | None = None
+    model: ModelOrName,
+    tokens: TokenSource,
+    *,
+    threshold: float = 0.3,
+    per_pass: int = 4096,
+    progress: Progress | None = None,
 ) -> AttentionSinks:
     """Mean attention on position 0 of every head, and sink rates at a threshold (P2, attention sinks).
 
@@ -109,7 +115,7 @@ def attention_sinks(
     )
 
 
-def _on_first(model, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "layer batch head query"]:
+def _on_first(model: LensModel, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "layer batch head query"]:
     """Attention on position 0 of the queries at positions 1 and later."""
     seen: list[Tensor] = []
 

@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..forward import PackedWeights, packed_weights
+from ..batching import Progress
+from ..forward import PackedWeights, final_norm, packed_weights
 from ..metrics import Metric, logit_diff
 from ..models import as_model
-from ..pairs import PromptPairs
+from ..pairs import PromptPairs, as_pairs
 from . import exact, hooked
-from .cells import Cells, MetricLike, Request, Tally, checked, find_cells, memory_budget, read_metric
+from .cells import (
+    Cells,
+    Indices,
+    MetricLike,
+    PairsLike,
+    Request,
+    Tally,
+    check_finite,
+    checked,
+    find_cells,
+    memory_budget,
+    on_device,
+    read_metric,
+    tokens_differ,
+)
 from .effect import PatchingEffect
-
-Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
 def activation_patching(
     model,
-    pairs: PromptPairs,
+    pairs: PairsLike,
     *,
     site: str = "resid_pre",
     metric: MetricLike = logit_diff,
     direction: str = "denoising",
-    layers: Sequence[int] | None = None,
-    units: Sequence[int] | None = None,
+    layers: Indices | None = None,
+    units: Indices | None = None,
     by_position: bool = False,
     max_memory: int | None = None,
     progress: Progress | None = None,
@@ -40,10 +53,11 @@ def activation_patching(
     way round (noising). Cells in which both runs agree, and those nothing read depends on, are 0 and never run.
 
     Args:
+        pairs: PromptPairs, or (clean, corrupted, answers).
         site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, by position; z, q, k, v, pattern, by head; neurons.
         metric: a `Metric`, or a function of the full logits [prompt, pos, d_vocab] that returns [prompt].
-        layers: the layers to patch (default: all; needed for neurons).
-        units: the heads or neurons to patch (default: all).
+        layers: the layers to patch (default: all; needed for neurons): one, several, or a mask; -1 is the last.
+        units: the heads or neurons to patch (default: all), in the same ways.
         by_position: patch heads or neurons position by position, not at all positions together. A pattern's
             position is the query's.
         max_memory: bytes to stay within, roughly, beyond the model (default: from the device).
@@ -66,20 +80,24 @@ def activation_patching(
         >>> effect.values.shape, effect.axes
         (torch.Size([2, 4, 4]), ('prompt', 'layer', 'head'))
     """
-    model = as_model(model)
+    model, pairs = as_model(model), as_pairs(pairs).to("cpu")
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
     budget = memory_budget(model, max_memory)
     pairs = pairs.to(model.cfg.device)
-    packed = packed_weights(model) if fast else None
+    packed = packed_weights(model)
+    swept = packed if fast else None
+    if swept is None:
+        hooked.check_model(model, pairs.clean)
     # A plain function of the logits may look at prompts by their place: it gets all of them, in order.
-    n_together = len(pairs) if not isinstance(metric, Metric) else _prompts_at_a_time(model, packed, request, budget)
+    n_together = len(pairs) if not isinstance(metric, Metric) else _prompts_at_a_time(model, swept, request, budget)
     parts = []
     for i in range(0, len(pairs), n_together):
         here = slice(i, i + n_together)
         part = rows_of_metric(request, here, model.cfg.device)
         report = None if progress is None else _shifted(progress, i, len(pairs), n_together)
-        parts.append(_patch(model, packed, part, pairs[here], budget, report))
+        parts.append(_patch(model, packed, swept, part, pairs[here], budget, i, report))
     values, clean, corrupted, cells_run, flops = zip(*parts)
+    check_finite(request, torch.cat(values), "the patched")
     plain = plain_flops(model, request, len(pairs))
     return PatchingEffect(
         values=torch.cat(values),
@@ -93,7 +111,7 @@ def activation_patching(
         clean=torch.cat(clean),
         corrupted=torch.cat(corrupted),
         cells_run=sum(cells_run),
-        flops=None if packed is None else (sum(flops), plain),
+        flops=None if swept is None else (sum(flops), plain),
     )
 
 
@@ -118,8 +136,9 @@ def _shifted(progress: Progress, first: int, n_prompts: int, n_together: int) ->
     return report
 
 
-def _itemsize(model) -> int:
-    return torch.finfo(model.cfg.dtype).bits // 8
+def itemsize(model, packed: PackedWeights | None) -> int:
+    """Bytes of one number of the activations."""
+    return model.cfg.dtype.itemsize if packed is None else max(4, model.cfg.dtype.itemsize)
 
 
 def _prompts_at_a_time(model, packed: PackedWeights | None, request: Request, budget: int) -> int:
@@ -131,7 +150,7 @@ def _prompts_at_a_time(model, packed: PackedWeights | None, request: Request, bu
         width = {"neuron": cfg.d_mlp or 0}.get(request.unit_axis, cfg.d_model)
         width = cfg.n_heads * request.n_pos if request.site == "pattern" else width
         numbers = 2 * cfg.n_layers * request.n_pos * (cfg.d_model + width)
-    return max(1, budget // 2 // (numbers * _itemsize(model)))
+    return max(1, budget // 2 // (numbers * itemsize(model, packed)))
 
 
 def plain_flops(model, request: Request, n_prompts: int) -> float:
@@ -146,59 +165,66 @@ def plain_flops(model, request: Request, n_prompts: int) -> float:
     return tally.flops * float(torch.Size(request.shape(n_prompts)).numel())
 
 
-def _patch(model, packed, request: Request, pairs: PromptPairs, budget: int, progress: Progress | None):
+def _patch(model, packed, swept, request: Request, pairs: PromptPairs, budget: int, first: int, progress):
     """values, metric of clean and corrupted, cells run and FLOPs, of prompts whose activations fit in memory."""
     denoising = request.direction == "denoising"
     base_tokens, source_tokens = (pairs.corrupted, pairs.clean) if denoising else (pairs.clean, pairs.corrupted)
     base_tokens, source_tokens = (t[:, : request.n_read] for t in (base_tokens, source_tokens))
-    reads, tally, n_layers = list(request.reads), Tally(), model.cfg.n_layers
-    everyone = torch.arange(len(pairs), device=base_tokens.device)
-    if packed is not None:
-        base, source = exact.both_runs(packed, base_tokens, source_tokens, request.site, tally)
-        sweep = exact.Sweep(packed, base, source, request, tuple(sorted(set(reads))), request.n_read, tally)
-        cells = find_cells(request, lambda layer: exact.differs(sweep, layer), pairs, n_layers)
+    tally, n_layers, device = Tally(), model.cfg.n_layers, base_tokens.device
+    reads = on_device(torch.tensor(request.reads), device)
+    everyone = torch.arange(len(pairs), device=device)
+    differ = tokens_differ(packed, pairs)
+    norm = final_norm(model) if swept is None else exact.widened_norm(swept.ln_final)
+    if swept is not None:
+        base, source = exact.both_runs(
+            swept, base_tokens, source_tokens, differ[:, : request.n_read], request.site, tally
+        )
+        sweep = exact.sweep_of(swept, base, source, request, tally)
     else:
-        base, source = (hooked.record(model, tokens, request.site) for tokens in (base_tokens, source_tokens))
+        base, source = (hooked.record(model, tokens, request.site, packed) for tokens in (base_tokens, source_tokens))
 
-        def where(layer: int) -> Tensor:
-            return hooked.differs(request, base[request.site][layer], source[request.site][layer])
-
-        cells = find_cells(request, where, pairs, n_layers)
+    def differs(layer: int) -> Tensor:
+        if swept is not None:
+            return exact.differs(sweep, layer)
+        return hooked.differs(request, base[request.site][layer], source[request.site][layer])
 
     def metric_of(final: Tensor, prompt: Tensor) -> Tensor:
-        return read_metric(model, request, pairs, final, prompt, tally)
+        return read_metric(model, request, pairs, final, prompt, norm, tally)
 
     at_base, at_source = (metric_of(run["resid_pre"][n_layers][:, reads], everyone) for run in (base, source))
+    check_finite(request, torch.stack([at_base, at_source], 1), first=first)
+    cells = find_cells(request, differs, differ, n_layers, device)
     values = at_base.new_zeros(request.shape(len(pairs)))
-    slot = torch.zeros(n_layers, dtype=torch.long, device=base_tokens.device)
-    slot[list(request.layers)] = torch.arange(len(request.layers), device=slot.device)
 
     def put(c: Cells, effect: Tensor) -> None:
-        at = (c.prompt, slot[c.layer], c.unit)
-        values[(*at, c.pos) if request.by_position and not request.positional else at] = effect
+        values.view(-1)[on_device(request.place(c), device)] = effect
 
     plain = not isinstance(request.metric, Metric)
-    done = 0
-    for batch in batches(cells, request, _rows_at_a_time(model, packed, request, budget), together=plain):
-        if packed is not None:
-            order = torch.searchsorted(torch.tensor(sweep.reads), torch.tensor(reads)).to(batch.prompt.device)
-            finals = [(slice(None), exact.sweep_cells(sweep, batch)[:, order])]
+    max_rows, done = _rows_at_a_time(model, swept, request, budget), 0
+    for batch in batches(cells, request, max_rows, together=plain):
+        if swept is not None:
+            final = exact.sweep_cells(sweep, batch)
+            if request.reads != sweep.reads:  # the metric's own order
+                final = final[:, torch.searchsorted(sweep.on_device, reads)]
+            finals = [(torch.arange(len(batch)), final)]
         else:
-            n_runs = max(1, _rows_at_a_time(model, packed, request, budget) // request.n_read)
-            finals = hooked.final_residuals(model, request, base_tokens, base, source, batch, n_runs)
+            n_runs = max(1, max_rows // request.n_read)
+            finals = hooked.final_residuals(model, request, base, source, batch, n_runs, packed)
         if plain:
-            final = torch.empty(len(batch), len(reads), model.cfg.d_model, dtype=model.cfg.dtype, device=slot.device)
+            final = base["resid_pre"][n_layers].new_empty(len(batch), len(reads), model.cfg.d_model)
             for index, rows in finals:
-                final[index] = rows
+                final[on_device(index, device)] = rows
             for index in alike(batch):
                 c = batch[index]
-                everything = base["resid_pre"][n_layers][:, reads].clone()
-                everything[c.prompt] = final[index]
-                put(c, metric_of(everything, everyone)[c.prompt] - at_base[c.prompt])
+                prompt, index = on_device(torch.stack([c.prompt, index]), device)
+                everything = base["resid_pre"][n_layers][:, reads]
+                everything[prompt] = final[index]
+                put(c, metric_of(everything, everyone)[prompt] - at_base[prompt])
         else:
             for index, rows in finals:
                 c = batch[index]
-                put(c, metric_of(rows, c.prompt) - at_base[c.prompt])
+                prompt = on_device(c.prompt, device)
+                put(c, metric_of(rows, prompt) - at_base[prompt])
         done += len(batch)
         if progress is not None:
             progress(done, len(cells))
@@ -215,7 +241,7 @@ def _rows_at_a_time(model, packed, request: Request, budget: int) -> int:
         per_row = 20 * cfg.d_model
     else:
         per_row = 10 * cfg.d_model + 3 * d_mlp + 3 * cfg.n_heads * request.n_read
-    rows = budget // 2 // (per_row * _itemsize(model))
+    rows = budget // 2 // (per_row * itemsize(model, packed))
     return max(request.n_read, rows)
 
 

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..forward import unembed
+from ..batching import d_vocab_out
+from ..forward import Norm, PackedWeights, own_hooks, unembed
 from ..metrics import Metric
 from ..pairs import PromptPairs
-from .effect import DIRECTIONS, SITES
+from .sites import DIRECTIONS, SITES
 
 MetricLike = Metric | Callable[[Tensor], Tensor]
+PairsLike = PromptPairs | Sequence[Any]
+Indices = SupportsIndex | Iterable[Any]
+"""Which layers or units: one, several (a range, a list, a tensor), or a mask; negative ones count from the end."""
+
+LOGITS = {"cpu": 2**26, "cuda": 2**28}
+"""How many logits, or numbers of gathered columns of W_U, are made at a time; 2^26 on other devices."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Cells to run, as aligned vectors. `start` is the first position a cell changes; `pos` is -1 for all of them."""
+    """Cells to run, as aligned vectors. They stay on the CPU, so that what to run is planned without waiting for the
+    device. `unit` is the position, head or neuron; `start` the first position a cell changes; `pos` is -1 for all of
+    them."""
 
     prompt: Int[Tensor, " cell"]
     layer: Int[Tensor, " cell"]
@@ -32,12 +43,19 @@ class Cells:
         return len(self.prompt)
 
     def __getitem__(self, rows) -> Cells:
-        return Cells(*(getattr(self, name)[rows] for name in ("prompt", "layer", "unit", "pos", "start")))
+        return Cells(*(vector[rows] for vector in self._vectors()))
+
+    def to(self, device) -> Cells:
+        return Cells(*on_device(torch.stack(self._vectors()), device).unbind())
+
+    def _vectors(self) -> list[Tensor]:
+        return [self.prompt, self.layer, self.unit, self.pos, self.start]
 
 
-def concatenated(parts: Sequence[Cells]) -> Cells:
-    names = ("prompt", "layer", "unit", "pos", "start")
-    return Cells(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+def on_device(x: Tensor, device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what the device is at."""
+    x = x.pin_memory() if torch.device(device).type == "cuda" else x
+    return x.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,7 @@ class Request:
     direction: str
     metric: MetricLike
     n_pos: int
+    causal: bool  # whether a position is known to depend on itself and on earlier ones alone
 
     @property
     def unit_axis(self) -> str:
@@ -69,6 +88,21 @@ class Request:
         more = (self.n_pos,) if self.by_position and not self.positional else ()
         return (n_prompts, len(self.layers), len(self.units), *more)
 
+    def place(self, cells: Cells) -> Int[Tensor, " cell"]:
+        """Where cells are in values of `shape`, flattened."""
+        place = cells.prompt
+        for names, vector in ((self.layers, cells.layer), (self.units, cells.unit)):
+            slot = torch.zeros(max(names) + 1, dtype=torch.long)
+            slot[list(names)] = torch.arange(len(names))
+            place = place * len(names) + slot[vector]
+        return place * self.n_pos + cells.pos if self.by_position and not self.positional else place
+
+    def of_units(self, x: Tensor, axis: int) -> Tensor:
+        """The heads or neurons asked for, of all of them along an axis."""
+        if self.units == tuple(range(x.shape[axis])):
+            return x
+        return x.index_select(axis, on_device(torch.tensor(self.units), x.device))
+
     @property
     def reads(self) -> tuple[int, ...]:
         """The positions whose logits the metric reads, in its order."""
@@ -77,7 +111,7 @@ class Request:
     @property
     def n_read(self) -> int:
         """Positions up to the last one that the metric reads; causal models need no more."""
-        return max(self.reads) + 1
+        return max(self.reads) + 1 if self.causal else self.n_pos
 
     @property
     def metric_name(self) -> str:
@@ -85,7 +119,7 @@ class Request:
 
 
 def checked(model, pairs: PromptPairs, site, metric, direction, layers, units, by_position) -> Request:
-    """The request, or a ValueError that says what about it is wrong."""
+    """The request, or a ValueError that says what about it is wrong. The pairs are on the CPU."""
     cfg = model.cfg
     if site not in SITES:
         raise ValueError(f"unknown site {site!r}; known are {', '.join(SITES)}")
@@ -97,77 +131,114 @@ def checked(model, pairs: PromptPairs, site, metric, direction, layers, units, b
     if n_pos > cfg.n_ctx:
         raise ValueError(f"prompts have {n_pos} tokens, the model's context is {cfg.n_ctx}")
     for name in ("clean", "corrupted", "answers"):
+        what, d_vocab = ("answer", d_vocab_out(cfg)) if name == "answers" else (f"{name} token", cfg.d_vocab)
         ids = getattr(pairs, name)
-        outside = ids[(ids < 0) | (ids >= cfg.d_vocab)]
+        outside = ids[(ids < 0) | (ids >= d_vocab)]
         if len(outside):
-            what = "answer" if name == "answers" else f"{name} token"
-            raise ValueError(f"{what} {int(outside[0])} is outside the model's vocabulary of {cfg.d_vocab}")
+            raise ValueError(f"{what} {int(outside[0])} is outside the model's vocabulary of {d_vocab}")
     if site == "neurons" and layers is None:
         raise ValueError("site 'neurons' needs layers=, for example layers=[-1]: every neuron is a cell")
-    if not (layers is None or len(layers)):
-        raise ValueError("layers is empty")
-    chosen = tuple(range(cfg.n_layers)) if layers is None else tuple(layers)
-    for layer in chosen:
-        if not -cfg.n_layers <= layer < cfg.n_layers:
-            raise ValueError(f"layer {layer} is not there; the model has {cfg.n_layers} layers")
-    chosen = tuple(layer % cfg.n_layers for layer in chosen)
-    if len(set(chosen)) < len(chosen):
-        raise ValueError(f"layers {list(chosen)} name a layer twice")
-    hook = f"blocks.{chosen[0]}.{SITES[site].hook}"
+    layers = chosen("layers", layers, cfg.n_layers, "the model", "layer")
+    hook = f"blocks.{layers[0]}.{SITES[site].hook}"
     # An attention-only block has a hook point for the MLP it lacks.
     absent = site == "mlp_out" and getattr(model.cfg, "attn_only", False)
     if absent or hook not in model.hook_dict:
         raise ValueError(f"site {site!r} is not in this model: it has no {hook}")
+    what = SITES[site].unit
     available = {
         "pos": n_pos,
         "head": getattr(cfg, "n_key_value_heads", None) if site in "kv" else None,
         "neuron": cfg.d_mlp,
-    }[SITES[site].unit] or cfg.n_heads
-    if units is not None and SITES[site].unit == "pos":
+    }[what] or cfg.n_heads
+    if units is not None and what == "pos":
         raise ValueError(f"site {site!r} has positions, neither heads nor neurons to choose from")
-    units = tuple(range(available)) if units is None else tuple(units)
-    if not units or len(set(units)) < len(units):
-        raise ValueError(f"{SITES[site].unit}s {list(units)} are none, or one of them twice")
-    for unit in units:
-        if not 0 <= unit < available:
-            raise ValueError(f"{SITES[site].unit} {unit} is not there; layer has {available}")
-    return Request(site, chosen, units, by_position, direction, metric, n_pos)
+    units = chosen("units", units, available, "layer", what)
+    # What hooks of a user's do is not known: they may mix positions.
+    causal = getattr(cfg, "attention_dir", "causal") == "causal" and not own_hooks(model)
+    return Request(site, layers, units, by_position, direction, metric, n_pos, causal)
+
+
+def chosen(argument: str, value: Indices | None, available: int, holder: str, what: str) -> tuple[int, ...]:
+    """The indices that an argument names; None: all.
+
+    Raises:
+        ValueError: something else than whole numbers or a mask of `available` entries, indices that are not there,
+            none, or one of them twice.
+    """
+    if value is None:
+        return tuple(range(available))
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    many = isinstance(plain, Iterable) and not isinstance(plain, (str, bytes))
+    items = [x.item() if hasattr(x, "item") else x for x in plain] if many else [plain]
+    if many and items and all(isinstance(x, bool) for x in items):
+        if len(items) != available:
+            raise ValueError(f"{argument} is a mask of {len(items)}; {holder} has {available} {what}s")
+        items = [i for i, x in enumerate(items) if x]
+    for x in items:
+        if isinstance(x, bool) or not hasattr(x, "__index__"):
+            raise ValueError(f"{argument} must be whole numbers or a mask, not {x!r}")
+        if not -available <= operator.index(x) < available:
+            raise ValueError(f"{what} {x} is not there; {holder} has {available} {what}s")
+    indices = tuple(operator.index(x) % available for x in items)
+    if not indices:
+        raise ValueError(f"{argument} is empty")
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"{argument} {items} name a {what} twice")
+    return indices
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Which cells differ
 
 
-def find_cells(request: Request, differs: Callable[[int], Tensor], pairs: PromptPairs, n_layers: int) -> Cells:
+def tokens_differ(packed: PackedWeights | None, pairs: PromptPairs) -> Bool[Tensor, "prompt pos"]:
+    """Where the pairs have different tokens, on the CPU; two tokens of one embedding are the same to a model."""
+    if packed is None:
+        return pairs.differ.cpu()
+    return (packed.W_E[pairs.clean] != packed.W_E[pairs.corrupted]).any(-1).cpu()
+
+
+def may_differ(request: Request, differ: Bool[Tensor, "prompt pos"], layer: int) -> Bool[Tensor, "prompt read"]:
+    """Where activations of a layer can differ between the runs, whatever rounding says, up to the last one read."""
+    differ = differ[:, : request.n_read]
+    if not request.causal:
+        return torch.ones_like(differ)
+    if layer == 0 and request.site in ("resid_pre", "q", "k", "v"):
+        return differ  # row by row the same function of the same token
+    return differ.cumsum(1) > 0
+
+
+def find_cells(request: Request, differs: Callable[[int], Tensor], differ: Tensor, n_layers: int, device) -> Cells:
     """The cells in which the prompts differ and on which something that the metric reads depends.
 
     Args:
         differs: layer -> where the site differs, up to the last position read: Bool[Tensor, "prompt pos"] for
             positional sites, else Bool[Tensor, "prompt pos unit"] for the units asked for.
+        differ: where the tokens do, on the CPU.
     """
-    n_pos, device = request.n_read, pairs.clean.device
-    # Before the first different token causal models agree, whatever rounding says.
-    after = torch.arange(n_pos, device=device) >= pairs.first_difference[:, None]
-    read = torch.zeros(n_pos, dtype=torch.bool, device=device)
-    read[list(request.reads)] = True
-    parts = []
-    for layer in request.layers:
+    n_pos = request.n_read
+    allowed = torch.stack([may_differ(request, differ, layer) for layer in request.layers])
+    if request.causal and n_layers - 1 in request.layers and request.site not in ("resid_pre", "k", "v"):
+        read = torch.zeros(n_pos, dtype=torch.bool)
+        read[list(request.reads)] = True
+        allowed[request.layers.index(n_layers - 1)] &= read  # nothing above carries a change to other positions
+    by_unit = not (request.positional or request.by_position)
+    found = []
+    for layer, mask in zip(request.layers, on_device(allowed, device)):
         where = differs(layer)
-        where = (where[..., None] if request.positional else where) & after[..., None]
-        if layer == 0 and request.site in ("resid_pre", "q", "k", "v"):
-            # Row by row the same function of the same token.
-            where = where & pairs.differ[:, :n_pos, None]
-        if layer == n_layers - 1 and request.site not in ("resid_pre", "k", "v"):
-            where = where & read[:, None]  # nothing above it carries a change to other positions
-        if request.positional or request.by_position:
-            prompt, pos, unit = where.nonzero(as_tuple=True)
-            start, unit = pos, pos if request.positional else unit
-        else:
-            prompt, unit = where.any(1).nonzero(as_tuple=True)
-            start = where.int().argmax(1)[prompt, unit]
-            pos = torch.full_like(start, -1)
-        parts.append(Cells(prompt, torch.full_like(start, layer), unit, pos, start))
-    return concatenated(parts)
+        where = (where[..., None] if request.positional else where) & mask[..., None]
+        found.append(torch.where(where.any(1), where.int().argmax(1), n_pos) if by_unit else where)
+    where = torch.stack(found).cpu()  # the one time that the device is waited for
+    layers = torch.tensor(request.layers)
+    if by_unit:  # [layer, prompt, unit], the first position
+        layer, prompt, unit = at = (where < n_pos).nonzero(as_tuple=True)
+        start = where[at]
+        pos = torch.full_like(start, -1)
+    else:
+        layer, prompt, pos, unit = where.nonzero(as_tuple=True)
+        start = pos
+    unit = pos if request.positional else torch.tensor(request.units)[unit]
+    return Cells(prompt, layers[layer], unit, pos, start)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -185,27 +256,26 @@ class Tally:
 
 
 def read_metric(
-    model, request: Request, pairs: PromptPairs, final: Tensor, prompt: Tensor, tally: Tally | None = None, norm=None
+    model, request: Request, pairs: PromptPairs, final: Tensor, prompt: Tensor, norm: Norm, tally: Tally | None = None
 ) -> Tensor:
     """The metric of final residual streams [row, read position, d_model] of the prompts named, one number a row.
 
     Raises:
-        ValueError: the metric's value has the wrong shape or is not finite.
+        ValueError: the metric's value has the wrong shape. Whether it is finite, `check_finite` says.
     """
     metric = request.metric
     n_rows, n_reads = final.shape[:2]
-    cfg = model.cfg
+    d_model, d_vocab = model.unembed.W_U.shape
     if not isinstance(metric, Metric):
         logits = unembed(model, final, norm=norm)
         if tally:
-            tally.linear(n_rows * n_reads, cfg.d_model, cfg.d_vocab)
+            tally.linear(n_rows * n_reads, d_model, d_vocab)
         return _valid(metric(logits), n_rows, request)
     columns = metric.columns(pairs)
-    width = cfg.d_vocab if columns is None else columns.shape[1]
+    width = d_vocab if columns is None else columns.shape[1]
     if tally:
-        tally.linear(n_rows * n_reads, cfg.d_model, width)
-    # Logits, or gathered columns of W_U, of at most 2^26 numbers at a time.
-    step = max(1, 2**26 // (n_reads * width * (1 if columns is None else cfg.d_model)))
+        tally.linear(n_rows * n_reads, d_model, width)
+    step = max(1, LOGITS.get(final.device.type, 2**26) // (n_reads * width * (1 if columns is None else d_model)))
     values = []
     for i in range(0, n_rows, step):
         p = prompt[i : i + step]
@@ -220,11 +290,22 @@ def _valid(value, n_rows: int, request: Request) -> Tensor:
     if not isinstance(value, Tensor) or tuple(value.shape) != (n_rows,):
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"metric {request.metric_name} returned {got}, wanted is one number per prompt, [{n_rows}]")
-    value = value.to(torch.promote_types(value.dtype, torch.float32))
-    if not torch.isfinite(value.detach()).all():
-        bad = int((~torch.isfinite(value.detach())).nonzero()[0])
-        raise ValueError(f"metric {request.metric_name} is {value[bad].item()} for prompt {bad}, it must be finite")
-    return value
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def check_finite(request: Request, values: Tensor, what: str = "", first: int = 0) -> None:
+    """Raise ValueError unless the metric's values [prompt, ...] are finite.
+
+    Args:
+        what: what of the metric they are.
+        first: the number of the first prompt.
+    """
+    bad = ~torch.isfinite(values)
+    if bad.any():
+        prompt = int(bad.flatten(1).any(1).int().argmax()) if bad.ndim > 1 else int(bad.int().argmax())
+        value = values[bad][0].item()
+        name = f"{what} metric {request.metric_name}".lstrip()
+        raise ValueError(f"{name} is {value} for prompt {first + prompt}, it must be finite")
 
 
 def memory_budget(model, max_memory: int | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,32 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..statistics import correlation, correlation_interval, mean_interval, ratio, ratio_interval
-
-
-class Site(NamedTuple):
-    """Where an activation is: TransformerLens' hook under `blocks.{layer}.`, and what one cell of it is."""
-
-    hook: str
-    unit: str  # "pos", "head" or "neuron"
-
-
-SITES = {
-    "resid_pre": Site("hook_resid_pre", "pos"),
-    "resid_mid": Site("hook_resid_mid", "pos"),
-    "resid_post": Site("hook_resid_post", "pos"),
-    "attn_out": Site("hook_attn_out", "pos"),
-    "mlp_out": Site("hook_mlp_out", "pos"),
-    "z": Site("attn.hook_z", "head"),
-    "q": Site("attn.hook_q", "head"),
-    "k": Site("attn.hook_k", "head"),
-    "v": Site("attn.hook_v", "head"),
-    "pattern": Site("attn.hook_pattern", "head"),
-    "neurons": Site("mlp.hook_post", "neuron"),
-}
-METHODS = ("gradient", "integrated", "second_order", "atp_star", "relp")
-DIRECTIONS = ("denoising", "noising")
-# Total effects below, in the metric's units (logits, for logit_diff), are not normalised by.
-LEAST = 0.5
+from .sites import LEAST
 
 
 @dataclass(frozen=True)

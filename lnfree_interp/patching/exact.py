@@ -7,20 +7,26 @@ joins at the layer it patches, and all cells that have joined share each product
 has changed a single row joins more cheaply: in its first layer only that row's query, key and value are new. In
 the last layer only the positions that the metric reads are computed.
 
-Every step is exact: the results are those of overwriting the activation and running the whole model again.
+Every step is exact: the results are those of overwriting the activation and running the whole model again. A cell
+changes little, and in half precision that would be lost in rounding: rows are fp32 at least, with the weights as they
+are stored, made wide one layer at a time.
+
+Which rows go where is planned on the CPU and sent to the device, which is never waited for.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..forward import Layer, PackedWeights, attend, attention_pattern, causal_mask, layer_attn_out, layer_qkv, products
-from .cells import Cells, Request, Tally
+from ..forward import Layer, Norm, PackedWeights, attend, attention_pattern, layer_attn_out, layer_qkv, products
+from .cells import Cells, Request, Tally, on_device
 
 HIDDEN = {"cpu": 2**22, "cuda": 2**27}  # hidden activations of an MLP at a time: on a CPU, what its caches hold
 
@@ -51,18 +57,28 @@ class Rows:
     """Cells that start at the same position, each with the rows of its residual stream from there on."""
 
     start: int
-    cell: Tensor
-    prompt: Tensor
+    cell: Int[Tensor, " cell"]
+    prompt: Int[Tensor, " cell"]
     resid: Tensor  # [cell, row, d_model]
+
+
+@dataclass(frozen=True)
+class Joining:
+    """The cells that patch one layer, in order of start and unit: vectors on the device, and what is planned by."""
+
+    cell: Int[Tensor, " cell"]
+    prompt: Int[Tensor, " cell"]
+    start: Int[Tensor, " cell"]
+    unit: Int[Tensor, " cell"]
+    units: Int[Tensor, " cell"]  # the same, on the CPU
+    runs: tuple[tuple[int, slice], ...]  # each start, and the cells that have it
 
 
 @dataclass(frozen=True)
 class Single:
     """Cells that have changed one row of a residual stream and nothing else, at the entrance of a layer."""
 
-    cell: Tensor
-    prompt: Tensor
-    start: Tensor
+    cells: Joining
     row: Tensor  # [cell, d_model]
     qkv: tuple[Tensor, Tensor, Tensor] | None = None  # [cell, head, d_head] each, if known
 
@@ -75,15 +91,78 @@ class Sweep:
     base: Kept
     source: Kept
     request: Request
-    reads: tuple[int, ...]
-    n_pos: int
     tally: Tally
+    reads: tuple[int, ...]
+    on_device: Int[Tensor, " read"]  # the reads, on the device
+    held: dict[int, Layer] = field(default_factory=dict)  # the one layer made wide last
 
-    def positions(self, layer: int, start: int) -> list[int] | None:
-        """The positions from `start` on at which a layer's output is needed; None: all of them."""
-        if layer < len(self.packed.layers) - 1:
-            return None
-        return [p for p in self.reads if p >= start]
+    def layer(self, i: int) -> Layer:
+        if i not in self.held:
+            self.held.clear()
+            self.held[i] = widened(self.packed.layers[i])
+        return self.held[i]
+
+    def needed(self, i: int, start: int) -> slice | Tensor:
+        """The positions from `start` on at which layer i's output is needed, as an index of positions."""
+        if i < len(self.packed.layers) - 1:
+            return slice(start, None)
+        at = bisect_left(self.reads, start)
+        first, last = self.reads[at], self.reads[-1]
+        return slice(first, last + 1) if last - first == len(self.reads) - 1 - at else self.on_device[at:]
+
+
+def sweep_of(packed: PackedWeights, base: Kept, source: Kept, request: Request, tally: Tally) -> Sweep:
+    reads = sorted(set(request.reads))
+    sent = on_device(torch.tensor(reads), base["resid_pre"][0].device)
+    return Sweep(packed, base, source, request, tally, tuple(reads), sent)
+
+
+def _at(x: Tensor, prompt: Tensor, positions: slice | Tensor) -> Tensor:
+    """Rows [cell, position, ...] of x [prompt, pos, ...]."""
+    return x[prompt, positions] if isinstance(positions, slice) else x[prompt[:, None], positions]
+
+
+def _shifted(positions: slice | Tensor, start: int) -> slice | Tensor:
+    """Positions counted from `start`."""
+    if isinstance(positions, slice):
+        return slice(positions.start - start, None)
+    return positions - start
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weights in fp32 at least
+
+
+def wide(x):
+    """A tensor in fp32 at least; None stays None."""
+    return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def widened(layer: Layer) -> Layer:
+    """A layer's weights as stored, in fp32 at least: the layer itself where they are."""
+    if wide(layer.W_O) is layer.W_O:
+        return layer
+    names = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O", "W_in", "b_in", "W_out", "b_out")
+    return replace(
+        layer,
+        ln1=widened_norm(layer.ln1),
+        ln2=None if layer.ln2 is None else widened_norm(layer.ln2),
+        **{name: wide(getattr(layer, name)) for name in names},
+    )
+
+
+def widened_norm(norm: Norm) -> Norm:
+    return replace(norm, w=wide(norm.w), b=wide(norm.b))
+
+
+def widened_weights(packed: PackedWeights) -> PackedWeights:
+    """All layers and the final norm in fp32 at least; the embeddings are made wide where they are read."""
+    return replace(packed, layers=tuple(map(widened, packed.layers)), ln_final=widened_norm(packed.ln_final))
+
+
+def embedded(packed: PackedWeights, tokens: Int[Tensor, "*rows"], positions: Int[Tensor, "*row_positions"]) -> Tensor:
+    """The residual stream before the first layer [*rows, d_model], in fp32 at least."""
+    return wide(packed.W_E[tokens]) + wide(packed.W_pos[positions])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -95,14 +174,16 @@ def _qkv(layer: Layer, rows: Tensor, tally: Tally) -> tuple[Tensor, Tensor, Tens
     return layer_qkv(layer, rows)
 
 
-def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, tally: Tally, positions: list[int] | None = None) -> Tensor:
-    """z of queries that are the keys' last positions, or stand at the positions given."""
+def _attend(
+    layer: Layer, q: Tensor, k: Tensor, v: Tensor, tally: Tally, positions: slice | Tensor = slice(None)
+) -> Tensor:
+    """z of queries that are the keys' last positions (any slice), or stand at the positions given."""
     n_cells, n_query, n_heads, d_head = q.shape
     n_key = k.shape[1]
     tally.flops += 4.0 * n_cells * n_heads * d_head * n_query * n_key
     mask = None
-    if positions is not None and positions != list(range(n_key - n_query, n_key)):
-        mask = causal_mask(n_key, n_key, q.device)[positions]
+    if isinstance(positions, Tensor):
+        mask = torch.arange(n_key, device=q.device) <= positions[:, None]
     return attend(layer, q, k, v, mask)
 
 
@@ -133,16 +214,23 @@ def _mlp(packed: PackedWeights, layer: Layer, mid: Tensor, tally: Tally, record=
 # The two runs
 
 
-def both_runs(packed: PackedWeights, base: Tensor, source: Tensor, site: str, tally: Tally) -> tuple[Kept, Kept]:
-    """Activations of the base and the source prompts, tokens [prompt, pos] each.
+def both_runs(
+    packed: PackedWeights,
+    base: Int[Tensor, "prompt pos"],
+    source: Int[Tensor, "prompt pos"],
+    differ: Bool[Tensor, "prompt pos"],
+    site: str,
+    tally: Tally,
+) -> tuple[Kept, Kept]:
+    """Activations of the base and the source prompts.
 
-    The source run is computed from each prompt's first different token on; before it the two agree.
+    The source run is computed from each prompt's first different token on (`differ`, on the CPU); before it the two
+    agree.
     """
     needs = _ALWAYS | _NEEDS[site]
-    different = base != source
-    first = torch.where(different.any(1), different.int().argmax(1), base.shape[1])
+    first = torch.where(differ.any(1), differ.int().argmax(1), base.shape[1])
     kept = _record(packed, base, torch.zeros_like(first), None, needs, tally)
-    if not different.any():
+    if not differ.any():
         return kept, kept
     return kept, _record(packed, source, first, kept, needs, tally)
 
@@ -150,12 +238,14 @@ def both_runs(packed: PackedWeights, base: Tensor, source: Tensor, site: str, ta
 def _record(packed, tokens, first, base: Kept | None, needs: set[str], tally: Tally) -> Kept:
     n, n_pos = tokens.shape
     starts = [s for s in first.unique().tolist() if s < n_pos]
-    groups = [(s, (first == s).nonzero().flatten()) for s in starts]
-    spans = [len(prompts) * (n_pos - s) for s, prompts in groups]
-    device = tokens.device
+    prompts = [(first == s).nonzero().flatten() for s in starts]
+    sizes = [len(p) for p in prompts]
+    spans = [size * (n_pos - s) for size, s in zip(sizes, starts)]
     # The prompt and position of every row, group by group.
-    row_prompt = torch.cat([p.repeat_interleave(n_pos - s) for s, p in groups])
-    row_pos = torch.cat([torch.arange(s, n_pos, device=device).repeat(len(p)) for s, p in groups])
+    row_prompt = torch.cat([p.repeat_interleave(n_pos - s) for s, p in zip(starts, prompts)])
+    row_pos = torch.cat([torch.arange(s, n_pos).repeat(size) for s, size in zip(starts, sizes)])
+    row_prompt, row_pos = on_device(torch.stack([row_prompt, row_pos]), tokens.device)
+    prompts = on_device(torch.cat(prompts), tokens.device).split(sizes)
     kept: Kept = {name: [] for name in needs}
 
     def keep(name: str, rows: Tensor, i: int, offset: int = 0) -> None:
@@ -167,18 +257,18 @@ def _record(packed, tokens, first, base: Kept | None, needs: set[str], tally: Ta
         here = slice(offset, offset + len(rows))
         kept[name][i][row_prompt[here], row_pos[here]] = rows
 
-    resid = packed.W_E[tokens[row_prompt, row_pos]] + packed.W_pos[row_pos]
-    for i, layer in enumerate(packed.layers):
+    resid = embedded(packed, tokens[row_prompt, row_pos], row_pos)
+    for i, layer in enumerate(map(widened, packed.layers)):
         keep("resid_pre", resid, i)
         q, k, v = _qkv(layer, resid, tally)
         for name, rows in (("q", q), ("k", k), ("v", v)):
             keep(name, rows, i)
         z = []
-        for (start, prompts), *qkv in zip(groups, *(x.split(spans) for x in (q, k, v))):
-            q_g, k_g, v_g = (x.unflatten(0, (len(prompts), -1)) for x in qkv)
+        for start, mine, *qkv in zip(starts, prompts, *(x.split(spans) for x in (q, k, v))):
+            q_g, k_g, v_g = (x.unflatten(0, (len(mine), -1)) for x in qkv)
             if start:
-                k_g = torch.cat([base["k"][i][prompts, :start], k_g], 1)
-                v_g = torch.cat([base["v"][i][prompts, :start], v_g], 1)
+                k_g = torch.cat([base["k"][i][mine, :start], k_g], 1)
+                v_g = torch.cat([base["v"][i][mine, :start], v_g], 1)
             z.append(_attend(layer, q_g, k_g, v_g, tally).flatten(0, 1))
         z = torch.cat(z)
         attn_out = _attn_out(layer, z, tally)
@@ -192,65 +282,76 @@ def _record(packed, tokens, first, base: Kept | None, needs: set[str], tally: Ta
 
 def differs(sweep: Sweep, layer: int) -> Tensor:
     """Where the site differs between the runs: Bool[Tensor, "prompt pos"], or "prompt pos unit"."""
-    site, units = sweep.request.site, list(sweep.request.units)
+    site = sweep.request.site
     if site == "pattern":
         source, base = _pattern(sweep, sweep.source, layer), _pattern(sweep, sweep.base, layer)
-        return (source[:, units] != base[:, units]).any(-1).transpose(1, 2)
-    different = sweep.source[site][layer] != sweep.base[site][layer]
-    if sweep.request.positional:
-        return different.any(-1)
-    return different[:, :, units] if site == "neurons" else different[:, :, units].any(-1)
+        different = (source != base).any(-1).transpose(1, 2)
+    else:
+        different = sweep.source[site][layer] != sweep.base[site][layer]
+        different = different if site == "neurons" else different.any(-1)
+    return different if sweep.request.positional else sweep.request.of_units(different, -1)
 
 
-def _pattern(sweep: Sweep, run: Kept, layer: int) -> Tensor:
-    n, n_pos, n_heads, d_head = run["q"][layer].shape
+def _pattern(sweep: Sweep, run: Kept, i: int) -> Tensor:
+    n, n_pos, n_heads, d_head = run["q"][i].shape
     sweep.tally.flops += 2.0 * n * n_heads * d_head * n_pos**2
-    return attention_pattern(sweep.packed.layers[layer], run["q"][layer], run["k"][layer])
+    return attention_pattern(sweep.packed.layers[i], run["q"][i], run["k"][i])
 
 
 # ---------------------------------------------------------------------------------------------------------
 # How cells join
 
 
-def _at_layer(cells: Cells, layer: int) -> tuple[Tensor, Cells]:
-    index = (cells.layer == layer).nonzero().flatten()
-    return index, cells[index]
+def by_layer(cells: Cells, device) -> dict[int, Joining]:
+    """The cells of each layer."""
+    order = cells.unit.argsort(stable=True)
+    for vector in (cells.start, cells.layer):
+        order = order[vector[order].argsort(stable=True)]
+    cells = cells[order]
+    sent = on_device(torch.stack([order, cells.prompt, cells.start, cells.unit]), device)
+    joining = {}
+    for layer, here in _runs(cells.layer):
+        runs = tuple(_runs(cells.start[here]))
+        joining[layer] = Joining(*sent[:, here], cells.unit[here], runs)
+    return joining
 
 
-def _single_before(sweep: Sweep, i: int, cells: Cells) -> Single | None:
+def _runs(x: Int[Tensor, " n"]) -> list[tuple[int, slice]]:
+    """The values of a sorted vector of the CPU, and where each is."""
+    values, counts = x.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    return [(value, slice(first, end)) for value, first, end in zip(values.tolist(), [0, *ends], ends)]
+
+
+def _single_before(sweep: Sweep, i: int, cells: Joining | None) -> Single | None:
     """Cells of resid_pre that join at the entrance of block i."""
-    if sweep.request.site != "resid_pre":
+    if sweep.request.site != "resid_pre" or cells is None:
         return None
-    index, c = _at_layer(cells, i)
-    if not len(index):
-        return None
-    row, q, k, v = (sweep.source[name][i][c.prompt, c.start] for name in ("resid_pre", "q", "k", "v"))
-    return Single(index, c.prompt, c.start, row, (q, k, v))
+    row, q, k, v = (sweep.source[name][i][cells.prompt, cells.start] for name in ("resid_pre", "q", "k", "v"))
+    return Single(cells, row, (q, k, v))
 
 
-def _joining_after(sweep: Sweep, i: int, cells: Cells) -> tuple[list[Rows], Single | None]:
+def _joining_after(sweep: Sweep, i: int, cells: Joining | None) -> tuple[list[Rows], Single | None]:
     """Cells of all other sites that patch block i, as they leave it."""
     request, site = sweep.request, sweep.request.site
-    index, c = _at_layer(cells, i)
-    if site == "resid_pre" or not len(index):
+    if site == "resid_pre" or cells is None:
         return [], None
-    base, source, layer = sweep.base, sweep.source, sweep.packed.layers[i]
+    base, source, layer = sweep.base, sweep.source, sweep.layer(i)
 
     def at(run: Kept, name: str) -> Tensor:
-        return run[name][i][c.prompt, c.start]
+        return run[name][i][cells.prompt, cells.start]
 
     def mlp(mid: Tensor) -> Tensor:
         return _mlp(sweep.packed, layer, mid, sweep.tally)
 
-    unit = torch.tensor(request.units, device=c.unit.device)[c.unit]
     if site == "attn_out":
-        return [], Single(index, c.prompt, c.start, mlp(at(base, "resid_pre") + at(source, "attn_out")))
+        return [], Single(cells, mlp(at(base, "resid_pre") + at(source, "attn_out")))
     if site == "resid_post":
-        return [], Single(index, c.prompt, c.start, at(source, "resid_post"))
+        return [], Single(cells, at(source, "resid_post"))
     if site == "resid_mid":
-        return [], Single(index, c.prompt, c.start, mlp(at(source, "resid_mid")))
+        return [], Single(cells, mlp(at(source, "resid_mid")))
     if site == "mlp_out":
-        return [], Single(index, c.prompt, c.start, at(base, "resid_mid") + at(source, "mlp_out"))
+        return [], Single(cells, at(base, "resid_mid") + at(source, "mlp_out"))
     change: Tensor | None
     if site == "neurons":
         change = source["neurons"][i] - base["neurons"][i]
@@ -259,28 +360,28 @@ def _joining_after(sweep: Sweep, i: int, cells: Cells) -> tuple[list[Rows], Sing
     else:
         change = _patched_z(sweep, i) - base["z"][i]
     if request.by_position and change is not None:
-        change = change[c.prompt, c.start, unit]
+        change = change[cells.prompt, cells.start, cells.unit]
         if site == "neurons":
-            row = base["resid_pre"][i + 1][c.prompt, c.start] + change[:, None] * layer.W_out[unit]
+            row = base["resid_pre"][i + 1][cells.prompt, cells.start] + change[:, None] * layer.W_out[cells.unit]
         else:
-            row = mlp(at(base, "resid_mid") + _through_W_O(layer, change, unit, sweep.tally))
-        return [], Single(index, c.prompt, c.start, row)
+            row = mlp(at(base, "resid_mid") + _through_W_O(layer, change, cells.units, sweep.tally))
+        return [], Single(cells, row)
     joining = []
-    for start in c.start.unique().tolist():
-        mine = (c.start == start).nonzero().flatten()
-        p, u = c.prompt[mine], unit[mine]
-        positions = sweep.positions(i, start)
-        pos = torch.tensor(positions or range(start, sweep.n_pos), device=p.device)
-        grid = p[:, None], pos
-        if site == "neurons":
-            here = change[p[:, None], pos, u[:, None]]
-            rows = base["resid_pre"][i + 1][grid] + here[..., None] * layer.W_out[u][:, None]
+    for start, mine in cells.runs:
+        prompt, unit, positions = cells.prompt[mine], cells.unit[mine], sweep.needed(i, start)
+        if change is None:
+            here = _change_by_key(sweep, i, start, positions, prompt, unit)
+        elif isinstance(positions, slice):
+            here = change[prompt, positions, unit]
         else:
-            at_pos = p[:, None], pos, u[:, None]
-            here = _change_by_key(sweep, i, start, pos, p, u) if change is None else change[at_pos]
-            mid = base["resid_mid"][i][grid] + _through_W_O(layer, here, u, sweep.tally)
+            here = change[prompt[:, None], positions, unit[:, None]]
+        if site == "neurons":
+            rows = _at(base["resid_pre"][i + 1], prompt, positions) + here[..., None] * layer.W_out[unit][:, None]
+        else:
+            mid = _at(base["resid_mid"][i], prompt, positions)
+            mid = mid + _through_W_O(layer, here, cells.units[mine], sweep.tally)
             rows = mlp(mid.flatten(0, 1)).view_as(mid)
-        joining.append(Rows(start, index[mine], p, rows))
+        joining.append(Rows(start, cells.cell[mine], prompt, rows))
     return joining, None
 
 
@@ -295,26 +396,32 @@ def _patched_z(sweep: Sweep, i: int) -> Tensor:
     return _attend(layer, q, k, v, sweep.tally)
 
 
-def _change_by_key(sweep: Sweep, i: int, start: int, pos: Tensor, prompt: Tensor, head: Tensor) -> Tensor:
-    """Change of z [cell, row, d_head] at positions `pos` if one head's k or v is the source's at `start` alone."""
+def _change_by_key(sweep: Sweep, i: int, start: int, positions, prompt: Tensor, head: Tensor) -> Tensor:
+    """Change of z [cell, row, d_head] at `positions` if one head's k or v is the source's at `start` alone."""
     site, layer, base = sweep.request.site, sweep.packed.layers[i], sweep.base
-    q = base["q"][i][prompt[:, None], pos, head[:, None]].unsqueeze(2)
+
+    def rows(x: Tensor) -> Tensor:  # [cell, row, d_head] of the cells' heads
+        if isinstance(positions, slice):
+            return x[prompt, positions, head]
+        return x[prompt[:, None], positions, head[:, None]]
+
     k, v = (base[name][i][prompt, :, head].unsqueeze(2) for name in "kv")  # [cell, key, 1, d_head]
     (k if site == "k" else v)[:, start, 0] = sweep.source[site][i][prompt, start, head]
-    z = _attend(layer, q, k, v, sweep.tally, pos.tolist()).squeeze(2)
-    return z - base["z"][i][prompt[:, None], pos, head[:, None]]
+    z = _attend(layer, rows(base["q"][i]).unsqueeze(2), k, v, sweep.tally, positions).squeeze(2)
+    return z - rows(base["z"][i])
 
 
-def _through_W_O(layer: Layer, change: Tensor, head: Tensor, tally: Tally) -> Tensor:
-    """attn_out [cell, *row, d_model] of changes of one head's z [cell, *row, d_head], head by head."""
+def _through_W_O(layer: Layer, change: Tensor, heads: Int[Tensor, " cell"], tally: Tally) -> Tensor:
+    """attn_out [cell, *row, d_model] of changes of one head's z [cell, *row, d_head]; the heads are on the CPU."""
     d_head = change.shape[-1]
     tally.linear(change.shape[:-1].numel(), d_head, layer.W_O.shape[1])
-    out = change.new_empty(*change.shape[:-1], layer.W_O.shape[1])
     W_O = layer.W_O.unflatten(0, (-1, d_head))
-    for h in head.unique().tolist():
-        mine = head == h
-        out[mine] = change[mine] @ W_O[h]
-    return out
+    order = heads.argsort(stable=True)
+    runs = _runs(heads[order])
+    order = on_device(order, change.device)
+    change = change[order]
+    out = torch.cat([change[mine] @ W_O[head] for head, mine in runs])
+    return torch.empty_like(out).index_copy_(0, order, out)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -326,18 +433,18 @@ def sweep_cells(sweep: Sweep, cells: Cells) -> Tensor:
     groups: list[Rows] = []
     single: Single | None = None
     n_layers = len(sweep.packed.layers)
-    for i in range(int(cells.layer.min()), n_layers):
-        single = single or _single_before(sweep, i, cells)
+    base = sweep.base["resid_pre"][n_layers]
+    joining = by_layer(cells, base.device)
+    for i in range(min(joining), n_layers):
+        single = single or _single_before(sweep, i, joining.get(i))
         groups = _block(sweep, i, groups, single)
-        joining, single = _joining_after(sweep, i, cells)
-        groups = _merged([*groups, *joining])
-    reads = torch.tensor(sweep.reads, device=cells.prompt.device)
-    final = sweep.base["resid_pre"][n_layers][cells.prompt[:, None], reads]
+        more, single = _joining_after(sweep, i, joining.get(i))
+        groups = _merged([*groups, *more])
+    final = _at(base, on_device(cells.prompt, base.device), sweep.needed(n_layers - 1, 0))
     for g in groups:
-        columns = (reads >= g.start).nonzero().flatten()
-        final[g.cell[:, None], columns] = g.resid
+        final[g.cell, bisect_left(sweep.reads, g.start) :] = g.resid
     if single is not None:
-        final[single.cell, torch.searchsorted(reads, single.start)] = single.row
+        final[single.cells.cell, torch.searchsorted(sweep.on_device, single.cells.start)] = single.row
     return final
 
 
@@ -356,7 +463,7 @@ def _merged(groups: Sequence[Rows]) -> list[Rows]:
 
 def _block(sweep: Sweep, i: int, groups: Sequence[Rows], single: Single | None) -> list[Rows]:
     """Rows after block i: those of the cells on their way, and of those that enter with a single changed row."""
-    packed, layer, tally = sweep.packed, sweep.packed.layers[i], sweep.tally
+    packed, layer, tally = sweep.packed, sweep.layer(i), sweep.tally
     parts: list[tuple[Rows, Tensor]] = []  # rows of the residual stream that are needed on, and their z
     if groups:
         rows = layer.ln1(torch.cat([g.resid.flatten(0, 1) for g in groups]))
@@ -368,16 +475,16 @@ def _block(sweep: Sweep, i: int, groups: Sequence[Rows], single: Single | None) 
         *queries, keys, values = products(rows, *layer.qkv[1 if last else 0 :])
         queries = queries[0].split(sizes) if queries else [None] * len(groups)
         for g, x, q, k, v in zip(groups, rows.split(sizes), queries, keys.split(sizes), values.split(sizes)):
-            positions, resid = sweep.positions(i, g.start), g.resid
-            rows_of_cells = (*resid.shape[:2], -1)
+            positions, resid = sweep.needed(i, g.start), g.resid
+            shape = resid.shape[:2]
             if q is None:
-                local = [p - g.start for p in positions]
-                resid = resid[:, local]
-                tally.linear(len(g.cell) * len(local), n_in, n_out)
-                (q,) = products(x.view(rows_of_cells)[:, local], *layer.qkv[:1])
+                local = _shifted(positions, g.start)
+                resid, x = resid[:, local], x.unflatten(0, shape)[:, local]
+                tally.linear(x.shape[:2].numel(), n_in, n_out)
+                (q,) = products(x, *layer.qkv[:1])
             else:
-                q = q.unflatten(0, rows_of_cells[:2])
-            k, v = (t.unflatten(0, rows_of_cells[:2]) for t in (k, v))
+                q = q.unflatten(0, shape)
+            k, v = (t.unflatten(0, shape) for t in (k, v))
             if g.start:
                 k = torch.cat([sweep.base["k"][i][g.prompt, : g.start], k], 1)
                 v = torch.cat([sweep.base["v"][i][g.prompt, : g.start], v], 1)
@@ -398,18 +505,16 @@ def _block(sweep: Sweep, i: int, groups: Sequence[Rows], single: Single | None) 
 
 def _enter(sweep: Sweep, i: int, single: Single) -> list[tuple[Rows, Tensor]]:
     """z in block i of cells with one changed row: only its query, key and value are not the base run's."""
-    layer, base = sweep.packed.layers[i], sweep.base
+    packed, layer, base, cells = sweep.packed, sweep.layer(i), sweep.base, single.cells
     q_row, k_row, v_row = single.qkv or _qkv(layer, single.row, sweep.tally)
     parts = []
-    for start in single.start.unique().tolist():
-        mine = (single.start == start).nonzero().flatten()
-        prompt, positions = single.prompt[mine], sweep.positions(i, start)
-        pos = torch.tensor(positions or range(start, sweep.n_pos), device=prompt.device)
+    for start, mine in cells.runs:
+        prompt, positions = cells.prompt[mine], sweep.needed(i, start)
         k, v = base["k"][i][prompt], base["v"][i][prompt]
         k[:, start], v[:, start] = k_row[mine], v_row[mine]
-        q, resid = base["q"][i][prompt[:, None], pos], base["resid_pre"][i][prompt[:, None], pos]
-        if int(pos[0]) == start:
+        q, resid = (_at(base[name][i], prompt, positions) for name in ("q", "resid_pre"))
+        if i < len(packed.layers) - 1 or start in sweep.reads:
             q[:, 0], resid[:, 0] = q_row[mine], single.row[mine]
         z = _attend(layer, q, k, v, sweep.tally, positions)
-        parts.append((Rows(start, single.cell[mine], prompt, resid), z))
+        parts.append((Rows(start, cells.cell[mine], prompt, resid), z))
     return parts

@@ -7,29 +7,33 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..batching import Progress
 from ..forward import packed_weights
 from ..metrics import Metric, logit_diff
 from ..models import as_model
-from ..pairs import PromptPairs
-from .activation import Progress, rows_of_metric
+from ..pairs import as_pairs
+from . import hooked
+from .activation import itemsize, rows_of_metric
 from .atp_star import exact_softmax
-from .cells import MetricLike, Request, checked, memory_budget
-from .effect import METHODS, SITES, PatchingEffect
+from .cells import Indices, MetricLike, PairsLike, Request, check_finite, checked, memory_budget
+from .effect import PatchingEffect
+from .exact import widened_weights
 from .relp import relp_weights
 from .second_order import cell_by_cell, jointly
 from .sides import Activations, Case, both_sides, contract, frozen, gradients, numbers_per_prompt, products, site_hooks
+from .sites import METHODS, SITES
 
 
 def attribution_patching(
     model,
-    pairs: PromptPairs,
+    pairs: PairsLike,
     *,
     site: str = "resid_pre",
     metric: MetricLike = logit_diff,
     method: str = "gradient",
     direction: str = "denoising",
-    layers: Sequence[int] | None = None,
-    units: Sequence[int] | None = None,
+    layers: Indices | None = None,
+    units: Indices | None = None,
     by_position: bool = False,
     steps: int = 5,
     path: str = "input",
@@ -61,6 +65,7 @@ def attribution_patching(
     not, whatever the norm: attention's softmax (and its product with the values) and GELU remain.
 
     Args:
+        pairs: PromptPairs, or (clean, corrupted, answers).
         steps: points of "integrated" (midpoints of equal parts).
         by_position, layers, units, direction, metric, max_memory, progress: as for `activation_patching`.
 
@@ -76,7 +81,7 @@ def attribution_patching(
         >>> effect.values.shape, effect.reliability.shape
         (torch.Size([2, 4, 8]), torch.Size([2, 4, 8]))
     """
-    model = as_model(model)
+    model, pairs = as_model(model), as_pairs(pairs).to("cpu")
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; known are {', '.join(METHODS)}")
@@ -91,33 +96,38 @@ def attribution_patching(
         raise ValueError(f"method {method!r} needs a model whose blocks are GPT-2's kind, see forward.covers")
     budget = memory_budget(model, max_memory)
     pairs = pairs.to(model.cfg.device)
+    if packed is None:
+        hooked.check_model(model, pairs.clean)
+    else:
+        # As stored, in fp32 at least: in half precision the difference between the runs would be mostly rounding.
+        packed = widened_weights(packed)
+    if method == "relp":
+        packed = relp_weights(packed, detach_norm=detach_norm, linear_gelu=linear_gelu)
     n_together = len(pairs)
     if isinstance(metric, Metric):
-        n_together = max(1, budget // (numbers_per_prompt(model, request) * torch.finfo(model.cfg.dtype).bits // 8))
-    norm = None
-    if method == "relp":
-        packed, norm = relp_weights(packed, model, detach_norm=detach_norm, linear_gelu=linear_gelu)
+        n_together = max(1, budget // (numbers_per_prompt(model, request) * itemsize(model, packed)))
     parts = []
     with frozen(model), torch.enable_grad():
         for i in range(0, len(pairs), n_together):
             here = slice(i, i + n_together)
             part = rows_of_metric(request, here, model.cfg.device)
             one_backward = method in ("gradient", "relp")
-            weights = packed if method == "relp" else None
             cut = one_backward or method == "integrated"
-            case = both_sides(model, part, pairs[here], weights, norm, graph=one_backward, cut=cut)
+            case = both_sides(model, part, pairs[here], packed, graph=one_backward, cut=cut)
+            check_finite(request, torch.stack([case.at_base, case.at_source], 1), first=i)
             if one_backward:
                 estimate = _of_cells(case, case.gradients()), None
             elif method == "integrated":
                 estimate = _of_cells(case, integrated_gradients(case, steps, path)), None
             elif method == "atp_star":
-                estimate = exact_softmax(case, packed), None
+                estimate = exact_softmax(case), None
             else:
                 estimate = (jointly if joint else cell_by_cell)(case, budget)
             parts.append((*estimate, case.at_source, case.at_base))
             if progress is not None:
                 progress(min(len(pairs), i + n_together), len(pairs))
     values, reliability, at_source, at_base = zip(*parts)
+    check_finite(request, torch.cat(values), f"{method} estimate of")
     clean, corrupted = (at_source, at_base) if direction == "denoising" else (at_base, at_source)
     return PatchingEffect(
         values=_placed(values, request),

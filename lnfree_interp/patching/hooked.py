@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from ..forward import run
-from .cells import Cells, Request
-from .effect import SITES
+from ..forward import PackedWeights, run
+from .cells import Cells, Request, on_device
+from .sites import SITES
 
 Recorded = dict[str, list[Tensor]]
+
+
+def check_model(model, tokens: Int[Tensor, "prompt pos"]) -> None:
+    """Whether two runs of the model can be compared: the first prompt, run twice, must give the same.
+
+    Raises:
+        ValueError: it does not.
+    """
+    dtype = model.cfg.dtype
+    if dtype.itemsize < 4:
+        warnings.warn(
+            f"this model is patched through its own forward, in {dtype}: what a single cell changes is of the size of "
+            "the rounding errors, so effects of single heads, positions or neurons are noise; use torch.float32",
+            stacklevel=3,
+        )
+    with torch.no_grad():
+        once, again = (run(model, tokens[:1]).float() for _ in range(2))
+    if (once - again).abs().max() > 64 * torch.finfo(dtype).eps * once.abs().max():
+        raise ValueError(
+            "the model draws random numbers as it runs (dropout, or a hook or module of its own), so that patching "
+            "cannot tell their effect from a patch's: call model.eval(), or take them out"
+        )
 
 
 def names(site: str, layer: int) -> dict[str, str]:
@@ -21,7 +45,7 @@ def names(site: str, layer: int) -> dict[str, str]:
     return {"resid_pre": block + SITES["resid_pre"].hook, site: block + SITES[site].hook}
 
 
-def record(model, tokens: Tensor, site: str) -> Recorded:
+def record(model, tokens: Tensor, site: str, packed: PackedWeights | None) -> Recorded:
     """The site's activations and the residual stream of each layer, and the final one at the end of "resid_pre"."""
     kept: Recorded = {"resid_pre": [], site: []}
 
@@ -33,7 +57,7 @@ def record(model, tokens: Tensor, site: str) -> Recorded:
         for layer in range(model.cfg.n_layers)
         for name, hook in names(site, layer).items()
     }
-    final = run(model, tokens, hooks=hooks)
+    final = run(model, tokens, hooks=hooks, packed=packed)
     kept["resid_pre"].append(final)
     return kept
 
@@ -43,53 +67,47 @@ def differs(request: Request, base: Tensor, source: Tensor) -> Tensor:
     different = base != source
     if request.positional:
         return different.any(-1)
-    units = list(request.units)
     if request.site == "pattern":
-        return different[:, units].any(-1).transpose(1, 2)
-    return different[:, :, units] if request.site == "neurons" else different[:, :, units].any(-1)
+        return request.of_units(different, 1).any(-1).transpose(1, 2)
+    different = request.of_units(different, 2)
+    return different if request.site == "neurons" else different.any(-1)
 
 
 def overwritten(x: Tensor, values: Tensor, request: Request, cells: Cells) -> Tensor:
-    """x [cell, ...] with each cell's activation replaced by that of `values`, shaped alike."""
+    """x [cell, ...] with each cell's activation replaced by that of `values`, shaped alike; cells on the device."""
     new = x.clone()
     row = torch.arange(len(x), device=x.device)
     if request.positional:
-        new[row, cells.start] = values[row, cells.start]
-        return new
-    unit = torch.tensor(request.units, device=x.device)[cells.unit]
-    if request.site == "pattern":  # [cell, head, query, key]
-        at = (row, unit, cells.pos) if request.by_position else (row, unit)
+        at = (row, cells.start)
+    elif request.site == "pattern":  # [cell, head, query, key]
+        at = (row, cells.unit, cells.pos) if request.by_position else (row, cells.unit)
     else:  # [cell, pos, head or neuron, ...]
-        at = (row, cells.pos, unit) if request.by_position else (row, slice(None), unit)
+        at = (row, cells.pos, cells.unit) if request.by_position else (row, slice(None), cells.unit)
     new[at] = values[at]
     return new
 
 
-def patched(model, tokens: Tensor, base: Recorded, cells: Cells, hooks: dict[str, Callable]) -> Tensor:
-    """Final residual stream of cells of one layer, started at that layer, with hooks."""
-    layer = int(cells.layer[0])
-    if getattr(model.cfg, "positional_embedding_type", "") == "shortformer":
-        return run(model, tokens[cells.prompt], hooks=hooks)  # its layers need more than the residual stream
-    return run(model, resid=base["resid_pre"][layer][cells.prompt], start_layer=layer, hooks=hooks)
-
-
-def patch_hooks(request: Request, base: Recorded, source: Recorded, cells: Cells) -> dict[str, Callable]:
-    """The hook that overwrites each cell's activation in its layer."""
-    layer, site = int(cells.layer[0]), request.site
+def patch_hooks(request: Request, base: Recorded, source: Recorded, layer: int, cells: Cells) -> dict[str, Callable]:
+    """The hook that overwrites the activation of each cell of a layer."""
+    site, block = request.site, f"blocks.{layer}."
     values = source[site][layer][cells.prompt]
+    hooks = {block + SITES[site].hook: lambda x: overwritten(x, values, request, cells)}
     if site == "resid_mid":
-        # An edit of resid_mid is one of attn_out: the rest of resid_mid is what it is without the patch.
-        site, values = "attn_out", values - base["resid_pre"][layer][cells.prompt]
-    return {f"blocks.{layer}.{SITES[site].hook}": lambda x: overwritten(x, values, request, cells)}
+        # Where resid_mid is only what the MLP reads (TransformerBridge), the skip path gets the edit from attn_out.
+        change = values - base["resid_pre"][layer][cells.prompt]
+        hooks[block + SITES["attn_out"].hook] = lambda x: overwritten(x, change, request, cells)
+    return hooks
 
 
 def final_residuals(
-    model, request: Request, tokens: Tensor, base: Recorded, source: Recorded, cells: Cells, rows: int
+    model, request: Request, base: Recorded, source: Recorded, cells: Cells, rows: int, packed: PackedWeights | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(indices of cells, their final residual streams at the positions read), `rows` prompts at a time."""
-    reads = list(request.reads)
+    device = base["resid_pre"][0].device
+    reads = on_device(torch.tensor(request.reads), device)
     for layer in cells.layer.unique().tolist():
         for index in (cells.layer == layer).nonzero().flatten().split(rows):
-            batch = cells[index]
-            hooks = patch_hooks(request, base, source, batch)
-            yield index, patched(model, tokens, base, batch, hooks)[:, reads]
+            batch = cells[index].to(device)
+            hooks = patch_hooks(request, base, source, layer, batch)
+            start = base["resid_pre"][layer][batch.prompt]
+            yield index, run(model, resid=start, start_layer=layer, hooks=hooks, packed=packed)[:, reads]

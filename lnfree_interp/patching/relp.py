@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..forward import Norm, PackedWeights, final_norm
+from ..forward import Norm, PackedWeights
 
 
 class DetachedNorm(Norm):
@@ -35,19 +35,13 @@ def linear_activation(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
     return call
 
 
-def relp_weights(
-    packed: PackedWeights, model, *, detach_norm: bool, linear_gelu: bool
-) -> tuple[PackedWeights, Norm | None]:
-    """The model's weights with the norms and the activation function of RelP, and its final norm."""
-    norm = final_norm(model)
+def relp_weights(packed: PackedWeights, *, detach_norm: bool, linear_gelu: bool) -> PackedWeights:
+    """A model's weights with the norms, the final one included, and the activation function of RelP."""
     if detach_norm:
 
         def detached(n: Norm | None) -> Norm | None:
             return None if n is None else DetachedNorm(n.kind, n.eps, n.w, n.b)
 
         layers = tuple(replace(layer, ln1=detached(layer.ln1), ln2=detached(layer.ln2)) for layer in packed.layers)
-        norm = detached(norm)
-        packed = replace(packed, layers=layers, ln_final=norm)
-    if linear_gelu:
-        packed = replace(packed, act=linear_activation(packed.act))
-    return packed, norm
+        packed = replace(packed, layers=layers, ln_final=detached(packed.ln_final))
+    return replace(packed, act=linear_activation(packed.act)) if linear_gelu else packed

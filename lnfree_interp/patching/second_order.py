@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..metrics import Metric
 from . import hooked
-from .activation import alike
-from .cells import find_cells
-from .effect import SITES
+from .activation import alike, itemsize
+from .cells import find_cells, on_device
 from .sides import Case, contract, gradients, numbers_per_prompt
+from .sites import SITES
 
 
 def _explicit_attention(n_layers: int, start: int) -> dict[str, Callable]:
@@ -44,30 +44,26 @@ def _patched_value(case: Case, layer: int, hook: Callable, prompt: Tensor) -> Te
 
 def cell_by_cell(case: Case, budget: int) -> tuple[Tensor, Tensor]:
     """Second order in each cell's own change: the second derivative along it, cells in batches."""
-    request, model = case.request, case.model
-    n_layers = model.cfg.n_layers
-    padded = request.shape(len(case.pairs))
-    first, second = (case.at_base.new_zeros(padded) for _ in range(2))
+    request, model, device = case.request, case.model, case.at_base.device
+    first, second = (case.at_base.new_zeros(request.shape(len(case.pairs))) for _ in range(2))
 
     def where(layer: int) -> Tensor:
         return hooked.differs(request, case.base[layer], case.source[layer])
 
-    cells = find_cells(request, where, case.pairs, n_layers)
+    cells = find_cells(request, where, case.differ, model.cfg.n_layers, device)
     # The graphs of the first and the second derivative.
-    per_cell = 4 * numbers_per_prompt(model, request) * torch.finfo(model.cfg.dtype).bits // 8
-    slot = {layer: i for i, layer in enumerate(request.layers)}
+    per_cell = 4 * numbers_per_prompt(model, request) * itemsize(model, case.window.packed)
     plain = not isinstance(request.metric, Metric)
     for layer in request.layers:
         of_layer = (cells.layer == layer).nonzero().flatten()
         for index in _pieces(cells, of_layer, plain, max(1, budget // per_cell)):
-            c = cells[index]
-            prompt = torch.arange(len(case.pairs), device=index.device) if plain else c.prompt
-            delta = torch.zeros_like(case.delta[layer][prompt])
+            c = cells[index].to(device)
+            delta = case.delta[layer][c.prompt]
+            delta = hooked.overwritten(torch.zeros_like(delta), delta, request, c)
             if plain:  # the metric wants all prompts, in order
-                delta[c.prompt] = hooked.overwritten(delta[c.prompt], case.delta[layer][c.prompt], request, c)
-            else:
-                delta = hooked.overwritten(delta, case.delta[layer][c.prompt], request, c)
-            t = torch.zeros(len(prompt), dtype=delta.dtype, device=delta.device, requires_grad=True)
+                delta = torch.zeros_like(case.delta[layer]).index_copy_(0, c.prompt, delta)
+            prompt = torch.arange(len(case.pairs), device=device) if plain else c.prompt
+            t = torch.zeros(len(prompt), dtype=delta.dtype, device=device, requires_grad=True)
 
             def hook(x: Tensor, t=t, delta=delta) -> Tensor:
                 return x + t.view(-1, *[1] * (x.ndim - 1)) * delta
@@ -77,8 +73,8 @@ def cell_by_cell(case: Case, budget: int) -> tuple[Tensor, Tensor]:
             h = _second(g, t)
             if plain:
                 g, h = g[c.prompt], h[c.prompt]
-            at = (c.prompt, slot[layer], c.unit) + ((c.pos,) if request.by_position and not request.positional else ())
-            first[at], second[at] = g.detach().to(first.dtype), h.detach().to(first.dtype)
+            at = on_device(request.place(cells[index]), device)
+            first.view(-1)[at], second.view(-1)[at] = g.detach().to(first.dtype), h.detach().to(first.dtype)
     return _with_reliability(first, second)
 
 
@@ -92,7 +88,7 @@ def _pieces(cells, index: Tensor, plain: bool, size: int) -> list[Tensor]:
 def jointly(case: Case, budget: int) -> tuple[Tensor, Tensor]:
     """Second order with one Hessian-vector product per layer, along the change of all its cells."""
     request = case.request
-    everyone = torch.arange(len(case.pairs), device=case.tokens.device)
+    everyone = torch.arange(len(case.pairs), device=case.at_base.device)
     first, second = {}, {}
     for layer in request.layers:
         delta = case.delta[layer]

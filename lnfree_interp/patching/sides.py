@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..forward import Norm, PackedWeights, Past, packed_weights, run, run_both
+from ..forward import Norm, PackedWeights, Past, final_norm, run, run_both
 from ..pairs import PromptPairs
-from .cells import Request, read_metric
-from .effect import SITES
+from . import exact
+from .cells import Request, may_differ, on_device, read_metric, tokens_differ
+from .sites import SITES
 
 Activations = dict[int, Tensor]
 """Layer -> the site's activation of all prompts."""
@@ -49,11 +50,18 @@ class Window:
     request: Request
     first: int
     past: Past | None  # keys and values of the positions before
-    packed: PackedWeights | None
+    packed: PackedWeights | None  # None: a model that goes through its own forward
 
     @property
-    def reads(self) -> list[int]:
-        return [position - self.first for position in self.request.reads]
+    def norm(self) -> Norm:
+        return final_norm(self.model) if self.packed is None else self.packed.ln_final
+
+    @property
+    def reads(self) -> list[int] | slice:
+        reads = [position - self.first for position in self.request.reads]
+        # A slice where it is one: a list has to be sent to the device.
+        together = reads == list(range(reads[0], reads[-1] + 1))
+        return slice(reads[0], reads[-1] + 1) if together else reads
 
     @property
     def only_reads(self) -> bool:
@@ -84,7 +92,6 @@ class Case:
 
     window: Window
     pairs: PromptPairs
-    tokens: Tensor  # of the base run, in the window
     base: Activations
     source: Activations
     delta: Activations  # source - base, exactly 0 before the first different token
@@ -94,7 +101,7 @@ class Case:
     at_source: Tensor
     nodes: Activations  # the base run's, in the graph of `value`
     value: Tensor
-    norm: Norm | None
+    differ: Bool[Tensor, "prompt pos"]  # where the tokens do, on the CPU
 
     @property
     def model(self):
@@ -108,7 +115,7 @@ class Case:
         """Of final residual streams at the positions read, of all prompts or of those named."""
         if prompt is None:
             prompt = torch.arange(len(self.pairs), device=final.device)
-        return read_metric(self.model, self.request, self.pairs, final, prompt, norm=self.norm)
+        return read_metric(self.model, self.request, self.pairs, final, prompt, self.window.norm)
 
     def gradients(self) -> Activations:
         return gradients(self.value, self.nodes)
@@ -135,7 +142,7 @@ def gradients(value: Tensor, nodes: Activations, *, create_graph: bool = False) 
 
 
 def both_sides(
-    model, request: Request, pairs: PromptPairs, packed=None, norm=None, *, graph: bool = True, cut: bool = False
+    model, request: Request, pairs: PromptPairs, packed: PackedWeights | None, *, graph: bool = True, cut: bool = False
 ) -> Case:
     """One forward of the source prompts, without a graph, and one of the base prompts, with it if asked for.
 
@@ -145,10 +152,12 @@ def both_sides(
     denoising = request.direction == "denoising"
     tokens = (pairs.corrupted, pairs.clean) if denoising else (pairs.clean, pairs.corrupted)
     base_tokens, source_tokens = (t[:, : request.n_read] for t in tokens)
-    everyone = torch.arange(len(pairs), device=base_tokens.device)
+    device = base_tokens.device
+    everyone = torch.arange(len(pairs), device=device)
     layers = range(model.cfg.n_layers)
-    fast = packed_weights(model) is not None
-    start = min(int(pairs.first_difference.min()), *request.reads) if cut and fast else 0
+    differ = tokens_differ(packed, pairs)
+    first = int(differ.any(0).int().argmax()) if differ.any() else request.n_pos
+    start = min(first, *request.reads) if cut and packed is not None else 0
     source: Activations = {}
     nodes: Activations = {}
     resid: dict[int, Tensor] = {}
@@ -171,31 +180,35 @@ def both_sides(
             _note(hooks_of_source, f"blocks.{i}.attn.hook_k", partial(keys.__setitem__, i))
             _note(hooks_of_source, f"blocks.{i}.attn.hook_v", partial(_keep_past, past, keys, i))
         _note(hooks, f"blocks.{i}.hook_resid_pre", partial(resid.__setitem__, i))
-    base_tokens = base_tokens[:, start:]
-    if graph and fast:
+    if packed is None:
+        inputs, inputs_of_source = {"tokens": base_tokens}, {"tokens": source_tokens}
+    else:
+        positions = torch.arange(request.n_read, device=device).expand_as(base_tokens)
+        inputs = {"resid": exact.embedded(packed, base_tokens[:, start:], positions[:, start:])}
+        inputs_of_source = {"resid": exact.embedded(packed, source_tokens, positions)}
+    if graph and packed is not None:
         final, final_of_source = run_both(
-            model,
-            {"tokens": base_tokens} | window.options(hooks),
-            {"tokens": source_tokens} | of_source.options(hooks_of_source),
-            packed=packed,
+            model, inputs | window.options(hooks), inputs_of_source | of_source.options(hooks_of_source), packed=packed
         )
         final, final_of_source = window.at_reads(final), of_source.at_reads(final_of_source)
     else:
         with torch.no_grad():
-            final_of_source = of_source.run(source_tokens, hooks=hooks_of_source)
+            final_of_source = of_source.run(**inputs_of_source, hooks=hooks_of_source)
         with torch.set_grad_enabled(graph):
-            final = window.run(base_tokens, hooks=hooks)
+            final = window.run(**inputs, hooks=hooks)
     with torch.no_grad():
-        at_source = read_metric(model, request, pairs, final_of_source, everyone, norm=norm)
+        at_source = read_metric(model, request, pairs, final_of_source, everyone, window.norm)
     with torch.set_grad_enabled(graph):
-        value = read_metric(model, request, pairs, final, everyone, norm=norm)
+        value = read_metric(model, request, pairs, final, everyone, window.norm)
     source = {i: x[:, :, start:] if request.site == "pattern" else x[:, start:] for i, x in source.items()}
     resid[-1] = resid[-1][:, start:]
     base = {i: x.detach() for i, x in nodes.items()}
-    positions = torch.arange(start, request.n_read, device=final.device)
-    after = positions >= pairs.first_difference[:, None]
-    delta = {i: torch.where(_over_positions(after, request, source[i]), source[i] - base[i], 0.0) for i in base}
-    return Case(window, pairs, base_tokens, base, source, delta, resid, value.detach(), at_source, nodes, value, norm)
+    allowed = on_device(torch.stack([may_differ(request, differ, i)[:, start:] for i in base]), device)
+    delta = {
+        i: torch.where(_over_positions(mask, request, source[i]), source[i] - base[i], 0.0)
+        for i, mask in zip(base, allowed)
+    }
+    return Case(window, pairs, base, source, delta, resid, value.detach(), at_source, nodes, value, differ)
 
 
 def _note(hooks: dict[str, Callable], name: str, note: Callable[[Tensor], None]) -> None:
@@ -236,9 +249,8 @@ def _contract(request: Request, x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if request.positional:
         return x.sum(-1)
-    units = list(request.units)
     if request.site == "pattern":
-        x = x.sum(-1)[:, units]  # [prompt, head, query]
+        x = request.of_units(x.sum(-1), 1)  # [prompt, head, query]
     else:
-        x = (x if request.site == "neurons" else x.sum(-1))[:, :, units].transpose(1, 2)
+        x = request.of_units(x if request.site == "neurons" else x.sum(-1), 2).transpose(1, 2)
     return x if request.by_position else x.sum(-1)

@@ -1,0 +1,53 @@
+from .data import token_blocks as token_blocks
+from .dla import (
+    AttributionError as AttributionError,
+    LogitAttribution as LogitAttribution,
+    attribution_error as attribution_error,
+    direct_effect as direct_effect,
+    direct_logit_attribution as direct_logit_attribution,
+    logit_attributions as logit_attributions,
+)
+from .documents import read_documents as read_documents
+from .evaluate import (
+    HellaSwag as HellaSwag,
+    LossEvaluation as LossEvaluation,
+    ModelComparison as ModelComparison,
+    compare_models as compare_models,
+    evaluate_loss as evaluate_loss,
+    generate_samples as generate_samples,
+    hellaswag as hellaswag,
+    hellaswag_items as hellaswag_items,
+    loss_table as loss_table,
+)
+from .finetune import remove_layernorm as remove_layernorm
+from .metrics import (
+    Metric as Metric,
+    cross_entropy as cross_entropy,
+    entropy as entropy,
+    js_divergence as js_divergence,
+    kl_divergence as kl_divergence,
+    logit_diff as logit_diff,
+)
+from .models import load_model as load_model
+from .names import available_models as available_models
+from .neurons import (
+    NeuronAblation as NeuronAblation,
+    ablate_cumulatively as ablate_cumulatively,
+    ablate_neurons as ablate_neurons,
+    rank_confidence_neurons as rank_confidence_neurons,
+)
+from .norms import (
+    AttentionSinks as AttentionSinks,
+    ResidualNorms as ResidualNorms,
+    attention_sinks as attention_sinks,
+    residual_norms as residual_norms,
+)
+from .pairs import PromptPairs as PromptPairs, induction_pairs as induction_pairs, ioi_pairs as ioi_pairs
+from .patching import (
+    PatchingEffect as PatchingEffect,
+    PatchingError as PatchingError,
+    activation_patching as activation_patching,
+    attribution_patching as attribution_patching,
+    patching_error as patching_error,
+)
+from .schedule import RemovalSchedule as RemovalSchedule

@@ -1,0 +1,7 @@
+from .attribution import (
+    LogitAttribution as LogitAttribution,
+    direct_effect as direct_effect,
+    direct_logit_attribution as direct_logit_attribution,
+    logit_attributions as logit_attributions,
+)
+from .error import HEADS as HEADS, AttributionError as AttributionError, attribution_error as attribution_error

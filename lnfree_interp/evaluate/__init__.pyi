@@ -1,0 +1,10 @@
+from .compare import ModelComparison as ModelComparison, compare_models as compare_models
+from .hellaswag import HellaSwag as HellaSwag, hellaswag as hellaswag, hellaswag_items as hellaswag_items
+from .loss import (
+    LossEvaluation as LossEvaluation,
+    LossTable as LossTable,
+    WorstSequence as WorstSequence,
+    evaluate_loss as evaluate_loss,
+    loss_table as loss_table,
+)
+from .samples import Samples as Samples, generate_samples as generate_samples

@@ -1,0 +1,39 @@
+"""The work of python -m lnfree_interp.norms."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from .. import cli
+from ..figures.norms import norms_figure, sinks_figure
+from .residual import residual_norms
+from .sinks import attention_sinks
+
+
+def run(args) -> None:
+    norms, sinks = {}, {}
+    for name, model in cli.models(args):
+        tokens = cli.load_tokens(args, model)
+        with cli.bar(f"{name} norms", "sequence") as progress:
+            norms[name] = residual_norms(model, tokens, per_position=args.per_position, progress=progress)
+        with cli.bar(f"{name} sinks", "sequence") as progress:
+            sinks[name] = attention_sinks(model, tokens, threshold=args.threshold, progress=progress)
+    table = pd.concat([result.table().assign(model=name) for name, result in norms.items()])
+    heads = pd.concat([result.table().assign(model=name) for name, result in sinks.items()])
+    groups = table[table.tokens > 0].pivot_table(
+        index=["group", "point"], columns="model", values="norm_mean", sort=False, observed=True
+    )
+    if not args.per_position:
+        cli.show(groups[list(norms)].reset_index(), "Mean norm of the residual stream")
+    rates = [
+        {
+            "model": name,
+            "share_of_heads": s.head_rate,
+            "share_of_queries": s.query_rate,
+            "mean_attention": s.attention.mean().item(),
+        }
+        for name, s in sinks.items()
+    ]
+    cli.show(pd.DataFrame(rates), f"Attention on position 0 (sink: at least {args.threshold:g})")
+    cli.save(args.out, "norms", table[["model", *table.columns[:-1]]], norms_figure(norms))
+    cli.save(args.out, "sinks", heads[["model", *heads.columns[:-1]]], sinks_figure(sinks))

@@ -1,0 +1,12 @@
+from .activation import activation_patching as activation_patching
+from .effect import (
+    PatchingEffect as PatchingEffect,
+    PatchingError as PatchingError,
+    moved as moved,
+    normalized as normalized,
+    patching_error as patching_error,
+    solved as solved,
+    total_effect as total_effect,
+)
+from .gradients import attribution_patching as attribution_patching
+from .sites import DIRECTIONS as DIRECTIONS, METHODS as METHODS, SITES as SITES
