@@ -159,13 +159,11 @@ def final_norm(model: LensModel) -> Norm:
     if kind not in NORMALIZATIONS:
         known = ", ".join(map(str, NORMALIZATIONS))
         raise ValueError(f"normalization_type {kind!r} is unknown; known are {known}")
-    for name in ("ln_final", "unembed"):
-        hooked = own_hooks(getattr(model, name, None))
-        if hooked:
-            where = ".".join(filter(None, (name, hooked[0])))
-            raise ValueError(
-                f"the model carries a hook at {where}, where nothing but its own forward runs it; remove it"
-            )
+    parts = {"ln_final": getattr(model, "ln_final", None), "unembed": model.unembed}
+    hooked = [f"{part}.{name}".rstrip(".") for part, module in parts.items() for name in own_hooks(module)]
+    if hooked or _carries_hooks(model):
+        where = hooked[0] if hooked else "its root"
+        raise ValueError(f"the model carries a hook at {where}, where nothing but its own forward runs it; remove it")
     if kind is not None and getattr(model.cfg, "final_rms", False):
         kind = kind.replace("LN", "RMS")
     return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
@@ -173,10 +171,12 @@ def final_norm(model: LensModel) -> Norm:
 
 def own_hooks(model: torch.nn.Module | None) -> tuple[str, ...]:
     """The names of a model's modules that carry hooks: a user's own, since ours never outlive a call."""
+    return () if model is None else tuple(name for name, m in model.named_modules() if _carries_hooks(m))
+
+
+def _carries_hooks(module: torch.nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if model is None:
-        return ()
-    return tuple(name for name, module in model.named_modules() if any(getattr(module, kind) for kind in kinds))
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def covers(model: LensModel) -> bool:
