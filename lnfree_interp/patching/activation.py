@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..batching import Progress
 from ..forward import PackedWeights, final_norm, packed_weights
+from ..lens import LensModel, ModelOrName
 from ..metrics import Metric, logit_diff
 from ..models import as_model
 from ..pairs import PromptPairs, as_pairs
@@ -34,7 +35,7 @@ from .effect import PatchingEffect
 
 @torch.no_grad()
 def activation_patching(
-    model,
+    model: ModelOrName,
     pairs: PairsLike,
     *,
     site: str = "resid_pre",
@@ -136,12 +137,12 @@ def _shifted(progress: Progress, first: int, n_prompts: int, n_together: int) ->
     return report
 
 
-def itemsize(model, packed: PackedWeights | None) -> int:
+def itemsize(model: LensModel, packed: PackedWeights | None) -> int:
     """Bytes of one number of the activations."""
     return model.cfg.dtype.itemsize if packed is None else max(4, model.cfg.dtype.itemsize)
 
 
-def _prompts_at_a_time(model, packed: PackedWeights | None, request: Request, budget: int) -> int:
+def _prompts_at_a_time(model: LensModel, packed: PackedWeights | None, request: Request, budget: int) -> int:
     """As many prompts as have their kept activations in half of the budget."""
     cfg = model.cfg
     if packed is not None:
@@ -153,7 +154,7 @@ def _prompts_at_a_time(model, packed: PackedWeights | None, request: Request, bu
     return max(1, budget // 2 // (numbers * itemsize(model, packed)))
 
 
-def plain_flops(model, request: Request, n_prompts: int) -> float:
+def plain_flops(model: LensModel, request: Request, n_prompts: int) -> float:
     """Floating-point operations of running the whole model once for each cell, all logits included."""
     cfg, n = model.cfg, request.n_pos
     tally = Tally()
@@ -165,7 +166,7 @@ def plain_flops(model, request: Request, n_prompts: int) -> float:
     return tally.flops * float(torch.Size(request.shape(n_prompts)).numel())
 
 
-def _patch(model, packed, swept, request: Request, pairs: PromptPairs, budget: int, first: int, progress):
+def _patch(model: LensModel, packed, swept, request: Request, pairs: PromptPairs, budget: int, first: int, progress):
     """values, metric of clean and corrupted, cells run and FLOPs, of prompts whose activations fit in memory."""
     denoising = request.direction == "denoising"
     base_tokens, source_tokens = (pairs.corrupted, pairs.clean) if denoising else (pairs.clean, pairs.corrupted)
@@ -232,7 +233,7 @@ def _patch(model, packed, swept, request: Request, pairs: PromptPairs, budget: i
     return values, clean, corrupted, len(cells), tally.flops
 
 
-def _rows_at_a_time(model, packed, request: Request, budget: int) -> int:
+def _rows_at_a_time(model: LensModel, packed, request: Request, budget: int) -> int:
     """Rows of the residual stream that a sweep may carry in half of the budget."""
     cfg = model.cfg
     d_mlp = cfg.d_mlp or 0

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..batching import d_vocab_out
 from ..forward import Norm, PackedWeights, own_hooks, unembed
+from ..lens import LensModel
 from ..metrics import Metric
 from ..pairs import PromptPairs
 from .sites import DIRECTIONS, SITES
@@ -118,7 +119,7 @@ class Request:
         return self.metric.name if isinstance(self.metric, Metric) else getattr(self.metric, "__name__", "metric")
 
 
-def checked(model, pairs: PromptPairs, site, metric, direction, layers, units, by_position) -> Request:
+def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layers, units, by_position) -> Request:
     """The request, or a ValueError that says what about it is wrong. The pairs are on the CPU."""
     cfg = model.cfg
     if site not in SITES:
@@ -256,7 +257,13 @@ class Tally:
 
 
 def read_metric(
-    model, request: Request, pairs: PromptPairs, final: Tensor, prompt: Tensor, norm: Norm, tally: Tally | None = None
+    model: LensModel,
+    request: Request,
+    pairs: PromptPairs,
+    final: Tensor,
+    prompt: Tensor,
+    norm: Norm,
+    tally: Tally | None = None,
 ) -> Tensor:
     """The metric of final residual streams [row, read position, d_model] of the prompts named, one number a row.
 
@@ -308,7 +315,7 @@ def check_finite(request: Request, values: Tensor, what: str = "", first: int = 
         raise ValueError(f"{name} is {value} for prompt {first + prompt}, it must be finite")
 
 
-def memory_budget(model, max_memory: int | None) -> int:
+def memory_budget(model: LensModel, max_memory: int | None) -> int:
     """Bytes that patching may use beyond the model: what was asked for, else a part of what the device has free.
 
     Raises:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..batching import Progress
 from ..forward import packed_weights
+from ..lens import ModelOrName
 from ..metrics import Metric, logit_diff
 from ..models import as_model
 from ..pairs import as_pairs
@@ -25,7 +26,7 @@ from .sites import METHODS, SITES
 
 
 def attribution_patching(
-    model,
+    model: ModelOrName,
     pairs: PairsLike,
     *,
     site: str = "resid_pre",

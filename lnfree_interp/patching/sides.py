@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..forward import Norm, PackedWeights, Past, final_norm, run, run_both
+from ..lens import LensModel
 from ..pairs import PromptPairs
 from . import exact
 from .cells import Request, may_differ, on_device, read_metric, tokens_differ
@@ -21,7 +22,7 @@ Activations = dict[int, Tensor]
 """Layer -> the site's activation of all prompts."""
 
 
-def numbers_per_prompt(model, request: Request) -> int:
+def numbers_per_prompt(model: LensModel, request: Request) -> int:
     """Roughly what autograd keeps of a forward for one prompt."""
     cfg = model.cfg
     per_position = 14 * cfg.d_model + 3 * (cfg.d_mlp or 0) + 2 * cfg.n_heads * request.n_read
@@ -29,7 +30,7 @@ def numbers_per_prompt(model, request: Request) -> int:
 
 
 @contextmanager
-def frozen(model) -> Iterator[None]:
+def frozen(model: LensModel) -> Iterator[None]:
     """No gradients of weights: autograd keeps less, and nothing is left in `.grad`."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
@@ -142,7 +143,13 @@ def gradients(value: Tensor, nodes: Activations, *, create_graph: bool = False) 
 
 
 def both_sides(
-    model, request: Request, pairs: PromptPairs, packed: PackedWeights | None, *, graph: bool = True, cut: bool = False
+    model: LensModel,
+    request: Request,
+    pairs: PromptPairs,
+    packed: PackedWeights | None,
+    *,
+    graph: bool = True,
+    cut: bool = False,
 ) -> Case:
     """One forward of the source prompts, without a graph, and one of the base prompts, with it if asked for.
 
