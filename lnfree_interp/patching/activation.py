@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def rows_of_metric(request: Request, rows: slice, device) -> Request:
 def _shifted(progress: Progress, first: int, n_prompts: int, n_together: int) -> Progress:
     """Progress over all prompts from progress over some: in cells, as if each prompt had equally many."""
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: Any) -> None:
         share = min(n_together, n_prompts - first)
         everything = round(total * n_prompts / share)
         progress(min(everything, round(everything * first / n_prompts) + done), everything)
@@ -203,6 +204,7 @@ def _patch(model: LensModel, packed, swept, request: Request, pairs: PromptPairs
     plain = not isinstance(request.metric, Metric)
     max_rows, done = _rows_at_a_time(model, swept, request, budget), 0
     for batch in batches(cells, request, max_rows, together=plain):
+        finals: Iterable[tuple[Tensor, Tensor]]
         if swept is not None:
             final = exact.sweep_cells(sweep, batch)
             if request.reads != sweep.reads:  # the metric's own order
@@ -269,7 +271,8 @@ def batches(cells: Cells, request: Request, max_rows: int, *, together: bool) ->
         for part in order.split(batch_of.unique_consecutive(return_counts=True)[1].tolist()):
             yield cells[part]
         return
-    batch, size = [], 0
+    batch: list[Tensor] = []
+    size = 0
     for piece in sorted(alike(cells), key=lambda index: int(cells.start[index].min())):
         more = int(rows[piece].sum())
         if batch and size + more > max_rows:

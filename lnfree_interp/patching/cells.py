@@ -168,7 +168,7 @@ def chosen(argument: str, value: Indices | None, available: int, holder: str, wh
     """
     if value is None:
         return tuple(range(available))
-    plain = value.tolist() if hasattr(value, "tolist") else value
+    plain: Any = value.tolist() if hasattr(value, "tolist") else value
     many = isinstance(plain, Iterable) and not isinstance(plain, (str, bytes))
     items = [x.item() if hasattr(x, "item") else x for x in plain] if many else [plain]
     if many and items and all(isinstance(x, bool) for x in items):
@@ -225,8 +225,8 @@ def find_cells(request: Request, differs: Callable[[int], Tensor], differ: Tenso
         allowed[request.layers.index(n_layers - 1)] &= read  # nothing above carries a change to other positions
     by_unit = not (request.positional or request.by_position)
     found = []
-    for layer, mask in zip(request.layers, on_device(allowed, device)):
-        where = differs(layer)
+    for i, mask in zip(request.layers, on_device(allowed, device)):
+        where = differs(i)
         where = (where[..., None] if request.positional else where) & mask[..., None]
         found.append(torch.where(where.any(1), where.int().argmax(1), n_pos) if by_unit else where)
     where = torch.stack(found).cpu()  # the one time that the device is waited for

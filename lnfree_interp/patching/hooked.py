@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -78,6 +79,7 @@ def overwritten(x: Tensor, values: Tensor, request: Request, cells: Cells) -> Te
     """x [cell, ...] with each cell's activation replaced by that of `values`, shaped alike; cells on the device."""
     new = x.clone()
     row = torch.arange(len(x), device=x.device)
+    at: tuple[Any, ...]
     if request.positional:
         at = (row, cells.start)
     elif request.site == "pattern":  # [cell, head, query, key]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,7 +48,7 @@ class Window:
     """The positions that are run: from `first` on, before which the prompts agree and the metric reads nothing, up to
     the last one that the metric reads."""
 
-    model: object
+    model: LensModel
     request: Request
     first: int
     past: Past | None  # keys and values of the positions before
@@ -187,6 +188,8 @@ def both_sides(
             _note(hooks_of_source, f"blocks.{i}.attn.hook_k", partial(keys.__setitem__, i))
             _note(hooks_of_source, f"blocks.{i}.attn.hook_v", partial(_keep_past, past, keys, i))
         _note(hooks, f"blocks.{i}.hook_resid_pre", partial(resid.__setitem__, i))
+    inputs: dict[str, Any]
+    inputs_of_source: dict[str, Any]
     if packed is None:
         inputs, inputs_of_source = {"tokens": base_tokens}, {"tokens": source_tokens}
     else:
