@@ -171,7 +171,7 @@ def final_norm(model: LensModel) -> Norm:
     return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
 
 
-def own_hooks(model: Any) -> tuple[str, ...]:
+def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:
     """The names of a model's modules that carry hooks: a user's own, since ours never outlive a call."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if model is None:
