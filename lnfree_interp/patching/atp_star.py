@@ -13,6 +13,7 @@ from .sides import Case, gradients, site_hooks
 
 def exact_softmax(case: Case) -> Tensor:
     """(z if a head's q or k were the source's - z) . gradient at z, for q and k."""
+    assert case.window.packed is not None
     request, model, packed = case.request, case.model, case.window.packed
     base, at_z = {}, replace(request, site="z", by_position=True, units=tuple(range(model.cfg.n_heads)))
     kept: dict[tuple[str, int], Tensor] = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..batching import d_vocab_out
 from ..forward import Norm, PackedWeights, own_hooks, unembed
+from ..lens import LensModel
 from ..metrics import Metric
 from ..pairs import PromptPairs
 from .sites import DIRECTIONS, SITES
@@ -118,7 +119,7 @@ class Request:
         return self.metric.name if isinstance(self.metric, Metric) else getattr(self.metric, "__name__", "metric")
 
 
-def checked(model, pairs: PromptPairs, site, metric, direction, layers, units, by_position) -> Request:
+def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layers, units, by_position) -> Request:
     """The request, or a ValueError that says what about it is wrong. The pairs are on the CPU."""
     cfg = model.cfg
     if site not in SITES:
@@ -167,7 +168,7 @@ def chosen(argument: str, value: Indices | None, available: int, holder: str, wh
     """
     if value is None:
         return tuple(range(available))
-    plain = value.tolist() if hasattr(value, "tolist") else value
+    plain: Any = value.tolist() if hasattr(value, "tolist") else value
     many = isinstance(plain, Iterable) and not isinstance(plain, (str, bytes))
     items = [x.item() if hasattr(x, "item") else x for x in plain] if many else [plain]
     if many and items and all(isinstance(x, bool) for x in items):
@@ -224,8 +225,8 @@ def find_cells(request: Request, differs: Callable[[int], Tensor], differ: Tenso
         allowed[request.layers.index(n_layers - 1)] &= read  # nothing above carries a change to other positions
     by_unit = not (request.positional or request.by_position)
     found = []
-    for layer, mask in zip(request.layers, on_device(allowed, device)):
-        where = differs(layer)
+    for i, mask in zip(request.layers, on_device(allowed, device)):
+        where = differs(i)
         where = (where[..., None] if request.positional else where) & mask[..., None]
         found.append(torch.where(where.any(1), where.int().argmax(1), n_pos) if by_unit else where)
     where = torch.stack(found).cpu()  # the one time that the device is waited for
@@ -256,7 +257,13 @@ class Tally:
 
 
 def read_metric(
-    model, request: Request, pairs: PromptPairs, final: Tensor, prompt: Tensor, norm: Norm, tally: Tally | None = None
+    model: LensModel,
+    request: Request,
+    pairs: PromptPairs,
+    final: Tensor,
+    prompt: Tensor,
+    norm: Norm,
+    tally: Tally | None = None,
 ) -> Tensor:
     """The metric of final residual streams [row, read position, d_model] of the prompts named, one number a row.
 
@@ -308,7 +315,7 @@ def check_finite(request: Request, values: Tensor, what: str = "", first: int = 
         raise ValueError(f"{name} is {value} for prompt {first + prompt}, it must be finite")
 
 
-def memory_budget(model, max_memory: int | None) -> int:
+def memory_budget(model: LensModel, max_memory: int | None) -> int:
     """Bytes that patching may use beyond the model: what was asked for, else a part of what the device has free.
 
     Raises:

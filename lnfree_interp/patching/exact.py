@@ -19,6 +19,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -194,7 +195,7 @@ def _attn_out(layer: Layer, z: Tensor, tally: Tally) -> Tensor:
 
 def _mlp(packed: PackedWeights, layer: Layer, mid: Tensor, tally: Tally, record=None) -> Tensor:
     """The residual stream after the MLP of rows [row, d_model], hidden activations made some rows at a time."""
-    if layer.W_in is None:
+    if layer.W_in is None or layer.W_out is None or layer.ln2 is None:
         return mid
     tally.linear(2 * len(mid), *layer.W_in.shape)
     out = torch.empty_like(mid)
@@ -263,14 +264,14 @@ def _record(packed, tokens, first, base: Kept | None, needs: set[str], tally: Ta
         q, k, v = _qkv(layer, resid, tally)
         for name, rows in (("q", q), ("k", k), ("v", v)):
             keep(name, rows, i)
-        z = []
+        parts = []
         for start, mine, *qkv in zip(starts, prompts, *(x.split(spans) for x in (q, k, v))):
             q_g, k_g, v_g = (x.unflatten(0, (len(mine), -1)) for x in qkv)
-            if start:
+            if start and base is not None:
                 k_g = torch.cat([base["k"][i][mine, :start], k_g], 1)
                 v_g = torch.cat([base["v"][i][mine, :start], v_g], 1)
-            z.append(_attend(layer, q_g, k_g, v_g, tally).flatten(0, 1))
-        z = torch.cat(z)
+            parts.append(_attend(layer, q_g, k_g, v_g, tally).flatten(0, 1))
+        z = torch.cat(parts)
         attn_out = _attn_out(layer, z, tally)
         mid = resid + attn_out
         for name, rows in (("z", z), ("attn_out", attn_out), ("resid_mid", mid)):
@@ -312,7 +313,8 @@ def by_layer(cells: Cells, device) -> dict[int, Joining]:
     joining = {}
     for layer, here in _runs(cells.layer):
         runs = tuple(_runs(cells.start[here]))
-        joining[layer] = Joining(*sent[:, here], cells.unit[here], runs)
+        cell, prompt, start, unit = sent[:, here]
+        joining[layer] = Joining(cell, prompt, start, unit, cells.unit[here], runs)
     return joining
 
 
@@ -353,6 +355,7 @@ def _joining_after(sweep: Sweep, i: int, cells: Joining | None) -> tuple[list[Ro
     if site == "mlp_out":
         return [], Single(cells, at(base, "resid_mid") + at(source, "mlp_out"))
     change: Tensor | None
+    W_out: Any = layer.W_out
     if site == "neurons":
         change = source["neurons"][i] - base["neurons"][i]
     elif request.by_position and site in "kv":
@@ -362,7 +365,7 @@ def _joining_after(sweep: Sweep, i: int, cells: Joining | None) -> tuple[list[Ro
     if request.by_position and change is not None:
         change = change[cells.prompt, cells.start, cells.unit]
         if site == "neurons":
-            row = base["resid_pre"][i + 1][cells.prompt, cells.start] + change[:, None] * layer.W_out[cells.unit]
+            row = base["resid_pre"][i + 1][cells.prompt, cells.start] + change[:, None] * W_out[cells.unit]
         else:
             row = mlp(at(base, "resid_mid") + _through_W_O(layer, change, cells.units, sweep.tally))
         return [], Single(cells, row)
@@ -376,7 +379,7 @@ def _joining_after(sweep: Sweep, i: int, cells: Joining | None) -> tuple[list[Ro
         else:
             here = change[prompt[:, None], positions, unit[:, None]]
         if site == "neurons":
-            rows = _at(base["resid_pre"][i + 1], prompt, positions) + here[..., None] * layer.W_out[unit][:, None]
+            rows = _at(base["resid_pre"][i + 1], prompt, positions) + here[..., None] * W_out[unit][:, None]
         else:
             mid = _at(base["resid_mid"][i], prompt, positions)
             mid = mid + _through_W_O(layer, here, cells.units[mine], sweep.tally)
@@ -472,6 +475,7 @@ def _block(sweep: Sweep, i: int, groups: Sequence[Rows], single: Single | None) 
         last = i == len(packed.layers) - 1
         # Keys and values of all rows; queries, in the last layer, only where the metric reads.
         tally.linear(len(rows), n_in, 2 * n_out if last else 3 * n_out)
+        queries: Any
         *queries, keys, values = products(rows, *layer.qkv[1 if last else 0 :])
         queries = queries[0].split(sizes) if queries else [None] * len(groups)
         for g, x, q, k, v in zip(groups, rows.split(sizes), queries, keys.split(sizes), values.split(sizes)):

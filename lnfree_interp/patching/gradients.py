@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..batching import Progress
 from ..forward import packed_weights
+from ..lens import ModelOrName
 from ..metrics import Metric, logit_diff
 from ..models import as_model
 from ..pairs import as_pairs
@@ -25,7 +26,7 @@ from .sites import METHODS, SITES
 
 
 def attribution_patching(
-    model,
+    model: ModelOrName,
     pairs: PairsLike,
     *,
     site: str = "resid_pre",
@@ -101,7 +102,7 @@ def attribution_patching(
     else:
         # As stored, in fp32 at least: in half precision the difference between the runs would be mostly rounding.
         packed = widened_weights(packed)
-    if method == "relp":
+    if method == "relp" and packed is not None:
         packed = relp_weights(packed, detach_norm=detach_norm, linear_gelu=linear_gelu)
     n_together = len(pairs)
     if isinstance(metric, Metric):
@@ -115,6 +116,7 @@ def attribution_patching(
             cut = one_backward or method == "integrated"
             case = both_sides(model, part, pairs[here], packed, graph=one_backward, cut=cut)
             check_finite(request, torch.stack([case.at_base, case.at_source], 1), first=i)
+            estimate: tuple[Tensor, Tensor | None]
             if one_backward:
                 estimate = _of_cells(case, case.gradients()), None
             elif method == "integrated":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def relp_weights(packed: PackedWeights, *, detach_norm: bool, linear_gelu: bool)
     """A model's weights with the norms, the final one included, and the activation function of RelP."""
     if detach_norm:
 
-        def detached(n: Norm | None) -> Norm | None:
+        def detached(n: Any) -> Any:
             return None if n is None else DetachedNorm(n.kind, n.eps, n.w, n.b)
 
         layers = tuple(replace(layer, ln1=detached(layer.ln1), ln2=detached(layer.ln2)) for layer in packed.layers)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..forward import Norm, PackedWeights, Past, final_norm, run, run_both
+from ..lens import LensModel
 from ..pairs import PromptPairs
 from . import exact
 from .cells import Request, may_differ, on_device, read_metric, tokens_differ
@@ -21,7 +23,7 @@ Activations = dict[int, Tensor]
 """Layer -> the site's activation of all prompts."""
 
 
-def numbers_per_prompt(model, request: Request) -> int:
+def numbers_per_prompt(model: LensModel, request: Request) -> int:
     """Roughly what autograd keeps of a forward for one prompt."""
     cfg = model.cfg
     per_position = 14 * cfg.d_model + 3 * (cfg.d_mlp or 0) + 2 * cfg.n_heads * request.n_read
@@ -29,7 +31,7 @@ def numbers_per_prompt(model, request: Request) -> int:
 
 
 @contextmanager
-def frozen(model) -> Iterator[None]:
+def frozen(model: LensModel) -> Iterator[None]:
     """No gradients of weights: autograd keeps less, and nothing is left in `.grad`."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
@@ -46,7 +48,7 @@ class Window:
     """The positions that are run: from `first` on, before which the prompts agree and the metric reads nothing, up to
     the last one that the metric reads."""
 
-    model: object
+    model: LensModel
     request: Request
     first: int
     past: Past | None  # keys and values of the positions before
@@ -142,7 +144,13 @@ def gradients(value: Tensor, nodes: Activations, *, create_graph: bool = False) 
 
 
 def both_sides(
-    model, request: Request, pairs: PromptPairs, packed: PackedWeights | None, *, graph: bool = True, cut: bool = False
+    model: LensModel,
+    request: Request,
+    pairs: PromptPairs,
+    packed: PackedWeights | None,
+    *,
+    graph: bool = True,
+    cut: bool = False,
 ) -> Case:
     """One forward of the source prompts, without a graph, and one of the base prompts, with it if asked for.
 
@@ -180,6 +188,8 @@ def both_sides(
             _note(hooks_of_source, f"blocks.{i}.attn.hook_k", partial(keys.__setitem__, i))
             _note(hooks_of_source, f"blocks.{i}.attn.hook_v", partial(_keep_past, past, keys, i))
         _note(hooks, f"blocks.{i}.hook_resid_pre", partial(resid.__setitem__, i))
+    inputs: dict[str, Any]
+    inputs_of_source: dict[str, Any]
     if packed is None:
         inputs, inputs_of_source = {"tokens": base_tokens}, {"tokens": source_tokens}
     else:
