@@ -159,24 +159,24 @@ def final_norm(model: LensModel) -> Norm:
     if kind not in NORMALIZATIONS:
         known = ", ".join(map(str, NORMALIZATIONS))
         raise ValueError(f"normalization_type {kind!r} is unknown; known are {known}")
-    for name in ("ln_final", "unembed"):
-        hooked = own_hooks(getattr(model, name, None))
-        if hooked:
-            where = ".".join(filter(None, (name, hooked[0])))
-            raise ValueError(
-                f"the model carries a hook at {where}, where nothing but its own forward runs it; remove it"
-            )
+    parts = {"ln_final": getattr(model, "ln_final", None), "unembed": model.unembed}
+    hooked = [f"{part}.{name}".rstrip(".") for part, module in parts.items() for name in own_hooks(module)]
+    if hooked or _carries_hooks(model):
+        where = hooked[0] if hooked else "its root"
+        raise ValueError(f"the model carries a hook at {where}, where nothing but its own forward runs it; remove it")
     if kind is not None and getattr(model.cfg, "final_rms", False):
         kind = kind.replace("LN", "RMS")
     return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
 
 
-def own_hooks(model: torch.nn.Module | None) -> tuple[str, ...]:
+def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:
     """The names of a model's modules that carry hooks: a user's own, since ours never outlive a call."""
+    return () if model is None else tuple(name for name, m in model.named_modules() if _carries_hooks(m))
+
+
+def _carries_hooks(module: torch.nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if model is None:
-        return ()
-    return tuple(name for name, module in model.named_modules() if any(getattr(module, kind) for kind in kinds))
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def covers(model: LensModel) -> bool:
@@ -212,15 +212,17 @@ def _pack(model: LensModel) -> PackedWeights:
     norm = partial(norm_of, kind=cfg.normalization_type, eps=cfg.eps)
     for block in model.blocks:
         attn, mlp = block.attn, None if getattr(cfg, "attn_only", False) else block.mlp
+        of_attn: dict[str, Any] = {f"{part}_{x}": getattr(attn, f"{part}_{x}") for x in "QKV" for part in "Wb"}
+        of_mlp: dict[str, Any] = {name: getattr(mlp, name, None) for name in ("W_in", "b_in", "W_out", "b_out")}
         layers.append(
             Layer(
                 ln1=norm(block.ln1),
-                **{f"{part}_{x}": getattr(attn, f"{part}_{x}") for x in "QKV" for part in "Wb"},
+                **of_attn,
                 W_O=attn.W_O.flatten(0, 1),
                 b_O=attn.b_O,
                 attn_scale=float(attn.attn_scale),
                 ln2=None if mlp is None else norm(block.ln2),
-                **{name: getattr(mlp, name, None) for name in ("W_in", "b_in", "W_out", "b_out")},
+                **of_mlp,
             )
         )
     return PackedWeights(
@@ -326,10 +328,12 @@ def layer_attn_out(layer: Layer, z: Float[Tensor, "*rows head d_head"]) -> Float
 def layer_mlp_post(
     packed: PackedWeights, layer: Layer, resid_mid: Float[Tensor, "*rows d_model"]
 ) -> Float[Tensor, "*rows d_mlp"]:
+    assert layer.ln2 is not None and layer.W_in is not None
     return packed.act(F.linear(layer.ln2(resid_mid), layer.W_in.T, layer.b_in))
 
 
 def layer_mlp_out(layer: Layer, post: Float[Tensor, "*rows d_mlp"]) -> Float[Tensor, "*rows d_model"]:
+    assert layer.W_out is not None
     return F.linear(post, layer.W_out.T, layer.b_out)
 
 
@@ -561,7 +565,7 @@ def _run_hooked(model: LensModel, tokens, resid, start_layer, hooks, positions) 
 
     last = f"blocks.{model.cfg.n_layers - 1}."
     n_pos = (tokens if resid is None else resid).shape[1]
-    chosen = None if positions is None else torch.arange(n_pos, device=model.cfg.device)[positions]
+    chosen: Any = None if positions is None else torch.arange(n_pos, device=model.cfg.device)[positions]
     # The last block's per-query activations are seen by hooks at the chosen positions only, as on the fast path.
     per_query = ("hook_attn_out", "hook_resid_mid", "hook_pre", "hook_post", "hook_mlp_out", "hook_q", "hook_z")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -101,8 +102,8 @@ def fold_reader(
 class TokenClasses:
     """Where position 0 and the end-of-text tokens of the running batch are: what the treatments go by."""
 
-    def __init__(self, eot: int):
-        self.eot = eot
+    def __init__(self, eot: int | list[int] | None):
+        self.eot: Any = eot
         self.position0_mask: Bool[Tensor, "1 pos 1"] | None = None
         self.eot_mask: Bool[Tensor, "batch pos 1"] | None = None
         self.wanted = False
@@ -147,7 +148,7 @@ class StdSite(nn.Module):
     def inverse(self) -> Tensor:
         """1 / std: one number, or [batch or 1, pos, 1] while a treatment is on."""
         inverse = self.average.reciprocal()
-        masks = [self.classes.position0_mask] * self.position0 + [self.classes.eot_mask] * self.eot
+        masks: list[Any] = [self.classes.position0_mask] * self.position0 + [self.classes.eot_mask] * self.eot
         if not masks:
             return inverse[0]
         return torch.where(masks[0] if len(masks) == 1 else masks[0] | masks[1], inverse[1], inverse[0])
@@ -170,14 +171,17 @@ class RemovableReader(nn.Module):
     left of a frozen LayerNorm is applied to the weights or to the activations, whichever is the smaller matrix.
     """
 
+    linear: Any  # a Conv1D
+    sites: Any  # a ModuleList of StdSites
+
     def __init__(self, ln: nn.LayerNorm, linear: nn.Module, sites: list[StdSite]):
         super().__init__()
         self.ln, self.linear, self.sites = ln, linear, nn.ModuleList(sites)
-        self.widths = [len(linear.bias[site.columns]) for site in sites]
+        self.widths = [len(self.linear.bias[site.columns]) for site in sites]
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos out"]:
         live = [site for site in self.sites if not site.frozen]
-        normed = _layer_norm(self.ln, x, live, measure=self.training) if live else None
+        normed: Any = _layer_norm(self.ln, x, live, measure=self.training) if live else None
         if len(live) == len(self.sites):
             return self.linear(normed)
         weight, bias, gamma, beta = self.linear.weight, self.linear.bias, self.ln.weight, self.ln.bias
@@ -187,7 +191,7 @@ class RemovableReader(nn.Module):
             weight, bias = fold_reader(weight, bias, gamma, beta)
             scale = [i.expand(width) for i, width in zip(inverses.values(), self.widths, strict=True)]
             return F.linear(x, (weight * torch.cat(scale)).T, bias)
-        centred = None if fold else x - x.mean(-1, keepdim=True)
+        centred: Any = None if fold else x - x.mean(-1, keepdim=True)
         parts = []
         columns = zip(self.sites, weight.split(self.widths, dim=1), bias.split(self.widths), strict=True)
         for site, w, b in columns:
@@ -249,8 +253,9 @@ def make_removable(model: GPT2LMHeadModel, *, eot: int | None = None) -> GPT2LMH
         raise ValueError("model has cross-attention: its LayerNorms are not GPT-2's")
     if is_ln_free(model.config, model.state_dict()):
         raise ValueError("model is LN-free already")
-    transformer, d_model = model.transformer, model.config.n_embd
-    classes = TokenClasses(model.config.eos_token_id if eot is None else eot)
+    transformer: Any = model.transformer
+    d_model, eos = model.config.n_embd, model.config.eos_token_id
+    classes = TokenClasses(eos if eot is None else eot)
     for layer, block in enumerate(transformer.h):
 
         def site(kind: str, columns: slice, layer=layer, block=block) -> StdSite:
@@ -380,7 +385,8 @@ def export_ln_free(model: GPT2LMHeadModel, config=None) -> GPT2LMHeadModel:
         if site.position0 or site.eot:
             raise ValueError(f"model is not LN-free: {site.name} treats position 0 or end-of-text apart")
     state, root_eps = dict(_named_weights(model)), LN_FREE_EPS**0.5
-    for layer, block in enumerate(model.transformer.h):
+    transformer: Any = model.transformer
+    for layer, block in enumerate(transformer.h):
         for i, owner, name in ((1, block.attn, "c_attn"), (2, block.mlp, "c_fc")):
             reader: RemovableReader = getattr(owner, name)
             gamma, beta = _double(reader.ln.weight), _double(reader.ln.bias)
@@ -394,7 +400,7 @@ def export_ln_free(model: GPT2LMHeadModel, config=None) -> GPT2LMHeadModel:
             state[f"{key}.bias"] = torch.cat([b for _, b in parts]).to(reader.linear.bias)
             state[f"transformer.h.{layer}.ln_{i}.weight"] = torch.full_like(reader.ln.weight, root_eps)
             state[f"transformer.h.{layer}.ln_{i}.bias"] = torch.zeros_like(reader.ln.bias)
-    ln_f = model.transformer.ln_f
+    ln_f = transformer.ln_f
     gain = _double(ln_f.weight) * _double(ln_f.site.inverse()) * root_eps
     state["transformer.ln_f.weight"] = gain.to(ln_f.weight)
     state["transformer.ln_f.bias"] = ln_f.bias.clone()

@@ -167,7 +167,8 @@ def correlation_interval(
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.arctanh(r), np.where(error == 0, 0.0, error / (1 - r**2))
 
-    return tuple(float(np.tanh(bound)) for bound in interval(statistic, len(x), draws=draws, seed=seed))
+    low, high = (float(np.tanh(bound)) for bound in interval(statistic, len(x), draws=draws, seed=seed))
+    return low, high
 
 
 def _correlations(x: Array, y: Array) -> Callable[[Array], Estimates]:

@@ -249,20 +249,6 @@ NO_DEVICE = {
     "logit_diff": "the metric of every patching case that names none",
 }
 
-# Cases that do not run on the device yet, or whose result's table does not.
-PENDING = {"rank_confidence_neurons": "float64 on the device"}
-# Cases whose host syncs grow with the number of cells, neurons or tokens; or that do not run at all.
-GROWING = PENDING | {
-    "ablate_neurons:rerun": "an upload, a download and two masks for each neuron",
-    "ablate_cumulatively": "an upload, a download and two masks for each neuron",
-}
-
-
-def cases(pending):
-    """All cases; those that are pending are expected to fail, and to be taken off the list once they don't."""
-    marks = {name: [pytest.mark.xfail(strict=True, reason=reason)] for name, reason in pending.items()}
-    return [pytest.param(name, marks=marks.get(name, ())) for name in CASES]
-
 
 def ways(name):
     """LN-free and LN, on the packed forward and by hooks on TransformerLens' own."""
@@ -307,7 +293,7 @@ def on_the_device(name, kind, hooked):
     return result, syncs
 
 
-@pytest.mark.parametrize("name", cases(PENDING))
+@pytest.mark.parametrize("name", CASES)
 def test_the_device_gives_the_cpus_numbers(name):
     for way in ways(name):
         expected, found = numbers(CASES[name](models(*way)[0], 1)), numbers(on_the_device(name, *way)[0])
@@ -328,7 +314,7 @@ def is_numbers(value) -> bool:
     return isinstance(value, (torch.Tensor, int, float))
 
 
-@pytest.mark.parametrize("name", cases(GROWING))
+@pytest.mark.parametrize("name", CASES)
 def test_syncs_do_not_grow_with_what_is_asked_for(name):
     for kind, hooked in ways(name):
         if kind is None:

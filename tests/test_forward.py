@@ -226,6 +226,13 @@ def test_hooks_on_the_final_norm_are_refused(name):
         forward.unembed(model, forward.run(model, random_tokens(model)))
 
 
+def test_a_hook_on_the_whole_model_is_refused():
+    model = make_model(None)
+    model.register_forward_hook(lambda module, args, out: out * 2)
+    with pytest.raises(ValueError, match="carries a hook at its root"):
+        forward.unembed(model, forward.run(model, random_tokens(model)))
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Other blocks
 

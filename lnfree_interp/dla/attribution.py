@@ -14,6 +14,8 @@ the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -71,7 +73,7 @@ class LogitAttribution:
 
 
 def direct_logit_attribution(
-    model: LensModel,
+    model: ModelOrName,
     tokens: Tokens,
     targets: Targets | None = None,
     *,
@@ -112,7 +114,7 @@ def direct_logit_attribution(
 
 
 def direct_effect(
-    model: LensModel,
+    model: ModelOrName,
     tokens: Tokens,
     targets: Targets | None = None,
     *,
@@ -137,6 +139,28 @@ def direct_effect(
     return logit_attributions(model, tokens, targets, versus=versus, positions=positions, by=by, exact=True)[1]
 
 
+@overload
+def logit_attributions(
+    model: ModelOrName,
+    tokens: Tokens,
+    targets: Targets | None = None,
+    *,
+    versus: Targets | None = None,
+    positions: Places | None = None,
+    by: str = "component",
+    exact: Literal[True] = True,
+) -> tuple[LogitAttribution, LogitAttribution]: ...
+@overload
+def logit_attributions(
+    model: ModelOrName,
+    tokens: Tokens,
+    targets: Targets | None = None,
+    *,
+    versus: Targets | None = None,
+    positions: Places | None = None,
+    by: str = "component",
+    exact: Literal[False],
+) -> tuple[LogitAttribution, None]: ...
 @torch.no_grad()
 def logit_attributions(
     model: ModelOrName,
@@ -168,9 +192,10 @@ def logit_attributions(
         other = None if versus is None else versus[rows]
         parts.append(_attribute(model, tokens[rows], targets[rows], other, kept, by, exact, hooked))
     linear, effect, bias = (None if p[0] is None else torch.cat(p, dim=-2) for p in zip(*parts))
+    assert linear is not None and bias is not None
     where = tuple(kept)
     approximate = LogitAttribution(linear, labels, bias, where)
-    return approximate, LogitAttribution(effect, labels, bias, where) if exact else None
+    return approximate, None if effect is None else LogitAttribution(effect, labels, bias, where)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -321,7 +346,7 @@ def _record(model: LensModel, tokens, kept: list[int], by: str) -> tuple[dict[st
 def _pieces(model: LensModel, activations):
     """(the activation, the weights it is multiplied with or None) of everything that writes to the residual stream."""
     for name, activation in activations.items():
-        block = model.blocks[int(name.split(".")[1])] if name.startswith("blocks.") else None
+        block: Any = model.blocks[int(name.split(".")[1])] if name.startswith("blocks.") else None
         if name.endswith("hook_z"):
             yield activation, block.attn.W_O
             yield block.attn.b_O[None], None
@@ -334,8 +359,9 @@ def _pieces(model: LensModel, activations):
 
 def _written(model: LensModel, activations) -> Float[Tensor, "n d_model"]:
     """The sum of all components."""
-    return sum(
-        _wide(c) if W is None else _wide(c).flatten(1) @ _wide(W).flatten(0, -2) for c, W in _pieces(model, activations)
+    pieces = _pieces(model, activations)
+    return reduce(
+        torch.add, (_wide(c) if W is None else _wide(c).flatten(1) @ _wide(W).flatten(0, -2) for c, W in pieces)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -208,11 +209,11 @@ def loss_table(
         >>> loss_table(results, {"tiny-noLN": "tiny-vanilla"}).baselines
         (None, 'tiny-vanilla')
     """
-    gaps, lows, highs = [], [], []
+    bounds: list[tuple[float, float, float]] = []
     for name, result in evaluations.items():
         baseline = baselines.get(name)
         if baseline is None:
-            gaps.append(torch.nan), lows.append(torch.nan), highs.append(torch.nan)
+            bounds.append((torch.nan, torch.nan, torch.nan))
             continue
         if baseline not in evaluations:
             raise ValueError(f"baseline {baseline!r} of {name} is not among {', '.join(evaluations)}")
@@ -221,14 +222,15 @@ def loss_table(
             raise ValueError(f"{name} was evaluated on {shapes[0]} predictions, {baseline} on {shapes[1]}")
         difference = (result.losses.double() - evaluations[baseline].losses.double()).mean(1)
         low, high = _floats(mean_interval(difference.numpy(), draws=draws, seed=seed))
-        gaps.append(difference.mean().item()), lows.append(low), highs.append(high)
+        bounds.append((difference.mean().item(), low, high))
+    gaps, lows, highs = torch.tensor(bounds, dtype=torch.float64).view(-1, 3).unbind(1)
     return LossTable(
         names=tuple(evaluations),
         mean=torch.tensor([e.mean for e in evaluations.values()], dtype=torch.float64),
         baselines=tuple(baselines.get(name) for name in evaluations),
-        gap=torch.tensor(gaps, dtype=torch.float64),
-        low=torch.tensor(lows, dtype=torch.float64),
-        high=torch.tensor(highs, dtype=torch.float64),
+        gap=gaps,
+        low=lows,
+        high=highs,
     )
 
 
@@ -242,7 +244,7 @@ def _floats(bounds: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
 
 def _name(model: LensModel, index: int, loss: float, tokens: Int[Tensor, " pos"]) -> WorstSequence:
     norms, ids = _norms(model, tokens), tokens.tolist()
-    where = {}
+    where: dict[str, Any] = {}
     if norms.shape[1] > 2:
         typical = norms[:, 1:].nanquantile(0.5, dim=1, keepdim=True)
         ratio = (norms[:, 1:] / typical).nan_to_num(nan=torch.inf, posinf=torch.inf)

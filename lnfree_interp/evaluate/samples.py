@@ -92,7 +92,8 @@ def generate_samples(
 
 
 def _continue(model: LensModel, ids: Tensor, n_new: int, temperature: float, top_k: int | None, seed: int) -> Tensor:
-    packed, past, new = packed_weights(model), None, []
+    packed, past = packed_weights(model), None
+    new: list[Tensor] = []
     generator = torch.Generator().manual_seed(seed)
     step = ids
     for _ in range(n_new):

@@ -98,7 +98,8 @@ def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, ob
     figure = make_subplots(cols=2, subplot_titles=("total", "through the final norm's scale"), shared_yaxes=True)
     for i, (name, result) in enumerate(results.items()):
         table = result.table()
-        scores = rankings[name].sort_values("neuron").score.tolist()
+        score = rankings[name].set_index("neuron").score
+        scores = [score[int(label.rsplit("N")[-1])] for label in result.labels]
         for col, column in enumerate(("loss_abs", "loss_abs_through_scale"), 1):
             trace = go.Scattergl(
                 x=scores,

@@ -6,8 +6,8 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback
 
 from ..layernorm import collect_std, freeze, update_averages
@@ -24,7 +24,7 @@ class RemovalCallback(TrainerCallback):
     def __init__(self, schedule: RemovalSchedule):
         self.schedule = schedule
 
-    def apply(self, model: nn.Module, step: int, out: str | Path) -> None:
+    def apply(self, model: Any, step: int, out: str | Path) -> None:
         if not self.schedule.order:
             return
         state = self.schedule.state(step, model.config.n_layer)

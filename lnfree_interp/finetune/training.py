@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ DEFAULT_BATCH = 16
 class RemovalTrainer(Trainer):
     """Trainer plus the auxiliary loss; logs cross-entropy "ce" and unweighted auxiliary loss "aux"."""
 
+    model: Any  # a GPT2LMHeadModel made removable
+
     def __init__(self, *args, auxiliary_weight: float | int = 0.0, eot: int = -1, **kwargs):
         super().__init__(*args, **kwargs)
         self.auxiliary_weight, self.eot = auxiliary_weight, eot
@@ -69,7 +72,7 @@ class RemovalTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._sums:
-            steps = max(1, self.state.global_step - self._summed_from)
+            steps = max(1, self.state.global_step - (self._summed_from or 0))
             for name, value in self._sums.items():
                 logs[name] = self.accelerator.reduce(value, reduction="mean").item() / steps
             self._sums, self._summed_from = {}, None
@@ -187,12 +190,12 @@ def remove_layernorm(
     if schedule.order:
         make_removable(model, eot=eot)
     removal = RemovalCallback(schedule)
-    arguments = TrainingArguments(**{"seed": seed, **arguments, **training_arguments})
-    if arguments.parallel_mode.value == "not_distributed":
-        arguments._n_gpu = 1  # several GPUs are for torchrun: DataParallel's replicas lose the statistics
+    training = TrainingArguments(**{"seed": seed, **arguments, **training_arguments})
+    if training.parallel_mode.value == "not_distributed":
+        training._n_gpu = 1  # several GPUs are for torchrun: DataParallel's replicas lose the statistics
     trainer = RemovalTrainer(
         model,
-        arguments,
+        training,
         train_dataset=dataset,
         data_collator=_collate,
         processing_class=tokenizer,
@@ -278,7 +281,8 @@ def _ready(model: GPT2LMHeadModel) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     if model.config.activation_function == "gelu_new":
-        for block in model.transformer.h:
+        blocks: Any = model.transformer.h
+        for block in blocks:
             block.mlp.act = ACT2FN["gelu_pytorch_tanh"]
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
+from typing import SupportsIndex
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import Tokens, check_next_token, check_tokens, token_batches
-from ..forward import run
+from ..batching import Places, Progress, Tokens, check_next_token, check_tokens, indices, token_batches
+from ..forward import own_hooks, packed_weights, run
 from ..models import as_model
 from .choices import ABLATIONS, METHODS
-from .last_layer import Progress, Rows, Unembedding, folded_unembedding, make_neurons, make_rows
+from .last_layer import Rows, Unembedding, folded_unembedding, make_neurons, make_rows, wide
 from .rank import mlp_of
 from .result import NeuronAblation
 from .scan import BlockScan, scan_block
 
-# Rows of a block; the moments of a whole layer of GPT-2 small on so many take 250 MiB.
-ROWS_PER_BLOCK = 1024
-NUMBERS_PER_BLOCK = 2**22
+# Rows of a block, and numbers in one of its tables of rows and neurons. The moments of a whole layer of GPT-2 small on
+# 1,024 rows take 250 MiB.
+ROWS_PER_BLOCK, NUMBERS_PER_BLOCK = 1024, 2**22
+GPU_ROWS_PER_BLOCK, GPU_NUMBERS_PER_BLOCK = 4096, 2**24
 # Below so many neurons the vocabulary-long sums cost less than setting up the series.
 FEW_NEURONS = 16
 
@@ -29,8 +31,8 @@ def ablate_neurons(
     model,
     tokens: Tokens,
     *,
-    layer: int = -1,
-    neurons: Sequence[int] | Int[Tensor, " neuron"] | None = None,
+    layer: SupportsIndex = -1,
+    neurons: Places | None = None,
     ablation: str = "mean",
     method: str = "auto",
     tolerance: float = 1e-5,
@@ -40,26 +42,28 @@ def ablate_neurons(
 
     In the last layer an ablation changes the logits by a rank-1 update and the scale in closed form: nothing is
     run again, and nothing unembedded. "moments" expands the change in moments of the model's own predictions,
-    which for all neurons are matrix products, with a certified truncation error; what cannot be certified, and
-    everything with "stream", is summed over the vocabulary, exact to rounding. In earlier layers, and with
-    "rerun", the model is run from that layer on.
+    which for all neurons are matrix products, with a certified error; what cannot be certified, and everything
+    with "stream", is summed over the vocabulary, exact to rounding. In earlier layers, where hooks of the model's
+    own come after the neuron, and with "rerun", the model is run from that layer on.
 
     Args:
         tokens: Int[Tensor, "batch pos"].
         layer: the neurons' layer, negative ones from the end.
-        neurons: which; None: all of the layer.
+        neurons: which: numbers, negative ones from the end, one number, or a mask over all; None: all of the layer.
         ablation: "mean" (of the neuron over all of these tokens) or "zero".
-        method: "moments", "stream" (both: last layer only), "rerun", or "auto": "rerun" for earlier layers, else
-            "moments" for many neurons and "stream" for few.
-        tolerance: largest truncation error of a series, in nats.
-        progress: called with the share of the work that is done.
+        method: "moments", "stream" (both: last layer only), "rerun", or "auto": "rerun" for earlier layers and
+            models whose last layer has no closed form, else "moments" for many neurons and "stream" for few.
+        tolerance: largest error of a series, in nats. It counts truncation, and rounding in matrix products of the
+            weights' full precision (fp32 at least).
+        progress: called with (done, in all), counted in pairs of a neuron and a token.
 
     Returns:
         NeuronAblation in nats; its four tensors hold neurons x tokens numbers each, on the CPU.
 
     Raises:
         ValueError: tokens that are no token ids of the model's, an unknown layer, neuron, ablation or method, a
-            negative tolerance, a method the layer or model does not allow.
+            negative tolerance, a method the layer or model does not allow, a model whose output vocabulary is not
+            that of its tokens, or that carries hooks on its final norm or unembedding.
 
     Example:
         >>> from lnfree_interp import ablate_neurons, load_model
@@ -85,9 +89,9 @@ def ablate_neurons(
 def ablate_cumulatively(
     model,
     tokens: Tokens,
-    neurons: Sequence[int],
+    neurons: Places,
     *,
-    layer: int = -1,
+    layer: SupportsIndex = -1,
     ablation: str = "mean",
     progress: Progress | None = None,
 ) -> NeuronAblation:
@@ -129,15 +133,10 @@ def ablate_cumulatively(
 def _chosen(neurons, n_neurons: int) -> Int[Tensor, " neuron"]:
     if neurons is None:
         return torch.arange(n_neurons)
-    chosen = torch.as_tensor(neurons).cpu()
-    if chosen.ndim != 1 or chosen.numel() == 0 or chosen.is_floating_point():
-        raise ValueError(f"neurons must be a list of neuron numbers, not {neurons!r}")
-    wrong = chosen[(chosen < 0) | (chosen >= n_neurons)]
-    if len(wrong):
-        raise ValueError(f"neuron {int(wrong[0])} is outside 0..{n_neurons - 1}")
-    if len(chosen.unique()) < len(chosen):
-        raise ValueError(f"neurons {chosen.tolist()} name one twice")
-    return chosen.long()
+    chosen = indices(neurons, n_neurons, "neuron", range(n_neurons), "the layer's neurons")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"neurons {chosen} name one twice")
+    return torch.tensor(chosen)
 
 
 def _check_ablation(ablation: str, tolerance: float) -> None:
@@ -151,16 +150,33 @@ def _method(model, layer: int, method: str, n_neurons: int) -> str:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; allowed are {', '.join(METHODS)}")
     cfg = model.cfg
-    capped = (getattr(cfg, "output_logits_soft_cap", -1.0) or -1.0) > 0
-    last = layer == cfg.n_layers - 1 and not capped
-    if getattr(cfg, "use_normalization_before_and_after", False):
-        raise ValueError("the model normalises after its MLPs, so neurons do not write to the residual stream")
-    if method in ("moments", "stream") and not last:
-        why = "logits are capped" if capped else f"layer {layer} is not the last of {cfg.n_layers}"
+    why = _in_between(model, layer)
+    if (getattr(cfg, "output_logits_soft_cap", -1.0) or -1.0) > 0:
+        why = "logits are capped"
+    if layer != cfg.n_layers - 1:
+        why = f"layer {layer} is not the last of {cfg.n_layers}"
+    if method in ("moments", "stream") and why:
         raise ValueError(f"method {method!r} does not serve: {why}; use 'rerun' or 'auto'")
     if method != "auto":
         return method
-    return ("stream" if n_neurons < FEW_NEURONS else "moments") if last else "rerun"
+    return "rerun" if why else "stream" if n_neurons < FEW_NEURONS else "moments"
+
+
+def _in_between(model, layer: int) -> str | None:
+    """What else than W_out comes between a layer's neurons and what a later layer or the final norm reads, if anything.
+
+    Without that the residual stream after the layer changes by the neuron's change times its row of W_out.
+    """
+    if getattr(model.cfg, "use_normalization_before_and_after", False):
+        return "the model normalises after its MLPs"
+    for name in own_hooks(model):
+        block, _, point = name.removeprefix("blocks.").partition(".")
+        if not name.startswith("blocks.") or not block.isdecimal():
+            continue
+        after = not point or point.startswith(("mlp", "hook_mlp_out", "hook_resid_post"))
+        if int(block) > layer or (int(block) == layer and after):
+            return f"the model carries a hook at {name}"
+    return None
 
 
 def _labels(layer: int, neurons: Tensor) -> tuple[str, ...]:
@@ -174,35 +190,37 @@ def _labels(layer: int, neurons: Tensor) -> tuple[str, ...]:
 def _scan(model, tokens, layer: int, neurons, ablation, method, tolerance, progress) -> NeuronAblation:
     unembedding = folded_unembedding(model)
     neurons = neurons.to(model.cfg.device)
-    resid, post = _activations(model, tokens, layer, neurons)
-    mean = post.mean((0, 1)) if ablation == "mean" else torch.zeros_like(post[0, 0])
+    resid, post = _activations(model, tokens, layer, neurons, "hook_resid_post")
+    value = _value(post, ablation)
     outputs = make_neurons(unembedding, model.blocks[layer].mlp.W_out[neurons])
-    dtype = outputs.w.dtype
+    dtype, device = outputs.w.dtype, outputs.w.device
     n_batch, n_pos = tokens.shape[0], tokens.shape[1] - 1
     targets = rearrange(tokens[:, 1:], "b p -> (b p)")
     flat = rearrange(resid[:, :-1], "b p d -> (b p) d")
-    da = mean - rearrange(post[:, :-1], "b p n -> (b p) n")
+    post = rearrange(post[:, :-1], "b p n -> (b p) n")
     n = len(targets)
     fields = ("loss", "entropy", "loss_frozen", "entropy_frozen")
     kept = fields if unembedding.has_scale else fields[:2]
     out = {field: torch.empty(len(neurons), n, dtype=dtype) for field in kept}
     baseline = torch.empty(2, n, dtype=dtype)
-    streamed, bound = 0, 0.0
-    size = min(ROWS_PER_BLOCK, max(64, NUMBERS_PER_BLOCK // len(neurons)))
+    streamed, bound = torch.zeros((), dtype=torch.long, device=device), torch.zeros((), dtype=dtype, device=device)
+    most, numbers = ROWS_PER_BLOCK, NUMBERS_PER_BLOCK
+    if device.type != "cpu":
+        most, numbers = GPU_ROWS_PER_BLOCK, GPU_NUMBERS_PER_BLOCK
+    size = min(most, max(64, numbers // len(neurons)))
     for start in range(0, n, size):
         part = slice(start, start + size)
         rows = make_rows(unembedding, flat[part], targets[part])
         share = None
         if progress is not None:
-            share = _share(progress, start / n, min(size, n - start) / n)
-        block: BlockScan = scan_block(
-            unembedding, rows, outputs, da[part].to(dtype), tolerance=tolerance, method=method, progress=share
-        )
+            share = _share(progress, start * len(neurons), len(rows.x) * len(neurons), n * len(neurons))
+        da = value - wide(post[part])
+        block: BlockScan = scan_block(unembedding, rows, outputs, da, tolerance=tolerance, method=method, share=share)
         for field, table in out.items():
             table[:, part] = getattr(block, field).T.cpu()
         baseline[:, part] = torch.stack([rows.loss, rows.entropy]).cpu()
-        streamed += block.streamed.sum().item()
-        bound = max(bound, block.bound)
+        streamed += block.streamed.sum()
+        bound = torch.maximum(bound, block.bound)
     shaped = {field: table.view(-1, n_batch, n_pos) for field, table in out.items()}
     if not unembedding.has_scale:
         shaped |= {"loss_frozen": shaped["loss"], "entropy_frozen": shaped["entropy"]}
@@ -211,19 +229,25 @@ def _scan(model, tokens, layer: int, neurons, ablation, method, tolerance, progr
         **shaped,
         baseline_loss=baseline[0].view(n_batch, n_pos),
         baseline_entropy=baseline[1].view(n_batch, n_pos),
-        streamed=streamed / (n * len(neurons)),
-        bound=bound,
+        streamed=streamed.item() / (n * len(neurons)),
+        bound=bound.item(),
     )
 
 
-def _share(progress: Progress, start: float, length: float) -> Progress:
-    return lambda done: progress(start + length * done)
+def _share(progress: Progress, before: int, here: int, in_all: int) -> Callable[[float], object]:
+    return lambda share: progress(before + round(share * here), in_all)
+
+
+def _value(post: Float[Tensor, "batch pos neuron"], ablation: str) -> Float[Tensor, " neuron"]:
+    """What the neurons are set to."""
+    mean = post.mean((0, 1), dtype=wide(post[:0]).dtype)
+    return mean if ablation == "mean" else torch.zeros_like(mean)
 
 
 def _activations(
-    model, tokens, layer: int, neurons
+    model, tokens, layer: int, neurons, point: str
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos neuron"]]:
-    """The residual stream after the layer and the neurons' activations, in one pass."""
+    """The residual stream at one of the layer's hook points and the neurons' activations, in one pass."""
     resid: list[Tensor] = []
     post: list[Tensor] = []
 
@@ -233,9 +257,10 @@ def _activations(
     def keep_post(x: Tensor) -> None:
         post.append(x[..., neurons])
 
-    hooks = {f"blocks.{layer}.mlp.hook_post": keep_post, f"blocks.{layer}.hook_resid_post": keep_resid}
+    packed = packed_weights(model)
+    hooks = {f"blocks.{layer}.mlp.hook_post": keep_post, f"blocks.{layer}.{point}": keep_resid}
     for batch in token_batches(model, tokens):
-        run(model, batch, hooks=hooks)
+        run(model, batch, hooks=hooks, packed=packed)
     return torch.cat(resid), torch.cat(post)
 
 
@@ -245,33 +270,51 @@ def _activations(
 
 def _rerun(model, tokens, layer: int, sets, labels, ablation, progress) -> NeuronAblation:
     """Each set of neurons ablated together; everything after the layer computed again, its scale both ways."""
-    unembedding = folded_unembedding(model)
-    union = torch.cat(list(sets)).unique().to(model.cfg.device)
-    resid, post = _activations(model, tokens, layer, union)
-    mean = post.mean((0, 1)) if ablation == "mean" else torch.zeros_like(post[0, 0])
-    W_out = model.blocks[layer].mlp.W_out[union]
+    unembedding, packed = folded_unembedding(model), packed_weights(model)
+    every = torch.cat(list(sets))
+    union, columns = every.unique(return_inverse=True)
+    union, members = union.to(model.cfg.device), columns.to(model.cfg.device).split([len(chosen) for chosen in sets])
+    hooked = _in_between(model, layer) is not None
+    # Where only W_out comes after the neurons, from the stream after the layer; else the layer itself is run again.
+    start, point = (layer, "hook_resid_pre") if hooked else (layer + 1, "hook_resid_post")
+    resid, post = _activations(model, tokens, layer, union, point)
+    value, W_out = _value(post, ablation), wide(model.blocks[layer].mlp.W_out[union])
+
+    def ablated(resid: Tensor, post: Tensor, chosen: Tensor) -> Tensor:
+        hooks = {}
+        if hooked:
+
+            def put(x: Tensor) -> Tensor:
+                return x.index_copy(-1, union[chosen], value[chosen].to(x.dtype).expand(*x.shape[:-1], -1))
+
+            hooks = {f"blocks.{layer}.mlp.hook_post": put}
+        else:
+            change = (value - wide(post))[..., chosen] @ W_out[chosen]
+            resid = (wide(resid) + change).to(resid.dtype)
+        return run(model, resid=resid, start_layer=start, hooks=hooks, packed=packed)
+
     n_batch, n_pos = tokens.shape[0], tokens.shape[1] - 1
     dtype = unembedding.W.dtype
     out = torch.empty(4, len(sets), n_batch, n_pos, dtype=dtype)
     baseline = torch.empty(2, n_batch, n_pos, dtype=dtype)
-    start = 0
-    parts = list(_split(resid, post, tokens))
-    for done, (resid_part, post_part, tokens_part) in enumerate(parts):
-        rows_of = slice(start, start + len(tokens_part))
-        start += len(tokens_part)
-        clean = run(model, resid=resid_part, start_layer=layer + 1)
+    first, size = 0, max(1, 2048 // tokens.shape[1])
+    for resid_part, post_part, tokens_part in zip(resid.split(size), post.split(size), tokens.split(size)):
+        rows_of = slice(first, first + len(tokens_part))
+        clean = run(model, resid=resid_part, start_layer=start, packed=packed)
         rows = _rows_of(unembedding, clean, tokens_part)
         baseline[:, rows_of] = torch.stack([rows.loss, rows.entropy]).view(2, -1, n_pos).cpu()
-        for i, chosen in enumerate(sets):
-            members = torch.isin(union, chosen.to(union.device))
-            change = (mean - post_part)[..., members] @ W_out[members]
-            after = run(model, resid=resid_part + change, start_layer=layer + 1)
+        values = []
+        for chosen in members:
+            after = ablated(resid_part, post_part, chosen)
             total = _rows_of(unembedding, after, tokens_part)
             frozen = _rows_of(unembedding, after, tokens_part, scale=rows.scale) if unembedding.has_scale else total
-            values = [f(x) - f(rows) for x in (total, frozen) for f in (lambda r: r.loss, lambda r: r.entropy)]
-            out[:, i, rows_of] = torch.stack(values).view(4, -1, n_pos).cpu()
+            pairs = [(x.loss - rows.loss, x.entropy - rows.entropy) for x in (total, frozen)]
+            values.append(torch.stack([x for pair in pairs for x in pair]))
             if progress is not None:
-                progress((done + (i + 1) / len(sets)) / len(parts))
+                done = first * len(sets) + len(values) * len(tokens_part)
+                progress(done * n_pos, n_batch * len(sets) * n_pos)
+        out[:, :, rows_of] = torch.stack(values, 1).unflatten(-1, (-1, n_pos)).cpu()
+        first += len(tokens_part)
     loss, entropy, loss_frozen, entropy_frozen = out
     return NeuronAblation(
         labels=tuple(labels),
@@ -282,11 +325,6 @@ def _rerun(model, tokens, layer: int, sets, labels, ablation, progress) -> Neuro
         baseline_loss=baseline[0],
         baseline_entropy=baseline[1],
     )
-
-
-def _split(resid, post, tokens) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    size = max(1, 2048 // tokens.shape[1])
-    yield from zip(resid.split(size), post.split(size), tokens.split(size))
 
 
 def _rows_of(unembedding: Unembedding, resid, tokens, *, scale: Tensor | None = None) -> Rows:

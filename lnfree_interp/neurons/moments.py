@@ -9,20 +9,21 @@ and A, B, C are series in alpha^j t^k / (j! k!) times moments E_p[l^a M^j w^k], 
 neurons at once those are matrix products over the vocabulary: (p l^a M^j) @ (v^k)^T. The powers kept are k <= K_j;
 what is left out is bounded through |e^u - its Taylor polynomial| <= |u|^q e^|u| / q! and Cauchy-Schwarz, by the
 even moments that are known and the largest |w| and |M|. A >= 1 by Jensen, so the bounds on A, B and C carry over
-to log A and the entropy.
+to log A and the entropy. What rounding does is bounded beside it (`rounding`), in the same quantities.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .last_layer import Change, Neurons, Progress, Rows, Unembedding
+from .last_layer import Change, Neurons, Rows, Unembedding
 
 Powers = tuple[int, ...]
 """Largest power k of w kept beside each power j = 0, 1, ... of M."""
@@ -31,8 +32,11 @@ Powers = tuple[int, ...]
 LEVELS: tuple[Powers, ...] = ((3, 1, 0, 0, 0), (5, 3, 1, 0, 0), (6, 4, 2, 1, 0))
 # One pair's sums over the vocabulary cost about as much as it does in this many matrix products.
 STREAM_COST = 150.0
-# Log-probabilities below count for nothing (nats); entries of the vocabulary worked on at a time.
-FLOOR, CHUNK = -70.0, 2048
+FLOOR = -70.0  # log-probabilities below count for nothing (nats)
+CHUNK, GPU_CHUNK = 2048, 4096  # entries of the vocabulary worked on at a time
+# Rounding errors of a mean over the vocabulary, in units in the last place of the mean of its terms' sizes: as many
+# were seen, of vocabularies up to 131,072.
+SUM_ROUNDING = 8.0
 Key = tuple[int, int, int]
 
 
@@ -44,13 +48,16 @@ def keys(powers: Powers, has_scale: bool) -> list[Key]:
 
 @dataclass(frozen=True)
 class RowMoments:
-    """Moments of the tokens' own: E_p[l^a M^j], and the largest |M|."""
+    """Moments of the tokens' own: E_p[l^a M^j], the largest |M|, and how far off the logits may be."""
 
     values: dict[tuple[int, int], Float[Tensor, "row 1"]]
+    total: Float[Tensor, "row 1"]  # of the probabilities as they are computed: 1 but for rounding
     most: Float[Tensor, "row 1"]
+    rounding: Float[Tensor, "row 1"]
 
     def __getitem__(self, rows: slice) -> RowMoments:
-        return RowMoments({key: value[rows] for key, value in self.values.items()}, self.most[rows])
+        values = {key: value[rows] for key, value in self.values.items()}
+        return RowMoments(values, self.total[rows], self.most[rows], self.rounding[rows])
 
 
 def matrix_moments(
@@ -58,15 +65,17 @@ def matrix_moments(
     rows: Rows,
     w: Float[Tensor, "neuron d_model"],
     wanted: list[Key],
-    progress: Progress | None = None,
+    share: Callable[[float], object] | None = None,
 ) -> dict[Key, Float[Tensor, "row neuron"]]:
-    """E_p[l^a M^j v^k] for all rows and neurons."""
+    """E_p[l^a M^j v^k] for all rows and neurons, p as computed (see `RowMoments.total`)."""
     by_power: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for a, j, k in wanted:
         by_power[k].append((a, j))
     n_rows, highest = len(rows.x), max(j for _, j, _ in wanted)
     sums = {k: w.new_zeros(len(left) * n_rows, len(w)) for k, left in by_power.items()}
-    chunks = unembedding.chunks(CHUNK)
+    # Each chunk's product is made apart and added: rounded to its own size, not to that of the sum so far.
+    part = w.new_empty(max(map(len, by_power.values())) * n_rows, len(w))
+    chunks = _chunks(unembedding)
     for done, chunk in enumerate(chunks):
         left = _weights(unembedding, rows, chunk, highest)
         v = power = w @ unembedding.W[:, chunk]
@@ -75,21 +84,28 @@ def matrix_moments(
                 power = power * v
             if k in by_power:
                 stack = [left[key] for key in by_power[k]]
-                sums[k].addmm_(stack[0] if len(stack) == 1 else torch.cat(stack), power.T)
-        if progress is not None:
-            progress((done + 1) / len(chunks))
+                stacked = stack[0] if len(stack) == 1 else torch.cat(stack)
+                sums[k] += torch.mm(stacked, power.T, out=part[: len(stacked)])
+        if share is not None:
+            share((done + 1) / len(chunks))
     return {(a, j, k): part for k, left in by_power.items() for (a, j), part in zip(left, sums[k].split(n_rows))}
 
 
 def row_moments(unembedding: Unembedding, rows: Rows, has_scale: bool) -> RowMoments:
     """E_p[l^a M^j] of every row; without a scale only j = 0."""
     highest = 4 if has_scale else 0
-    own = {(a, j): torch.zeros_like(rows.lse) for a in (0, 1, 2) for j in range(highest + 1)}
-    for chunk in unembedding.chunks(CHUNK):
+    own = {(a, j): torch.zeros_like(rows.top) for a in (0, 1, 2) for j in range(highest + 1)}
+    for chunk in _chunks(unembedding):
         left = _weights(unembedding, rows, chunk, highest, most=2)
         for key, total in own.items():
             total += left[key].sum(1)
-    return RowMoments({key: value[:, None] for key, value in own.items()}, rows.most_m[:, None])
+    total = own[0, 0][:, None]
+    values = {key: value[:, None] / total for key, value in own.items()}
+    return RowMoments(values, total, rows.most_m[:, None], rows.rounding[:, None])
+
+
+def _chunks(unembedding: Unembedding) -> list[slice]:
+    return unembedding.chunks(CHUNK if unembedding.W.device.type == "cpu" else GPU_CHUNK)
 
 
 def _weights(
@@ -98,9 +114,9 @@ def _weights(
     """p l^a M^j for a up to `most` and j up to `highest`, on a chunk of the vocabulary."""
     b = unembedding.b[chunk]
     m = rows.hidden @ unembedding.W[:, chunk]
-    logits = m + b
+    logits = m + b - rows.top[:, None]
     # No denormal numbers: they count for nothing and make products many times slower.
-    weights = {(0, 0): (logits - rows.lse[:, None]).clamp_min_(FLOOR).exp_()}
+    weights = {(0, 0): (logits - rows.log_total[:, None]).clamp_min_(FLOOR).exp_()}
     m -= rows.mean_m[:, None]
     logits -= rows.mean_logit[:, None]
     for j in range(highest + 1):
@@ -115,9 +131,10 @@ def _weights(
 class Central:
     """E_p[l^a M^j w^k] with w = v - E_p[v], and the largest |w|; each is computed once."""
 
-    raw: dict[Key, Float[Tensor, "row neuron"]]
+    raw: dict[Key, Float[Tensor, "row neuron"]]  # E_p[l^a M^j v^k]
     rows: RowMoments
     most: Float[Tensor, "row neuron"]
+    rounding: Float[Tensor, " neuron"]  # how far off v may be
     known: dict[Key, Float[Tensor, "row neuron"]] = field(default_factory=dict)
 
     def __call__(self, a: int, j: int, k: int) -> Tensor:
@@ -142,14 +159,15 @@ class Central:
         known = max((k for a, j, k in self.raw if a == j == 0 and k % 2 == 0 and k <= power), default=0)
         if not known:
             return self.most**power
-        # Rounding may have lost what improbable tokens with large |w| add: as much as it can lose is put back.
-        rounding = 8 * torch.finfo(self.most.dtype).eps * self.most**known
-        return (self(0, 0, known).clamp_min(0) + rounding) * self.most ** (power - known)
+        # Taken from moments about 0, those about the mean lose what is put back here: |E v|^k <= E[|v|^k] for even k.
+        lost = SUM_ROUNDING * torch.finfo(self.most.dtype).eps * 2.0**known * self.raw[0, 0, known]
+        return (self(0, 0, known).clamp_min(0) + lost) * self.most ** (power - known)
 
 
 def central(raw: dict[Key, Tensor], rows: RowMoments, neurons: Neurons) -> Central:
+    raw = {key: value / rows.total for key, value in raw.items()}
     mean = raw[0, 0, 1]
-    return Central(raw, rows, torch.maximum(neurons.high - mean, mean - neurons.low))
+    return Central(raw, rows, torch.maximum(neurons.high - mean, mean - neurons.low), neurons.rounding)
 
 
 def series(
@@ -179,7 +197,7 @@ def series(
 def error_bound(
     moments: Central, change: Change, powers: Powers, delta_entropy: Float[Tensor, "row neuron"] | None = None
 ) -> Float[Tensor, "row neuron"]:
-    """Upper bound on the truncation error of both series; not a number or infinite where there is none.
+    """Upper bound on the error of both changes; not a number or infinite where there is none.
 
     It may be asked for powers beyond those of the moments at hand, to see whether they would do.
 
@@ -214,7 +232,29 @@ def error_bound(
     loss = tail_a / (1 - tail_a)
     bound = loss + tail_b + tail_c + ratio * tail_a
     # Beyond, even tokens whose probability is too small for a number might come to count.
-    return torch.where((tail_a < 0.5) & (u < 20), bound, torch.inf)
+    return torch.where((tail_a < 0.5) & (u < 20), bound + rounding(moments, change), torch.inf)
+
+
+def rounding(moments: Central, change: Change) -> Float[Tensor, "row neuron"]:
+    """Upper bound on what rounding does to both changes.
+
+    It comes in by the sums over the vocabulary, each off by so much of the mean of its terms' sizes, and by the logits,
+    m and v themselves. With x = |t| (|v| + |E v|) + |alpha M| the sums' errors are within E[(1 + |l|) (e^x - 1)] or
+    E[x e^x], with (e^x - 1) / x <= (1 + e^x) / 2. Where logits are off by r, log A is by r |p' - p|, and the entropy by
+    that of r times l'; the squared distance of p' from p is within e^s - 1, s = E[d^2], of p as large as for normal d.
+    """
+    t, rows = change.t.abs(), moments.rows
+    eps, sd_l = torch.finfo(t.dtype).eps, rows.values[2, 0].sqrt()
+    mean, size = moments.raw[0, 0, 1].abs(), moments.raw[0, 0, 2].sqrt()
+    moved, x, most = t * moments.even(2).sqrt(), t * (size + mean), t * (moments.most + 2 * mean)
+    off = t * moments.rounding
+    if change.alpha is not None:
+        alpha = change.alpha.abs()
+        of_m = alpha * rows.values[0, 2].sqrt()
+        moved, x, most, off = moved + of_m, x + of_m, most + alpha * rows.most, off + alpha * rows.rounding
+    sums = t * size + x * (sd_l + 2 * x) * (1 + most.exp()) / 2
+    off = (off + moved * rows.rounding) * (moved.square() / 2).exp()
+    return SUM_ROUNDING * eps * sums + 2 * (1 + sd_l) * off
 
 
 def own_moment(rows: RowMoments, a: int, power: int) -> Float[Tensor, "row 1"]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import SupportsIndex
+
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from ..batching import whole
 from ..models import as_model
-from .last_layer import folded_unembedding
+from .last_layer import WITH_FP64, folded_unembedding
 
 
-def mlp_of(model, layer: int):
+def mlp_of(model, layer: SupportsIndex):
     """The layer's MLP and its number counted from 0.
 
     Raises:
         ValueError: no such layer, or a layer whose MLP has no single W_out.
     """
-    n_layers = model.cfg.n_layers
+    layer, n_layers = whole(layer, "layer"), model.cfg.n_layers
     if not -n_layers <= layer < n_layers:
         raise ValueError(f"layer {layer} is outside -{n_layers}..{n_layers - 1}")
     layer %= n_layers
@@ -24,15 +29,20 @@ def mlp_of(model, layer: int):
     return mlp, layer
 
 
-def rank_confidence_neurons(model, layer: int = -1, *, null_directions: int | None = None):
+def in_fp64(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """On the CPU where the device has no fp64."""
+    return (x if x.device.type in WITH_FP64 else x.cpu()).double()
+
+
+def rank_confidence_neurons(model, layer: SupportsIndex = -1, *, null_directions: int | None = None):
     """The papers' score |w_out| / LogitVar of every neuron of a layer, largest first (P2, confidence neurons).
 
     LogitVar is the variance over the vocabulary of the cosine of w_out with the columns of W_U. A neuron with a
     large score moves the residual stream a lot and no logit more than another: it acts through the final
-    LayerNorm's scale. Beside it, `null_share` is the share of |w_out|^2 in the near-null space of W_U: the span
-    of the left singular vectors of its last (smallest) singular values. The final norm's weights, where a
-    model still has them apart, and the mean it subtracts count as part of W_U. The constant direction is left
-    out where W_U does not read it, as in centred models: nothing is written there.
+    LayerNorm's scale. A dead neuron, which writes nothing, scores 0. Beside it, `null_share` is the share of
+    |w_out|^2 in the near-null space of W_U: the span of the left singular vectors of its last (smallest) singular
+    values. The final norm's weights, where a model still has them apart, and the mean it subtracts count as part of
+    W_U. The constant direction is left out where W_U does not read it, as in centred models: nothing is written there.
 
     Args:
         layer: any layer, negative ones from the end.
@@ -60,30 +70,30 @@ def rank_confidence_neurons(model, layer: int = -1, *, null_directions: int | No
     if not 1 <= null_directions <= d_model:
         raise ValueError(f"null_directions is {null_directions}, outside 1..{d_model}")
     with torch.no_grad():
-        unembedding = folded_unembedding(model)
+        unembedding = folded_unembedding(model, centre=False)
         W_out = unembedding.centred(mlp.W_out.to(unembedding.W.dtype))
         W_U = unembedding.centred(unembedding.W.T).T
         norm = W_out.norm(dim=1)
-        directions = W_out / norm[:, None].clamp_min(torch.finfo(norm.dtype).tiny)
-        # Variance over the vocabulary by chunks of it: sums about zero, cosines being of order one.
-        total = square = 0.0
-        lengths = W_U.norm(dim=0).clamp_min(torch.finfo(norm.dtype).tiny)
-        for columns in (W_U / lengths).split(8192, dim=1):
-            cosine = (directions @ columns).double()
-            total, square = total + cosine.sum(1), square + cosine.square().sum(1)
-        n = W_U.shape[1]
-        logit_var = (square / n - (total / n).square()).clamp_min(0)
+        least = torch.finfo(norm.dtype).tiny
+        directions = W_out / norm[:, None].clamp_min(least)
+        # The variance of a cosine is the mean square of what a column has beyond the mean column: nothing cancels.
+        columns = W_U / W_U.norm(dim=0).clamp_min(least)
+        columns -= columns.mean(1, keepdim=True)
+        parts = [(directions @ part).square_().sum(1) for part in columns.split(8192, dim=1)]
+        logit_var = in_fp64(torch.stack(parts)).sum(0) / W_U.shape[1]
         # Left singular vectors from the d_model x d_model Gram matrix, in fp64: W_U itself is 65 times as wide.
-        gram = sum(part.double() @ part.double().T for part in W_U.split(8192, dim=1))
+        gram = sum(part @ part.T for part in map(in_fp64, W_U.split(8192, dim=1)))
         constant = torch.full_like(gram[0], d_model**-0.5)
         if constant @ gram @ constant < 1e-9 * gram.trace() / d_model:
             gram += gram.trace() * constant.outer(constant)  # now the largest singular value, not the last
         null = torch.linalg.eigh(gram).eigenvectors[:, :null_directions]
-        null_share = (directions.double() @ null).square().sum(1)
+        null_share = (in_fp64(directions) @ null).square().sum(1)
+        norm = in_fp64(norm)
+        score = torch.where(norm > 0, norm / logit_var, 0.0)
     table = pd.DataFrame(
         {
             "neuron": range(len(norm)),
-            "score": (norm.double() / logit_var).tolist(),
+            "score": score.tolist(),
             "norm": norm.tolist(),
             "logit_var": logit_var.tolist(),
             "null_share": null_share.tolist(),

@@ -23,7 +23,7 @@ class NeuronAblation:
         baseline_loss, baseline_entropy: Float[Tensor, "batch pos"], without any ablation.
         streamed: share of (neuron, token) pairs that were summed over the whole vocabulary one by one; the rest
             are series.
-        bound: no series' truncation error is larger than this; 0 if there are none.
+        bound: no series is further off than this, rounding included; 0 if there are none.
     """
 
     labels: tuple[str, ...]

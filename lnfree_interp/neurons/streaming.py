@@ -1,21 +1,23 @@
 """Exact sums over the vocabulary for pairs of a token and a neuron, in chunks that stay in cache.
 
 Each pair needs A = sum over the vocabulary of e^z and B = sum of z e^z, z = logits' - lse - alpha mean_m: one
-multiply-add for t v, one for alpha m, one exp and two sums per entry. No pass is spent on finding a maximum: as long
-as |z - (logits - lse)| <= EASY, which the extremes of v and m tell, nothing overflows, and entries below e^FLOOR
-cannot count. The rare pairs beyond carry a running maximum along.
+multiply-add for t v, one for alpha m, one exp and two sums per entry. The token's own sums, of the logits unchanged,
+are taken in the same pass: rounded alike, large logits' rounding errors go out in the difference. No pass is spent on
+finding a maximum: as long as |z - (logits - lse)| <= EASY, which the extremes of v and m tell, nothing overflows, and
+entries below e^FLOOR cannot count. The rare pairs beyond carry a running maximum along.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from .last_layer import Change, Neurons, Progress, Rows, Unembedding
+from .last_layer import Change, Neurons, Rows, Unembedding
 
 EASY, FLOOR = 20.0, -75.0  # nats
 # Entries of the vocabulary and pairs worked on at a time. On the CPU two such tables stay in the second-level cache.
@@ -29,47 +31,65 @@ def stream(
     neurons: Neurons,
     change: Change,
     wanted: Bool[Tensor, "row neuron"],
-    progress: Progress | None = None,
+    share: Callable[[float], object] | None = None,
 ) -> tuple[Float[Tensor, "row neuron"], Float[Tensor, "row neuron"]]:
-    """logsumexp of the changed logits less that of the old ones, and their entropy (nats), for the pairs wanted.
+    """logsumexp of the changed logits less that of the old ones and alpha mean_m, and the entropy's change (nats).
 
-    Where a pair is not wanted the numbers mean nothing.
+    For the pairs wanted; where a pair is not wanted the numbers mean nothing.
+
+    Args:
+        share: told the share of the work that is done.
     """
     most = change.t.abs() * neurons.most_v
     if change.alpha is not None:
         most = most + change.alpha.abs() * rows.most_m[:, None]
-    easy = most <= EASY
     grown, entropy = torch.zeros(2, *wanted.shape, dtype=change.t.dtype, device=wanted.device)
-    for which, with_maximum in ((wanted & easy, False), (wanted & ~easy, True)):
-        if which.any():
-            _stream(unembedding, rows, neurons, change, which, with_maximum, grown, entropy, progress)
-    if change.alpha is not None:
-        grown += change.alpha * rows.mean_m[:, None]
+    # Which pairs there are is asked once, and sorted out on the CPU: a GPU does not wait for each tile.
+    wanted, easy = torch.stack([wanted, most <= EASY]).cpu()
+    kinds = [(which.nonzero(as_tuple=True), hard) for which, hard in ((wanted & easy, False), (wanted & ~easy, True))]
+    n_pairs, before = sum(len(row) for (row, _), _ in kinds), 0
+    for (row, neuron), with_maximum in kinds:
+        if len(row):
+            told = None if share is None else partial(_told, share, before / n_pairs, len(row) / n_pairs)
+            _stream(unembedding, rows, neurons, change, row, neuron, with_maximum, grown, entropy, told)
+            before += len(row)
     return grown, entropy
 
 
-def _stream(unembedding, rows, neurons, change, wanted, with_maximum, grown, entropy, progress) -> None:
-    """Fills grown and entropy where wanted."""
-    cpu = wanted.device.type == "cpu"
-    n_vocab, n_pairs = (CPU_CHUNK, CPU_PAIRS) if cpu else (GPU_CHUNK, GPU_PAIRS)
-    active = wanted.any(0).nonzero()[:, 0]
-    w, wanted_of_active, change = neurons.w[active], wanted[:, active], change[:, active]
-    tiles = list(_tiles(wanted_of_active, n_pairs))
+def _told(share: Callable[[float], object], before: float, here: float, done: float) -> None:
+    share(before + here * done)
+
+
+def _stream(unembedding, rows, neurons, change, row, neuron, with_maximum, grown, entropy, share) -> None:
+    """Fills grown and entropy at the pairs given."""
+    device, dtype = grown.device, grown.dtype
+    n_vocab, n_pairs = (CPU_CHUNK, CPU_PAIRS) if device.type == "cpu" else (GPU_CHUNK, GPU_PAIRS)
+    if len(row) == grown.numel():
+        w, tiles = neurons.w, list(_rectangles(*grown.shape, n_pairs))
+    else:
+        active, column = neuron.unique(return_inverse=True)
+        w, tiles = (
+            neurons.w[active.to(device)],
+            list(_lists(row.to(device), neuron.to(device), column.to(device), n_pairs)),
+        )
     parts = [change[pairs] for pairs, *_ in tiles]
-    sums = [torch.zeros(2, *part.t.shape, dtype=w.dtype, device=w.device) for part in parts]
+    sums = [torch.zeros(2, *part.t.shape, dtype=dtype, device=device) for part in parts]
     tops = [torch.full_like(part.t, -torch.inf if with_maximum else 0.0) for part in parts]
-    buffers = torch.empty(2, n_pairs * n_vocab, dtype=w.dtype, device=w.device)
+    own = torch.zeros(2, len(grown), dtype=dtype, device=device)
+    buffers = torch.empty(2, n_pairs * n_vocab, dtype=dtype, device=device)
     for done, chunk in enumerate(chunks := unembedding.chunks(n_vocab)):
         W = unembedding.W[:, chunk]
         v, m = w @ W, rows.hidden @ W
-        base = m + (unembedding.b[chunk] - rows.lse[:, None])
-        m -= rows.mean_m[:, None]
+        base = (m + unembedding.b[chunk] - rows.top[:, None]).sub_(rows.log_total[:, None])
         if not with_maximum:
             base.clamp_min_(FLOOR)
-        for (_, row, neuron), part, total, top in zip(tiles, parts, sums, tops):
+        m -= rows.mean_m[:, None]
+        p = base.exp()
+        own += torch.stack([p.sum(1), p.mul_(base).sum(1)])
+        for (_, of_row, of_neuron), part, total, top in zip(tiles, parts, sums, tops):
             shape = (*part.t.shape, W.shape[1])
             z, weight = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
-            _changed(z, weight, base, m, v, row, neuron, part)
+            _changed(z, weight, base, m, v, of_row, of_neuron, part)
             if with_maximum:
                 new = torch.maximum(top, z.amax(-1))
                 total *= (top - new).exp()
@@ -79,14 +99,14 @@ def _stream(unembedding, rows, neurons, change, wanted, with_maximum, grown, ent
                 torch.exp(z, out=weight)
             total[0] += weight.sum(-1)
             total[1] += weight.mul_(z).sum(-1)
-        if progress is not None:
-            progress((done + 1) / len(chunks))
-    found = torch.zeros(2, *wanted_of_active.shape, dtype=w.dtype, device=w.device)
-    for (pairs, *_), total, top in zip(tiles, sums, tops):
+        if share is not None:
+            share((done + 1) / len(chunks))
+    log_own = own[0].log()
+    own_entropy = log_own - own[1] / own[0]
+    for (pairs, of_row, _), total, top in zip(tiles, sums, tops):
         log = top + total[0].log()
-        found[0][pairs], found[1][pairs] = log, log - total[1] / total[0]
-    for table, new in zip((grown, entropy), found):
-        table[:, active] = torch.where(wanted_of_active, new, table[:, active])
+        grown[pairs] = log - log_own[of_row]
+        entropy[pairs] = log - total[1] / total[0] - own_entropy[of_row]
 
 
 def _changed(z, spare, base, m, v, row, neuron, part: Change) -> None:
@@ -102,20 +122,23 @@ def _changed(z, spare, base, m, v, row, neuron, part: Change) -> None:
         z.addcmul_(of_pairs(m, row, spare), part.alpha[..., None])
 
 
-def _tiles(wanted: Bool[Tensor, "row neuron"], most: int) -> Iterator[tuple]:
-    """Up to `most` pairs at a time: where they are in a table of pairs, in one of rows, in one of neurons.
+def _rectangles(n_rows: int, n_neurons: int, most: int) -> Iterator[tuple]:
+    """All pairs, up to `most` at a time: where they are in a table of pairs, in one of rows, in one of neurons.
 
-    If all are wanted a tile is a rectangle, read without copying; else a list of pairs.
+    Read without copying.
     """
-    n_rows, n_neurons = wanted.shape
-    if wanted.all():
-        width = min(n_neurons, most)
-        height = max(1, most // width)
-        for first in range(0, n_rows, height):
-            row = slice(first, first + height)
-            for left in range(0, n_neurons, width):
-                neuron = slice(left, left + width)
-                yield (row, neuron), (row, None), neuron
-    else:
-        for row, neuron in zip(*(index.split(most) for index in wanted.nonzero(as_tuple=True))):
-            yield (row, neuron), row, neuron
+    width = min(n_neurons, most)
+    height = max(1, most // width)
+    for first in range(0, n_rows, height):
+        row = slice(first, first + height)
+        for left in range(0, n_neurons, width):
+            neuron = slice(left, left + width)
+            yield (row, neuron), (row, None), neuron
+
+
+def _lists(
+    row: Int[Tensor, " pair"], neuron: Int[Tensor, " pair"], column: Int[Tensor, " pair"], most: int
+) -> Iterator[tuple]:
+    """The same of a list of pairs; `column` is where a pair's neuron is in the table of neurons."""
+    for of_row, number, of_neuron in zip(*(index.split(most) for index in (row, neuron, column))):
+        yield (of_row, number), of_row, of_neuron

@@ -107,7 +107,9 @@ def residual_norms(
     if eot_token is None:
         eot_token = getattr(model.tokenizer, "eos_token_id", None)
     names = _points(model)
-    sample, counts, groups = None, 0, GROUPS
+    sample: _Sample | None = None
+    groups: tuple[str, ...] = GROUPS
+    counts = torch.zeros(2, 1, dtype=torch.long)
     for batch in token_batches(model, tokens, per_pass=per_pass, progress=progress):
         if per_position:
             groups = tuple(f"position {i}" for i in range(batch.shape[1]))
@@ -127,6 +129,7 @@ def residual_norms(
             per_sequence, n = _by_group(values, _membership(batch, eot_token))
         sample.add(per_sequence.flatten(1))
         counts = counts + torch.stack([n.sum(0), (n > 0).sum(0)])
+    assert sample is not None  # token_batches gives at least one
     statistics = sample.statistics().unflatten(0, (len(names), len(groups), len(QUANTITIES)))
     norm, growth, cosine = statistics.unbind(2)
     return ResidualNorms(
@@ -197,7 +200,7 @@ class _Sample:
 
     def __init__(self, columns: int):
         self.n, self.total, self.squares = (torch.zeros(columns, dtype=torch.float64) for _ in range(3))
-        self.origin = None
+        self.origin = torch.zeros(columns, dtype=torch.float64)
         self.most = max(100, KEPT_NUMBERS // columns)
         # One tensor that grows by doubling: many small ones would lie scattered between the passes' large ones.
         self.rows = torch.empty(0, columns, dtype=torch.float64)
@@ -205,7 +208,7 @@ class _Sample:
         self.generator = torch.Generator().manual_seed(0)
 
     def add(self, rows: Float[Tensor, "row column"]) -> None:
-        if self.origin is None:  # variances are taken about the first row, which keeps them accurate
+        if self.seen == 0:  # variances are taken about the first row, which keeps them accurate
             self.origin = rows[0].nan_to_num()
         there = ~rows.isnan()
         offset = torch.where(there, rows - self.origin, 0.0)

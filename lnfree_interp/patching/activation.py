@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..batching import Progress
 from ..forward import PackedWeights, final_norm, packed_weights
+from ..lens import LensModel, ModelOrName
 from ..metrics import Metric, logit_diff
 from ..models import as_model
 from ..pairs import PromptPairs, as_pairs
@@ -34,7 +36,7 @@ from .effect import PatchingEffect
 
 @torch.no_grad()
 def activation_patching(
-    model,
+    model: ModelOrName,
     pairs: PairsLike,
     *,
     site: str = "resid_pre",
@@ -128,10 +130,10 @@ def rows_of_metric(request: Request, rows: slice, device) -> Request:
     return replace(request, metric=replace(metric, tokens=tokens, context=context))
 
 
-def _shifted(progress: Progress, first: int, n_prompts: int, n_together: int) -> Callable[[int, int], None]:
+def _shifted(progress: Progress, first: int, n_prompts: int, n_together: int) -> Progress:
     """Progress over all prompts from progress over some: in cells, as if each prompt had equally many."""
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: Any) -> None:
         share = min(n_together, n_prompts - first)
         everything = round(total * n_prompts / share)
         progress(min(everything, round(everything * first / n_prompts) + done), everything)
@@ -139,12 +141,12 @@ def _shifted(progress: Progress, first: int, n_prompts: int, n_together: int) ->
     return report
 
 
-def itemsize(model, packed: PackedWeights | None) -> int:
+def itemsize(model: LensModel, packed: PackedWeights | None) -> int:
     """Bytes of one number of the activations."""
     return model.cfg.dtype.itemsize if packed is None else max(4, model.cfg.dtype.itemsize)
 
 
-def _prompts_at_a_time(model, packed: PackedWeights | None, request: Request, budget: int) -> int:
+def _prompts_at_a_time(model: LensModel, packed: PackedWeights | None, request: Request, budget: int) -> int:
     """As many prompts as have their kept activations in half of the budget."""
     cfg = model.cfg
     if packed is not None:
@@ -156,7 +158,7 @@ def _prompts_at_a_time(model, packed: PackedWeights | None, request: Request, bu
     return max(1, budget // 2 // (numbers * itemsize(model, packed)))
 
 
-def plain_flops(model, request: Request, n_prompts: int) -> float:
+def plain_flops(model: LensModel, request: Request, n_prompts: int) -> float:
     """Floating-point operations of running the whole model once for each cell, all logits included."""
     cfg, n = model.cfg, request.n_pos
     tally = Tally()
@@ -168,7 +170,7 @@ def plain_flops(model, request: Request, n_prompts: int) -> float:
     return tally.flops * float(torch.Size(request.shape(n_prompts)).numel())
 
 
-def _patch(model, packed, swept, request: Request, pairs: PromptPairs, budget: int, first: int, progress):
+def _patch(model: LensModel, packed, swept, request: Request, pairs: PromptPairs, budget: int, first: int, progress):
     """values, metric of clean and corrupted, cells run and FLOPs, of prompts whose activations fit in memory."""
     denoising = request.direction == "denoising"
     base_tokens, source_tokens = (pairs.corrupted, pairs.clean) if denoising else (pairs.clean, pairs.corrupted)
@@ -205,11 +207,12 @@ def _patch(model, packed, swept, request: Request, pairs: PromptPairs, budget: i
     plain = not isinstance(request.metric, Metric)
     max_rows, done = _rows_at_a_time(model, swept, request, budget), 0
     for batch in batches(cells, request, max_rows, together=plain):
+        finals: Iterable[tuple[Tensor, Tensor]]
         if swept is not None:
             final = exact.sweep_cells(sweep, batch)
             if request.reads != sweep.reads:  # the metric's own order
                 final = final[:, torch.searchsorted(sweep.on_device, reads)]
-            finals = iter([(torch.arange(len(batch)), final)])
+            finals = [(torch.arange(len(batch)), final)]
         else:
             n_runs = max(1, max_rows // request.n_read)
             finals = hooked.final_residuals(model, request, base, source, batch, n_runs, packed)
@@ -235,7 +238,7 @@ def _patch(model, packed, swept, request: Request, pairs: PromptPairs, budget: i
     return values, clean, corrupted, len(cells), tally.flops
 
 
-def _rows_at_a_time(model, packed, request: Request, budget: int) -> int:
+def _rows_at_a_time(model: LensModel, packed, request: Request, budget: int) -> int:
     """Rows of the residual stream that a sweep may carry in half of the budget."""
     cfg = model.cfg
     d_mlp = cfg.d_mlp or 0

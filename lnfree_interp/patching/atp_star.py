@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..forward import Layer, attend
+from ..forward import attend
 from .sides import Case, gradients, site_hooks
 
 
-def exact_softmax(case: Case, layers: Sequence[Layer]) -> Tensor:
+def exact_softmax(case: Case) -> Tensor:
     """(z if a head's q or k were the source's - z) . gradient at z, for q and k."""
-    request, model = case.request, case.model
+    assert case.window.packed is not None
+    request, model, packed = case.request, case.model, case.window.packed
     base, at_z = {}, replace(request, site="z", by_position=True, units=tuple(range(model.cfg.n_heads)))
     kept: dict[tuple[str, int], Tensor] = {}
 
@@ -30,7 +30,7 @@ def exact_softmax(case: Case, layers: Sequence[Layer]) -> Tensor:
     grads = gradients(case.metric(window.run(resid=case.resid[0], hooks=hooks)), base)
     by_layer = []
     for i in request.layers:
-        layer, z, g = layers[i], base[i].detach(), grads[i]
+        layer, z, g = packed.layers[i], base[i].detach(), grads[i]
         q, k, v = (kept[name, i] for name in "qkv")
         delta = case.delta[i]
         # The patching run's, exactly the base run's where the two agree.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..batching import d_vocab_out
 from ..forward import Norm, PackedWeights, own_hooks, unembed
+from ..lens import LensModel
 from ..metrics import Metric
 from ..pairs import PromptPairs
 from .sites import DIRECTIONS, SITES
@@ -118,7 +119,7 @@ class Request:
         return self.metric.name if isinstance(self.metric, Metric) else getattr(self.metric, "__name__", "metric")
 
 
-def checked(model, pairs: PromptPairs, site, metric, direction, layers, units, by_position) -> Request:
+def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layers, units, by_position) -> Request:
     """The request, or a ValueError that says what about it is wrong. The pairs are on the CPU."""
     cfg = model.cfg
     if site not in SITES:
@@ -224,20 +225,21 @@ def find_cells(request: Request, differs: Callable[[int], Tensor], differ: Tenso
         allowed[request.layers.index(n_layers - 1)] &= read  # nothing above carries a change to other positions
     by_unit = not (request.positional or request.by_position)
     found = []
-    for layer, mask in zip(request.layers, on_device(allowed, device)):
-        where = differs(layer)
+    for i, mask in zip(request.layers, on_device(allowed, device)):
+        where = differs(i)
         where = (where[..., None] if request.positional else where) & mask[..., None]
         found.append(torch.where(where.any(1), where.int().argmax(1), n_pos) if by_unit else where)
-    cells = torch.stack(found).cpu()  # the one time that the device is waited for
+    where = torch.stack(found).cpu()  # the one time that the device is waited for
+    layers = torch.tensor(request.layers)
     if by_unit:  # [layer, prompt, unit], the first position
-        in_layers, prompt, unit = at = (cells < n_pos).nonzero(as_tuple=True)
-        start = cells[at]
+        layer, prompt, unit = at = (where < n_pos).nonzero(as_tuple=True)
+        start = where[at]
         pos = torch.full_like(start, -1)
     else:
-        in_layers, prompt, pos, unit = cells.nonzero(as_tuple=True)
+        layer, prompt, pos, unit = where.nonzero(as_tuple=True)
         start = pos
     unit = pos if request.positional else torch.tensor(request.units)[unit]
-    return Cells(prompt, torch.tensor(request.layers)[in_layers], unit, pos, start)
+    return Cells(prompt, layers[layer], unit, pos, start)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -255,7 +257,13 @@ class Tally:
 
 
 def read_metric(
-    model, request: Request, pairs: PromptPairs, final: Tensor, prompt: Tensor, norm: Norm, tally: Tally | None = None
+    model: LensModel,
+    request: Request,
+    pairs: PromptPairs,
+    final: Tensor,
+    prompt: Tensor,
+    norm: Norm,
+    tally: Tally | None = None,
 ) -> Tensor:
     """The metric of final residual streams [row, read position, d_model] of the prompts named, one number a row.
 
@@ -307,7 +315,7 @@ def check_finite(request: Request, values: Tensor, what: str = "", first: int = 
         raise ValueError(f"{name} is {value} for prompt {first + prompt}, it must be finite")
 
 
-def memory_budget(model, max_memory: int | None) -> int:
+def memory_budget(model: LensModel, max_memory: int | None) -> int:
     """Bytes that patching may use beyond the model: what was asked for, else a part of what the device has free.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class PatchingEffect:
         import pandas as pd
 
         index = np.indices(tuple(self.values.shape)).reshape(self.values.ndim, -1)
-        labels = [None, np.asarray(self.layers), np.asarray(self.units), None]
+        labels: list[Any] = [None, np.asarray(self.layers), np.asarray(self.units), None]
         columns = {axis: index[i] if labels[i] is None else labels[i][index[i]] for i, axis in enumerate(self.axes)}
         columns["effect"] = self.values.flatten().float().cpu().numpy()
         if self.reliability is not None:
@@ -249,6 +250,7 @@ def patching_error(
     def of_correlation(name: str, a: np.ndarray, b: np.ndarray) -> dict:
         return {name: correlation(a, b), f"{name}_interval": correlation_interval(a, b, **sample)}
 
+    bounds = mean_interval(error.mean(1), **sample)
     return PatchingError(
         site=exact.site,
         method=approximate.method,
@@ -259,7 +261,7 @@ def patching_error(
         per_layer=torch.from_numpy(error.mean(0)),
         per_layer_interval=torch.from_numpy(np.stack([low, high], 1)),
         total=float(error.mean()),
-        total_interval=tuple(map(float, mean_interval(error.mean(1), **sample))),
+        total_interval=(float(bounds[0]), float(bounds[1])),
         **of_ratio("relative", error.sum(1), size.sum(1)),
         **of_correlation("pearson", *flat),
         **of_correlation("spearman", *ranks),

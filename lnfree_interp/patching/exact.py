@@ -271,7 +271,7 @@ def _record(packed, tokens, first, base: Kept | None, needs: set[str], tally: Ta
         parts = []
         for start, mine, *qkv in zip(starts, prompts, *(x.split(spans) for x in (q, k, v))):
             q_g, k_g, v_g = (x.unflatten(0, (len(mine), -1)) for x in qkv)
-            if base is not None and start:
+            if start and base is not None:
                 k_g = torch.cat([base["k"][i][mine, :start], k_g], 1)
                 v_g = torch.cat([base["v"][i][mine, :start], v_g], 1)
             parts.append(_attend(layer, q_g, k_g, v_g, tally).flatten(0, 1))
@@ -317,8 +317,8 @@ def by_layer(cells: Cells, device) -> dict[int, Joining]:
     joining = {}
     for layer, here in _runs(cells.layer):
         runs = tuple(_runs(cells.start[here]))
-        index, prompt, start, unit = sent[:, here].unbind()
-        joining[layer] = Joining(index, prompt, start, unit, cells.unit[here], runs)
+        cell, prompt, start, unit = sent[:, here]
+        joining[layer] = Joining(cell, prompt, start, unit, cells.unit[here], runs)
     return joining
 
 
@@ -343,7 +343,6 @@ def _joining_after(sweep: Sweep, i: int, cells: Joining | None) -> tuple[list[Ro
     if site == "resid_pre" or cells is None:
         return [], None
     base, source, layer = sweep.base, sweep.source, sweep.layer(i)
-    W_out: Any = layer.W_out  # None only where there are no neurons to patch
 
     def at(run: Kept, name: str) -> Tensor:
         return run[name][i][cells.prompt, cells.start]
@@ -360,6 +359,7 @@ def _joining_after(sweep: Sweep, i: int, cells: Joining | None) -> tuple[list[Ro
     if site == "mlp_out":
         return [], Single(cells, at(base, "resid_mid") + at(source, "mlp_out"))
     change: Tensor | None
+    W_out: Any = layer.W_out
     if site == "neurons":
         change = source["neurons"][i] - base["neurons"][i]
     elif request.by_position and site in "kv":
@@ -479,9 +479,10 @@ def _block(sweep: Sweep, i: int, groups: Sequence[Rows], single: Single | None) 
         last = i == len(packed.layers) - 1
         # Keys and values of all rows; queries, in the last layer, only where the metric reads.
         tally.linear(len(rows), n_in, 2 * n_out if last else 3 * n_out)
+        queries: Any
         *queries, keys, values = products(rows, *layer.qkv[1 if last else 0 :])
-        of_groups: Sequence[Tensor | None] = queries[0].split(sizes) if queries else [None] * len(groups)
-        for g, x, q, k, v in zip(groups, rows.split(sizes), of_groups, keys.split(sizes), values.split(sizes)):
+        queries = queries[0].split(sizes) if queries else [None] * len(groups)
+        for g, x, q, k, v in zip(groups, rows.split(sizes), queries, keys.split(sizes), values.split(sizes)):
             positions, resid = sweep.needed(i, g.start), g.resid
             shape = resid.shape[:2]
             if q is None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..batching import Progress
 from ..forward import packed_weights
+from ..lens import ModelOrName
 from ..metrics import Metric, logit_diff
 from ..models import as_model
 from ..pairs import as_pairs
@@ -25,7 +26,7 @@ from .sites import METHODS, SITES
 
 
 def attribution_patching(
-    model,
+    model: ModelOrName,
     pairs: PairsLike,
     *,
     site: str = "resid_pre",
@@ -107,7 +108,6 @@ def attribution_patching(
     if isinstance(metric, Metric):
         n_together = max(1, budget // (numbers_per_prompt(model, request) * itemsize(model, packed)))
     parts = []
-    estimate: tuple[Tensor, Tensor | None]
     with frozen(model), torch.enable_grad():
         for i in range(0, len(pairs), n_together):
             here = slice(i, i + n_together)
@@ -116,12 +116,13 @@ def attribution_patching(
             cut = one_backward or method == "integrated"
             case = both_sides(model, part, pairs[here], packed, graph=one_backward, cut=cut)
             check_finite(request, torch.stack([case.at_base, case.at_source], 1), first=i)
+            estimate: tuple[Tensor, Tensor | None]
             if one_backward:
                 estimate = _of_cells(case, case.gradients()), None
             elif method == "integrated":
                 estimate = _of_cells(case, integrated_gradients(case, steps, path)), None
-            elif method == "atp_star" and packed is not None:
-                estimate = exact_softmax(case, packed.layers), None
+            elif method == "atp_star":
+                estimate = exact_softmax(case), None
             else:
                 estimate = (jointly if joint else cell_by_cell)(case, budget)
             parts.append((*estimate, case.at_source, case.at_base))

@@ -5,19 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from ..forward import PackedWeights, own_hooks, run
+from ..lens import LensModel
 from .cells import Cells, Request, on_device
 from .sites import SITES
 
 Recorded = dict[str, list[Tensor]]
 
 
-def check_model(model, tokens: Int[Tensor, "prompt pos"]) -> None:
+def check_model(model: LensModel, tokens: Int[Tensor, "prompt pos"]) -> None:
     """Whether two runs of the model can be compared: the first prompt, run twice, must give the same.
 
     Raises:
@@ -46,7 +48,7 @@ def names(site: str, layer: int) -> dict[str, str]:
     return {"resid_pre": block + SITES["resid_pre"].hook, site: block + SITES[site].hook}
 
 
-def record(model, tokens: Tensor, site: str, packed: PackedWeights | None) -> Recorded:
+def record(model: LensModel, tokens: Tensor, site: str, packed: PackedWeights | None) -> Recorded:
     """The site's activations and the residual stream of each layer, and the final one at the end of "resid_pre"."""
     kept: Recorded = {"resid_pre": [], site: []}
 
@@ -78,7 +80,7 @@ def overwritten(x: Tensor, values: Tensor, request: Request, cells: Cells) -> Te
     """x [cell, ...] with each cell's activation replaced by that of `values`, shaped alike; cells on the device."""
     new = x.clone()
     row = torch.arange(len(x), device=x.device)
-    at: tuple
+    at: tuple[Any, ...]
     if request.positional:
         at = (row, cells.start)
     elif request.site == "pattern":  # [cell, head, query, key]
@@ -102,7 +104,13 @@ def patch_hooks(
 
 
 def final_residuals(
-    model, request: Request, base: Recorded, source: Recorded, cells: Cells, rows: int, packed: PackedWeights | None
+    model: LensModel,
+    request: Request,
+    base: Recorded,
+    source: Recorded,
+    cells: Cells,
+    rows: int,
+    packed: PackedWeights | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(indices of cells, their final residual streams at the positions read), `rows` prompts at a time."""
     device = base["resid_pre"][0].device

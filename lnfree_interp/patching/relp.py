@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +40,9 @@ def relp_weights(packed: PackedWeights, *, detach_norm: bool, linear_gelu: bool)
     """A model's weights with the norms, the final one included, and the activation function of RelP."""
     if detach_norm:
 
-        def detached(n: Norm) -> Norm:
-            return DetachedNorm(n.kind, n.eps, n.w, n.b)
+        def detached(n: Any) -> Any:
+            return None if n is None else DetachedNorm(n.kind, n.eps, n.w, n.b)
 
-        layers = tuple(
-            replace(layer, ln1=detached(layer.ln1), ln2=None if layer.ln2 is None else detached(layer.ln2))
-            for layer in packed.layers
-        )
+        layers = tuple(replace(layer, ln1=detached(layer.ln1), ln2=detached(layer.ln2)) for layer in packed.layers)
         packed = replace(packed, layers=layers, ln_final=detached(packed.ln_final))
     return replace(packed, act=linear_activation(packed.act)) if linear_gelu else packed

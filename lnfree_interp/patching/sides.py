@@ -23,7 +23,7 @@ Activations = dict[int, Tensor]
 """Layer -> the site's activation of all prompts."""
 
 
-def numbers_per_prompt(model, request: Request) -> int:
+def numbers_per_prompt(model: LensModel, request: Request) -> int:
     """Roughly what autograd keeps of a forward for one prompt."""
     cfg = model.cfg
     per_position = 14 * cfg.d_model + 3 * (cfg.d_mlp or 0) + 2 * cfg.n_heads * request.n_read
@@ -31,7 +31,7 @@ def numbers_per_prompt(model, request: Request) -> int:
 
 
 @contextmanager
-def frozen(model) -> Iterator[None]:
+def frozen(model: LensModel) -> Iterator[None]:
     """No gradients of weights: autograd keeps less, and nothing is left in `.grad`."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
@@ -144,7 +144,13 @@ def gradients(value: Tensor, nodes: Activations, *, create_graph: bool = False) 
 
 
 def both_sides(
-    model, request: Request, pairs: PromptPairs, packed: PackedWeights | None, *, graph: bool = True, cut: bool = False
+    model: LensModel,
+    request: Request,
+    pairs: PromptPairs,
+    packed: PackedWeights | None,
+    *,
+    graph: bool = True,
+    cut: bool = False,
 ) -> Case:
     """One forward of the source prompts, without a graph, and one of the base prompts, with it if asked for.
 
