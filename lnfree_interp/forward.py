@@ -174,7 +174,7 @@ def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:
     return () if model is None else tuple(name for name, m in model.named_modules() if _carries_hooks(m))
 
 
-def _carries_hooks(module: torch.nn.Module) -> bool:
+def _carries_hooks(module: LensModel | torch.nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind) for kind in kinds)
 

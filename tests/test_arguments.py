@@ -146,6 +146,7 @@ def every_function(folder, pairs, tokens):
     return {name: lambda m, f=f: f(m, tokens) for name, f in OF_TOKENS.items()} | of_model(folder, pairs)
 
 
+@pytest.mark.slow
 def test_a_model_by_name_is_loaded_once(model, pairs, tokens, tmp_path, monkeypatch):
     loaded = []
     monkeypatch.setattr(models, "load_model", lambda name: loaded.append(name) or model)

@@ -293,6 +293,7 @@ def on_the_device(name, kind, hooked):
     return result, syncs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_device_gives_the_cpus_numbers(name):
     for way in ways(name):
@@ -314,6 +315,7 @@ def is_numbers(value) -> bool:
     return isinstance(value, (torch.Tensor, int, float))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_syncs_do_not_grow_with_what_is_asked_for(name):
     for kind, hooked in ways(name):
@@ -335,6 +337,7 @@ STREAMED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STREAMED)
 def test_a_batch_costs_few_syncs(name):
     function, most = STREAMED[name]

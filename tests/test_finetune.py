@@ -232,6 +232,7 @@ def test_the_logged_losses_are_the_model_s(finished):
 TOLERANCE = 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{"batch_size": 1}, {"batch_size": 2}, {CHECKPOINTING: True}], ids=str)
 def test_accumulation_and_checkpointing_change_no_number(finished, tokenizer, tmp_path, arguments):
     """Losses and running averages of every step, whatever a step is divided into.
@@ -258,6 +259,7 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tokenizer, tmp_path):
     out, recorder = tmp_path / "out", Recorder()
     with pytest.raises(KeyboardInterrupt):
@@ -440,6 +442,7 @@ def test_bad_input_is_one_line_and_status_2(files, tmp_path, capsys, case):
     assert not (tmp_path / "out").exists() and sorted(files.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_the_command_trains_resumes_and_reports(files, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["--model", str(files / "model"), "--preset", "tiny", "--text", str(files / "text.txt")]

@@ -72,6 +72,7 @@ def same(a, b, atol=1e-9):
 # -- the checkpoint's format ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(
     n_head=st.integers(1, 3),

@@ -286,6 +286,7 @@ def in_fp64(model, resid, post, targets):
 FP32_NOISE = 6 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     kind=st.sampled_from(NORMALIZATIONS),

@@ -9,9 +9,11 @@ from pathlib import Path
 from pkgutil import iter_modules
 
 import pytest
+from pytest import param
 
 import lnfree_interp
 
+slow = pytest.mark.slow
 PATH = lnfree_interp.__path__
 
 
@@ -49,6 +51,7 @@ def test_a_star_import_gives_the_public_names():
     assert set(lnfree_interp.__all__) <= set(got)
 
 
+@slow
 @pytest.mark.parametrize(
     "first", ["import lnfree_interp.evaluate.hellaswag", "import lnfree_interp.evaluate", "import lnfree_interp"]
 )
@@ -58,6 +61,7 @@ def test_a_function_is_not_hidden_by_the_module_it_lives_in(first):
     assert run_python(code) == "function True True"
 
 
+ANALYSES = ("activation_patching", "ablate_neurons", "evaluate_loss", "residual_norms")
 HEAVY = ("torch", "transformers", "transformer_lens", "plotly", "pandas", "datasets")
 
 
@@ -66,9 +70,9 @@ HEAVY = ("torch", "transformers", "transformer_lens", "plotly", "pandas", "datas
     [
         (f"import lnfree_interp, {', '.join(p.__name__ for p in PACKAGES)}; dir(lnfree_interp)", HEAVY),
         ("from lnfree_interp import RemovalSchedule, cli, read_documents", HEAVY),
-        ("from lnfree_interp.finetune import remove_layernorm", ("transformer_lens", "plotly")),
-        ("from lnfree_interp import direct_logit_attribution, load_model", ("plotly",)),
-        ("from lnfree_interp import activation_patching, ablate_neurons, evaluate_loss, residual_norms", ("plotly",)),
+        param("from lnfree_interp.finetune import remove_layernorm", ("transformer_lens", "plotly"), marks=slow),
+        param("from lnfree_interp import direct_logit_attribution, load_model", ("plotly",), marks=slow),
+        param(f"from lnfree_interp import {', '.join(ANALYSES)}", ("plotly",), marks=slow),
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(statement, unwanted):

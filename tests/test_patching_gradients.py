@@ -75,6 +75,7 @@ def test_gradient_is_transformer_lens_own(random_model, kind, fast):
         torch.testing.assert_close(got.values, wanted, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "LNPre"])
 @pytest.mark.parametrize("method", METHODS)
 def test_prompts_do_not_mix_and_memory_changes_nothing(random_model, kind, method):
@@ -114,6 +115,7 @@ def test_noising_swaps_the_sides(random_model):
 # Integrated gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "LNPre"])
 def test_integrated_effects_sum_to_the_total_effect(random_model, kind):
     model = random_model(kind)

@@ -145,6 +145,7 @@ def test_a_steering_vector_is_part_of_the_model(deep, kind, name):
 # Other attention and positions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "LNPre"])
 @pytest.mark.parametrize(
     "fields", [{"attention_dir": "bidirectional"}, {"positional_embedding_type": "shortformer"}], ids=str
@@ -163,6 +164,7 @@ def test_other_attention_and_positions(deep, kind, fields):
 # Half precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, dtype", [(None, torch.bfloat16), ("LNPre", torch.float16)], ids=str)
 def test_half_precision_is_that_of_the_weights_alone(kind, dtype):
     model, exact = make_model(kind, dtype=dtype), make_model(kind)
@@ -200,6 +202,7 @@ def test_half_precision_through_hooks_says_what_to_expect():
 # What is equal has no effect
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, dtype", [(None, torch.float32), ("LNPre", torch.float64)], ids=str)
 def test_equal_activations_have_no_effect_at_all(kind, dtype):
     # Wide enough for products to round differently in passes of different shapes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import plotly.graph_objects as go
 import torch
@@ -85,7 +86,7 @@ def cumulative_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
     return styled(figure, title="Neurons ablated one on top of the other")
 
 
-def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, object]) -> go.Figure:
+def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, Any]) -> go.Figure:
     """Mean |change of cross-entropy| of every neuron against its score, and the part through the scale.
 
     Example:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..batching import Places, Progress, Tokens, check_next_token, check_tokens, indices, token_batches
 from ..forward import own_hooks, packed_weights, run
+from ..lens import LensModel, ModelOrName
 from ..models import as_model
 from .choices import ABLATIONS, METHODS
 from .last_layer import Rows, Unembedding, folded_unembedding, make_neurons, make_rows, wide
@@ -28,7 +29,7 @@ FEW_NEURONS = 16
 
 
 def ablate_neurons(
-    model,
+    model: ModelOrName,
     tokens: Tokens,
     *,
     layer: SupportsIndex = -1,
@@ -87,7 +88,7 @@ def ablate_neurons(
 
 
 def ablate_cumulatively(
-    model,
+    model: ModelOrName,
     tokens: Tokens,
     neurons: Places,
     *,
@@ -146,7 +147,7 @@ def _check_ablation(ablation: str, tolerance: float) -> None:
         raise ValueError(f"tolerance {tolerance} is not a number of nats from 0 up")
 
 
-def _method(model, layer: int, method: str, n_neurons: int) -> str:
+def _method(model: LensModel, layer: int, method: str, n_neurons: int) -> str:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; allowed are {', '.join(METHODS)}")
     cfg = model.cfg
@@ -162,7 +163,7 @@ def _method(model, layer: int, method: str, n_neurons: int) -> str:
     return "rerun" if why else "stream" if n_neurons < FEW_NEURONS else "moments"
 
 
-def _in_between(model, layer: int) -> str | None:
+def _in_between(model: LensModel, layer: int) -> str | None:
     """What else than W_out comes between a layer's neurons and what a later layer or the final norm reads, if anything.
 
     Without that the residual stream after the layer changes by the neuron's change times its row of W_out.
@@ -187,7 +188,7 @@ def _labels(layer: int, neurons: Tensor) -> tuple[str, ...]:
 # The last layer, in closed form
 
 
-def _scan(model, tokens, layer: int, neurons, ablation, method, tolerance, progress) -> NeuronAblation:
+def _scan(model: LensModel, tokens, layer: int, neurons, ablation, method, tolerance, progress) -> NeuronAblation:
     unembedding = folded_unembedding(model)
     neurons = neurons.to(model.cfg.device)
     resid, post = _activations(model, tokens, layer, neurons, "hook_resid_post")
@@ -245,7 +246,7 @@ def _value(post: Float[Tensor, "batch pos neuron"], ablation: str) -> Float[Tens
 
 
 def _activations(
-    model, tokens, layer: int, neurons, point: str
+    model: LensModel, tokens, layer: int, neurons, point: str
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos neuron"]]:
     """The residual stream at one of the layer's hook points and the neurons' activations, in one pass."""
     resid: list[Tensor] = []
@@ -268,7 +269,7 @@ def _activations(
 # Any layer, by running what comes after it
 
 
-def _rerun(model, tokens, layer: int, sets, labels, ablation, progress) -> NeuronAblation:
+def _rerun(model: LensModel, tokens, layer: int, sets, labels, ablation, progress) -> NeuronAblation:
     """Each set of neurons ablated together; everything after the layer computed again, its scale both ways."""
     unembedding, packed = folded_unembedding(model), packed_weights(model)
     every = torch.cat(list(sets))

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..forward import Norm, final_norm
+from ..lens import LensModel
 
 # Rounding errors of a product with W, in units in the last place of `Unembedding.rounding`'s size. Root mean squares of
 # 0.5 were seen, and 10 for the worst of a vocabulary: what counts is the few likely tokens'.
@@ -69,7 +70,7 @@ class Unembedding:
         return PRODUCT_ROUNDING * torch.finfo(self.W.dtype).eps * (most + (x * self.spread).norm(dim=1))
 
 
-def folded_unembedding(model, *, centre: bool = True) -> Unembedding:
+def folded_unembedding(model: LensModel, *, centre: bool = True) -> Unembedding:
     """W_U and b_U with the final norm's own weights folded in, in fp32 at least.
 
     Args:

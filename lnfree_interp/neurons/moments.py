@@ -179,7 +179,7 @@ def series(
     highest = powers if change.alpha is not None else powers[:1]
     of_alpha = torch.ones_like(change.t)
     for j, most in enumerate(highest):
-        if j:
+        if j and change.alpha is not None:
             of_alpha = of_alpha * change.alpha / j
         factor = of_alpha
         for k in range(most + 1):
@@ -213,7 +213,7 @@ def error_bound(
     for j, most in enumerate(highest):
         q = most + 1
         factor = t**q * exp_u / (math.factorial(q) * math.factorial(j))
-        if j:
+        if j and alpha is not None:
             factor = factor * alpha**j
         root = moments.even(2 * q).sqrt()
         size = factor * (moments.even(q) if j == 0 else own_moment(moments.rows, 0, 2 * j).sqrt() * root)

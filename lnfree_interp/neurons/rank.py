@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..batching import whole
+from ..lens import LensModel, ModelOrName
 from ..models import as_model
 from .last_layer import WITH_FP64, folded_unembedding
 
 
-def mlp_of(model, layer: SupportsIndex):
+def mlp_of(model: LensModel, layer: SupportsIndex) -> tuple[Any, int]:
     """The layer's MLP and its number counted from 0.
 
     Raises:
@@ -26,7 +27,7 @@ def mlp_of(model, layer: SupportsIndex):
     mlp = getattr(model.blocks[layer], "mlp", None)
     if getattr(mlp, "W_out", None) is None:
         raise ValueError(f"layer {layer} has no MLP with one W_out, so it has no neurons to look at")
-    return mlp, layer
+    return mlp, int(layer)
 
 
 def in_fp64(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -34,7 +35,7 @@ def in_fp64(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return (x if x.device.type in WITH_FP64 else x.cpu()).double()
 
 
-def rank_confidence_neurons(model, layer: SupportsIndex = -1, *, null_directions: int | None = None):
+def rank_confidence_neurons(model: ModelOrName, layer: SupportsIndex = -1, *, null_directions: int | None = None):
     """The papers' score |w_out| / LogitVar of every neuron of a layer, largest first (P2, confidence neurons).
 
     LogitVar is the variance over the vocabulary of the cosine of w_out with the columns of W_U. A neuron with a
@@ -82,7 +83,7 @@ def rank_confidence_neurons(model, layer: SupportsIndex = -1, *, null_directions
         parts = [(directions @ part).square_().sum(1) for part in columns.split(8192, dim=1)]
         logit_var = in_fp64(torch.stack(parts)).sum(0) / W_U.shape[1]
         # Left singular vectors from the d_model x d_model Gram matrix, in fp64: W_U itself is 65 times as wide.
-        gram = sum(part @ part.T for part in map(in_fp64, W_U.split(8192, dim=1)))
+        gram: Any = sum(part @ part.T for part in map(in_fp64, W_U.split(8192, dim=1)))
         constant = torch.full_like(gram[0], d_model**-0.5)
         if constant @ gram @ constant < 1e-9 * gram.trace() / d_model:
             gram += gram.trace() * constant.outer(constant)  # now the largest singular value, not the last

@@ -119,6 +119,6 @@ class _Work:
         return self._between(self.series + rest * i / n, self.series + rest * (i + 1) / n)
 
     def _between(self, low: float, high: float) -> Share | None:
-        if self.share is None:
+        if (told := self.share) is None:
             return None
-        return lambda share: self.share(low + (high - low) * share)
+        return lambda share: told(low + (high - low) * share)

@@ -65,7 +65,7 @@ def _stream(unembedding, rows, neurons, change, row, neuron, with_maximum, grown
     device, dtype = grown.device, grown.dtype
     n_vocab, n_pairs = (CPU_CHUNK, CPU_PAIRS) if device.type == "cpu" else (GPU_CHUNK, GPU_PAIRS)
     if len(row) == grown.numel():
-        w, tiles = neurons.w, list(_rectangles(*grown.shape, n_pairs))
+        w, tiles = neurons.w, list(_rectangles(grown.shape[0], grown.shape[1], n_pairs))
     else:
         active, column = neuron.unique(return_inverse=True)
         w, tiles = (
