@@ -299,7 +299,7 @@ def test_runs_are_kept_and_order_is_compared(tmp_path, monkeypatch):
     kept = sorted((tmp_path / "runs").glob("*/result.json"))
     assert len(kept) == 3
     assert not list((tmp_path / "runs").glob("*/checkpoint-*"))
-    monkeypatch.setattr(runs, "_train", lambda task: pytest.fail(f"ran {task[0].variant} again"))
+    monkeypatch.setattr(train_run, "train", lambda task: pytest.fail(f"ran {task[0].variant} again"))
     assert removal_order.main([*flags, *where]) == 0
     again = pd.read_csv(tmp_path / "out" / "removal_order.csv").set_index("order")
     pd.testing.assert_frame_equal(table, again)

@@ -194,6 +194,7 @@ def test_what_is_no_model(model, pairs, tokens, tmp_path, as_users_have_it):
 # Tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_TOKENS)
 def test_tokens_of_every_make(model, tokens, name):
     function, array = OF_TOKENS[name], tokens.numpy()
@@ -305,6 +306,7 @@ def test_values_are_read_once(pairs):
 ATTRIBUTIONS = (direct_logit_attribution, direct_effect, logit_attributions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ATTRIBUTIONS)
 def test_positions_of_every_make(model, tokens, function):
     mask = [False, True, False, True, False, False, False]
@@ -319,6 +321,7 @@ def test_positions_of_every_make(model, tokens, function):
             assert_same(function(model, tokens, positions=positions), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ATTRIBUTIONS)
 def test_targets_of_every_make(model, tokens, function):
     a, b = (model.to_single_token(text) for text in (" his", " the"))

@@ -33,6 +33,7 @@ def text_file(tmp_path):
     return str(file)
 
 
+@pytest.mark.slow
 def test_dla_on_the_embedded_models(tmp_path, capsys):
     out = tmp_path / "out"
     assert dla.main(["--tokens", "1024", "--out", str(out), "--device", "cpu"]) == 0
@@ -47,6 +48,7 @@ def test_dla_on_the_embedded_models(tmp_path, capsys):
     assert sorted(f.name for f in out.iterdir()) == ["dla.csv", "dla.html"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flags", "files"),
     [

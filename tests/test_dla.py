@@ -146,6 +146,7 @@ WHERE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("positions", WHERE, ids=str)
 def test_some_positions_are_those_of_all(any_model, by, positions):

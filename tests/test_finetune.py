@@ -317,6 +317,7 @@ class Sabotage(TrainerCallback):
             model.transformer.wpe.weight.data *= self.factor
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tokenizer, tmp_path):
     with pytest.raises(Diverged, match=r"is nan at step 13: stopped; the last good checkpoint is .*checkpoint-10"):
         train(tokenizer, tmp_path / "out", callbacks=[Sabotage(12, math.nan)])

@@ -89,6 +89,7 @@ OTHER_BLOCKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", OTHER_BLOCKS)
 @pytest.mark.parametrize("kind", [None, "LN"])
 def test_blocks_of_another_kind_are_hooks_too(kind, blocks, random_model):
@@ -123,6 +124,7 @@ OWN_HOOKS = {  # and the layers whose neurons they come after
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", OWN_HOOKS)
 @pytest.mark.parametrize("kind", [None, "LN"])
 def test_hooks_of_the_models_own_are_run(kind, point):
@@ -365,6 +367,7 @@ def test_violent_neurons_neither_overflow_nor_vanish(kind, dtype):
     assert_is_by_hook(result, model, tokens, -1, [[i] for i in range(40)], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_device_is_asked_once_a_block_not_once_a_tile(monkeypatch):
     model = strengthened("LN", 0.3)
     rows, unembedding, neurons, da = pieces(model)

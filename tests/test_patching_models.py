@@ -88,6 +88,7 @@ def deep(random_model):
     return lambda kind, **fields: random_model(kind, n_layers=3, d_model=12, d_head=4, d_mlp=9, **fields)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @example(kind=None, point="hook_resid_mid", at=1, site="resid_mid")
 @given(kind=KINDS, point=st.sampled_from(POINTS), at=st.integers(0, 2), site=st.sampled_from(sorted(SITES)))
@@ -105,6 +106,7 @@ def test_own_hooks_run_once_in_every_patched_run(deep, kind, point, at, site):
         model.reset_hooks(including_permanent=True)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(
     kind=KINDS,
@@ -124,6 +126,7 @@ def test_own_hooks_run_once_in_every_estimate(deep, kind, point, at, site, layer
         model.reset_hooks(including_permanent=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [None, "LNPre"])
 @pytest.mark.parametrize("name", ["hook_embed", "blocks.1.hook_resid_pre"])
 def test_a_steering_vector_is_part_of_the_model(deep, kind, name):

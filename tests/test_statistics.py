@@ -31,6 +31,7 @@ MEANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEANS)
 def test_the_mean_of_8_sequences_is_covered(name):
     draw, truth = MEANS[name]
