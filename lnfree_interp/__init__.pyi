@@ -51,3 +51,4 @@ from .patching import (
     patching_error as patching_error,
 )
 from .schedule import RemovalSchedule as RemovalSchedule
+from .weights import read_weights as read_weights

@@ -27,6 +27,31 @@ torch.set_num_threads(1)
 
 NORMALIZATIONS = (None, "LNPre", "LN", "RMSPre", "RMS")
 
+_ROTARY = {"positional_embedding_type": "rotary"}
+_GROUPED = {"n_heads": 4, "n_key_value_heads": 2, "d_head": 6}
+# Kind of block -> its own normalisation, and what else it has.
+KINDS = {
+    "GPT-2": ("LNPre", {}),
+    "Pythia": ("LN", _ROTARY | {"rotary_dim": 4, "parallel_attn_mlp": True, "act_fn": "gelu"}),
+    "Llama": (
+        "RMSPre",
+        _ROTARY
+        | _GROUPED
+        | {"gated_mlp": True, "act_fn": "silu", "rotary_base": 500, "use_NTK_by_parts_rope": True}
+        | {"NTK_original_ctx_len": 16},
+    ),
+    "Qwen": ("RMS", _ROTARY | _GROUPED | {"gated_mlp": True, "act_fn": "silu", "use_qk_norm": True}),
+    "Gemma": (
+        "RMS",
+        _ROTARY
+        | _GROUPED
+        | {"gated_mlp": True, "act_fn": "gelu_pytorch_tanh", "use_normalization_before_and_after": True}
+        | {"attn_scores_soft_cap": 2.0, "output_logits_soft_cap": 3.0}
+        | {"use_local_attn": True, "window_size": 3, "attn_types": ["local", "global"] * 4},
+    ),
+}
+NEW_KINDS = tuple(kind for kind in KINDS if kind != "GPT-2")
+
 
 def make_model(normalization_type, *, seed=0, dtype=torch.float64, **overrides):
     """A small HookedTransformer with random weights, biases and norms included."""
@@ -69,10 +94,21 @@ def random_model():
     made = {}
 
     def factory(normalization_type, **fields):
-        key = (normalization_type, *sorted(fields.items()))
+        key = (normalization_type, *sorted((name, str(field)) for name, field in fields.items()))
         if key not in made:
             made[key] = make_model(normalization_type, **fields)
         return made[key]
+
+    return factory
+
+
+@pytest.fixture(scope="session")
+def model_of(random_model):
+    """Factory of small random models of a kind of block, with its own normalisation or without any."""
+
+    def factory(kind, normalised=True, **fields):
+        normalization, own = KINDS[kind]
+        return random_model(normalization if normalised else None, **(own | fields))
 
     return factory
 
@@ -81,3 +117,22 @@ def random_model():
 def any_model(request, random_model):
     """One model of each kind of normalisation, none included."""
     return random_model(request.param)
+
+
+@pytest.fixture(
+    params=[(kind, own) for kind in NEW_KINDS for own in (True, False)],
+    ids=lambda p: p[0] if p[1] else f"{p[0]} without norms",
+)
+def any_kind(request, model_of):
+    """One model of each other kind of block than GPT-2's, with its own normalisation and without any."""
+    return model_of(*request.param)
+
+
+@pytest.fixture(
+    params=[(n, "GPT-2") for n in NORMALIZATIONS] + [(n, kind) for kind in NEW_KINDS for n in (KINDS[kind][0], None)],
+    ids=lambda p: f"{p[1]} {p[0]}",
+)
+def any_block(request, random_model):
+    """`any_model` and `any_kind`."""
+    normalization, kind = request.param
+    return random_model(normalization, **KINDS[kind][1])

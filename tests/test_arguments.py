@@ -38,6 +38,7 @@ from lnfree_interp import (
     models,
     rank_confidence_neurons,
     read_documents,
+    read_weights,
     residual_norms,
 )
 from lnfree_interp.batching import check_ids, check_tokens, token_batches
@@ -132,6 +133,7 @@ def of_model(folder, pairs):
         "attribution_patching": lambda m: attribution_patching(m, pairs, layers=[0]),
         "kl_from_clean": lambda m: kl_from_clean(m, pairs).context,
         "rank_confidence_neurons": rank_confidence_neurons,
+        "read_weights": lambda m: read_weights(m).layers[-1].W_O,
         "hellaswag": lambda m: hellaswag(m, [ITEM]),
         "generate_samples": lambda m: generate_samples({"m": m}, TEXT, max_new_tokens=2),
         "ioi_pairs": lambda m: ioi_pairs(m, 2),

@@ -240,6 +240,7 @@ ONLY_PACKED |= {f"activation_patching:{site}" for site in ("resid_mid", "resid_p
 # These choose a device or know of none; the first is `test_models`'.
 NO_DEVICE = {
     "load_model": "chooses the device",
+    "read_weights": "views of the model's own",
     "available_models": "a table of names",
     "read_documents": "text",
     "token_blocks": "text to token ids, on the CPU",

@@ -197,11 +197,11 @@ def test_transformer_lens_own_attribution(random_model, normalization, differenc
 
 @pytest.mark.parametrize(
     "fields",
-    [{"positional_embedding_type": "rotary", "rotary_dim": 8}, {"n_key_value_heads": 1}, {"gated_mlp": True}],
+    [{"positional_embedding_type": "alibi"}, {"n_key_value_heads": 1, "ungroup_grouped_query_attention": True}],
     ids=lambda f: next(iter(f)),
 )
 @pytest.mark.parametrize("by", BY)
-def test_models_the_packed_forward_does_not_cover(fields, by):
+def test_models_that_are_not_read_go_through_their_own_forward(fields, by):
     model = make_model("RMSPre", **fields)
     tokens = random_tokens(model)
     linear, exact = logit_attributions(model, tokens, by=by)

@@ -19,8 +19,8 @@ from lnfree_interp.evaluate import (
 from lnfree_interp.evaluate.__main__ import main
 from lnfree_interp.evaluate.cached import extend
 from lnfree_interp.evaluate.command import baselines
-from lnfree_interp.forward import packed_weights
 from lnfree_interp.statistics import mean_interval
+from lnfree_interp.weights import read_weights
 
 
 class Letters:
@@ -46,9 +46,9 @@ def with_letters(kind, **fields):
 
 
 def uncovered(model):
-    """The same model, but on TransformerLens' own forward: the packed one does not serve models with hooks."""
+    """The same model, but on TransformerLens' own forward: the fast one does not serve models with hooks."""
     model.hook_embed.add_hook(lambda x, hook: x, is_permanent=True)
-    assert packed_weights(model) is None
+    assert read_weights(model) is None
     return model
 
 
@@ -276,12 +276,12 @@ def test_going_on_from_kept_keys_is_the_whole_pass(kind, cut, attn_only, seed):
     model = make_model(kind, attn_only=attn_only, seed=seed)
     tokens = random_tokens(model, batch=4, pos=9, seed=seed)
     tokens[:, :cut] = tokens[[0, 0, 2, 2], :cut]
-    packed = packed_weights(model)
-    whole, _ = extend(packed, tokens)
-    _, past = extend(packed, tokens[[0, 2], :cut])
-    rest, cache = extend(packed, tokens[:, cut:], past)
+    weights = read_weights(model)
+    whole, _ = extend(model, weights, tokens)
+    _, past = extend(model, weights, tokens[[0, 2], :cut])
+    rest, cache = extend(model, weights, tokens[:, cut:], past)
     torch.testing.assert_close(rest, whole[:, cut:])
-    assert cache[0][0].shape[:2] == (4, 9)
+    assert cache.kept[0][0].shape[:2] == (4, 9)
     expected = model.run_with_cache(tokens, names_filter=f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")[1]
     torch.testing.assert_close(whole, next(iter(expected.values())))
 

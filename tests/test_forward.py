@@ -1,14 +1,15 @@
-"""The packed forward is TransformerLens' forward: same activations, same effect of hooks, at any positions."""
+"""The fast forward is TransformerLens' forward: same activations, same effect of hooks, at any positions."""
 
 from functools import partial
 
 import pytest
 import torch
-from conftest import NORMALIZATIONS, make_model, random_tokens
+from conftest import KINDS, NORMALIZATIONS, make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lnfree_interp import forward
+from lnfree_interp import forward, read_weights
+from lnfree_interp.weights import own_hooks
 
 TOLERANCE = 1e-10
 SITES = (
@@ -16,49 +17,76 @@ SITES = (
     "attn.hook_q",
     "attn.hook_k",
     "attn.hook_v",
+    "attn.hook_rot_q",
+    "attn.hook_rot_k",
     "attn.hook_pattern",
     "attn.hook_z",
     "hook_attn_out",
     "hook_resid_mid",
     "mlp.hook_pre",
+    "mlp.hook_pre_linear",
     "mlp.hook_post",
     "hook_mlp_out",
     "hook_resid_post",
 )
 
 
-@settings(max_examples=25, deadline=None)
+ROTARY = {"positional_embedding_type": "rotary"}
+NTK = {"use_NTK_by_parts_rope": True, "NTK_original_ctx_len": 12, "NTK_by_parts_factor": 4.0}
+YARN = {"use_yarn_rope": True, "yarn_factor": 3.0, "yarn_attention_factor": 1.3}
+YARN["yarn_original_max_position_embeddings"] = 12
+POSITIONS = (
+    {},
+    ROTARY,
+    ROTARY | {"rotary_dim": 2, "rotary_adjacent_pairs": True},
+    ROTARY | {"rotary_base": 7.5, "rotary_dim": 4},
+    ROTARY | NTK,
+    ROTARY | YARN | {"rotary_adjacent_pairs": True},
+    ROTARY | {"rotary_scaling_factor": 8.0, "rotary_base_local": 10},
+)
+LOCAL = {"use_local_attn": True, "attn_types": ["local", "global", "local"]}
+
+
+@settings(max_examples=60, deadline=None)
 @given(
     normalization=st.sampled_from(NORMALIZATIONS),
     n_layers=st.integers(1, 3),
-    n_heads=st.integers(1, 3),
-    d_head=st.sampled_from([1, 4, 6]),
-    act_fn=st.sampled_from(["gelu", "gelu_new", "relu", "silu"]),
-    attn_only=st.booleans(),
+    heads=st.sampled_from([(1, None), (3, None), (3, 3), (3, 1), (4, 2)]),
+    d_head=st.sampled_from([4, 6]),
+    act_fn=st.sampled_from(["gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "silu"]),
+    positions=st.sampled_from(POSITIONS),
+    mlp=st.sampled_from([{"attn_only": True}, {}, {"parallel_attn_mlp": True}]),
+    gated_mlp=st.booleans(),
+    use_qk_norm=st.booleans(),
+    cap=st.sampled_from([{}, {"attn_scores_soft_cap": 1.5, "output_logits_soft_cap": 2.0}]),
+    window=st.sampled_from([{}, LOCAL | {"window_size": 2}, LOCAL | {"window_size": 30}]),
+    norms=st.sampled_from([{}, {"post_embedding_ln": True}, {"use_normalization_before_and_after": True}]),
+    final_rms=st.booleans(),
     inverse=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_logits_are_the_models_own(normalization, n_layers, n_heads, d_head, act_fn, attn_only, inverse, seed):
-    model = make_model(
-        normalization,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        d_head=d_head,
-        act_fn=act_fn,
-        attn_only=attn_only,
-        scale_attn_by_inverse_layer_idx=inverse,
-        seed=seed,
-    )
-    assert forward.covers(model)
+def test_logits_are_the_models_own(
+    normalization, n_layers, heads, d_head, positions, mlp, cap, window, norms, inverse, seed, **fields
+):
+    if "use_normalization_before_and_after" in norms and (normalization or "").startswith("LN"):
+        norms = {}  # TransformerLens has none
+    fields |= positions | mlp | cap | window | norms
+    fields |= {"n_heads": heads[0], "n_key_value_heads": heads[1], "scale_attn_by_inverse_layer_idx": inverse}
+    model = make_model(normalization, n_layers=n_layers, d_head=d_head, seed=seed, **fields)
+    assert read_weights(model) is not None
     tokens = random_tokens(model, seed=seed)
     logits = forward.unembed(model, forward.run(model, tokens))
-    torch.testing.assert_close(logits, model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
+    wanted = model(tokens)
+    torch.testing.assert_close(logits, wanted, atol=TOLERANCE * wanted.abs().max().clamp(min=1).item(), rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("site", SITES)
-def test_hooks_see_and_change_what_transformer_lens_hooks_do(any_model, site):
-    tokens, name = random_tokens(any_model), f"blocks.0.{site}"
-    seen = {}
+def sites_of(model):
+    return [site for site in SITES if f"blocks.0.{site}" in model.hook_dict]
+
+
+def test_hooks_see_and_change_what_transformer_lens_hooks_do(any_block):
+    model, seen = any_block, {}
+    tokens = random_tokens(model)
 
     def hook(where):
         def call(x):
@@ -67,49 +95,85 @@ def test_hooks_see_and_change_what_transformer_lens_hooks_do(any_model, site):
 
         return call
 
-    ours = forward.run(any_model, tokens, hooks={name: hook("packed")})
-    other = hook("hooked")
-    theirs = any_model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook: other(x))])
-    torch.testing.assert_close(seen["packed"], seen["hooked"], atol=TOLERANCE, rtol=TOLERANCE)
-    logits = forward.unembed(any_model, ours)
-    torch.testing.assert_close(logits, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+    for site in sites_of(model):
+        name, other = f"blocks.0.{site}", hook("theirs")
+        ours = forward.run(model, tokens, hooks={name: hook("ours")}, weights=read_weights(model))
+        theirs = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda x, hook, other=other: other(x))])
+        torch.testing.assert_close(seen["ours"], seen["theirs"], atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(forward.unembed(model, ours), theirs, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("positions", [[0], [2, 5], slice(1, 6), [6]])
-def test_positions_give_the_rows_of_the_whole_pass_on_both_paths(any_model, positions):
-    tokens = random_tokens(any_model)
-    whole = forward.run(any_model, tokens)
-    ours = forward.run(any_model, tokens, positions=positions)
-    theirs = forward._run_hooked(any_model, tokens, None, 0, {}, positions)
+@pytest.mark.parametrize("positions", [[0], [2, 5], slice(1, 6), [6, -4]], ids=str)
+def test_positions_give_the_rows_of_the_whole_pass_on_both_paths(any_block, positions):
+    tokens = random_tokens(any_block)
+    whole = forward.run(any_block, tokens)
+    ours = forward.run(any_block, tokens, positions=positions)
+    theirs = forward._run_hooked(any_block, tokens, None, 0, {}, positions)
     for rows in (ours, theirs):
         torch.testing.assert_close(rows, whole[:, positions], atol=TOLERANCE, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("site", SITES)
-def test_hooks_at_positions_are_the_same_on_both_paths(any_model, site):
-    tokens, name, positions = random_tokens(any_model), f"blocks.1.{site}", [2, 5]
-    hooks = {name: lambda x: x * 1.5}
-    ours = forward.run(any_model, tokens, hooks=hooks, positions=positions)
-    theirs = forward._run_hooked(any_model, tokens, None, 0, hooks, positions)
-    torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
+def test_hooks_at_positions_are_the_same_on_both_paths(any_block):
+    tokens, positions = random_tokens(any_block), [2, 5]
+    for site in sites_of(any_block):
+        hooks = {f"blocks.1.{site}": lambda x: x * 1.5}
+        ours = forward.run(any_block, tokens, hooks=hooks, positions=positions)
+        theirs = forward._run_hooked(any_block, tokens, None, 0, hooks, positions)
+        torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_starting_from_a_layer_continues_the_run(any_model):
-    tokens, kept = random_tokens(any_model), {}
-    whole = forward.run(any_model, tokens, hooks={"blocks.1.hook_resid_pre": lambda x: kept.update(x=x)})
+def test_starting_from_a_layer_continues_the_run(any_block):
+    tokens, kept = random_tokens(any_block), {}
+    whole = forward.run(any_block, tokens, hooks={"blocks.1.hook_resid_pre": lambda x: kept.update(x=x)})
     for run in (
-        forward.run(any_model, resid=kept["x"], start_layer=1),
-        forward._run_hooked(any_model, None, kept["x"], 1, {}, None),
+        forward.run(any_block, resid=kept["x"], start_layer=1),
+        forward._run_hooked(any_block, None, kept["x"], 1, {}, None),
     ):
         torch.testing.assert_close(run, whole, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_a_few_columns_of_the_unembedding(any_model):
-    tokens = random_tokens(any_model)
-    resid = forward.run(any_model, tokens)
-    columns = torch.randint(any_model.cfg.d_vocab, (*tokens.shape, 2))
-    few = forward.unembed(any_model, resid, columns)
-    torch.testing.assert_close(few, any_model(tokens).gather(-1, columns), atol=TOLERANCE, rtol=TOLERANCE)
+def test_layers_one_after_another_are_the_whole_pass(any_block):
+    tokens = random_tokens(any_block)
+    weights, everywhere = read_weights(any_block), slice(0, tokens.shape[1])
+    resid = weights.enter(tokens, everywhere)
+    for layer in weights.layers:
+        resid = layer(resid, everywhere)
+    torch.testing.assert_close(resid, forward.run(any_block, tokens), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_few_columns_of_the_unembedding(any_block):
+    tokens = random_tokens(any_block)
+    resid = forward.run(any_block, tokens)
+    columns = torch.randint(any_block.cfg.d_vocab, (*tokens.shape, 2))
+    few = forward.unembed(any_block, resid, columns)
+    torch.testing.assert_close(few, any_block(tokens).gather(-1, columns), atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Pythia"])
+def test_prompts_longer_than_the_table_of_rotary_positions(kind, monkeypatch):
+    from transformer_lens.components import AbstractAttention
+
+    monkeypatch.setattr(AbstractAttention, "ROTARY_INITIAL_CACHE_SIZE", 5)
+    normalization, fields = KINDS[kind]
+    ours, theirs = (make_model(normalization, **fields) for _ in range(2))
+    tokens = random_tokens(ours, pos=13)
+    with torch.inference_mode():
+        logits = forward.unembed(ours, forward.run(ours, tokens))
+    torch.testing.assert_close(logits, theirs(tokens), atol=TOLERANCE, rtol=TOLERANCE)
+    assert not ours.blocks[0].attn.rotary_cos.is_inference()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_transformer_lens_to_its_rounding(kind):
+    normalization, fields = KINDS[kind]
+    model = make_model(normalization, dtype=torch.bfloat16, **fields)
+    tokens = random_tokens(model)
+    exact = make_model(normalization, **fields)
+    exact.load_state_dict({name: p.double() if p.is_floating_point() else p for name, p in model.state_dict().items()})
+    wanted = exact(tokens)
+    ours, theirs = forward.unembed(model, forward.run(model, tokens)), model(tokens)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert (ours - wanted).abs().mean() < 1.5 * (theirs - wanted).abs().mean()
 
 
 def _set_eps(model):
@@ -174,7 +238,7 @@ def test_a_models_own_hooks_are_run_once_wherever_a_pass_starts(name, kind):
     tokens, steer = random_tokens(model), torch.randn(3, dtype=torch.float64)
     before = model(tokens)
     model.add_hook(name, lambda x, hook: x * 1.5 + steer[0], is_permanent=True)
-    assert forward.own_hooks(model) == (name,) and not forward.covers(model)
+    assert own_hooks(model) == (name,) and read_weights(model) is None
     kept = {}
     watch = {f"blocks.{i}.hook_resid_pre": partial(kept.__setitem__, i) for i in range(3)}
     whole = forward.run(model, tokens, hooks=watch)
@@ -194,11 +258,11 @@ def test_hooks_of_any_module_are_run():
     model = make_model("LNPre")
     tokens = random_tokens(model)
     handle = model.blocks[0].mlp.register_forward_hook(lambda module, args, out: out * 2)
-    assert forward.own_hooks(model) == ("blocks.0.mlp",)
+    assert own_hooks(model) == ("blocks.0.mlp",)
     logits = forward.unembed(model, forward.run(model, tokens))
     torch.testing.assert_close(logits, model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
     handle.remove()
-    assert forward.own_hooks(model) == () and forward.covers(model)
+    assert own_hooks(model) == () and read_weights(model) is not None
 
 
 def test_modules_of_a_users_are_run():
@@ -213,7 +277,7 @@ def test_modules_of_a_users_are_run():
     model = make_model("LNPre")
     tokens = random_tokens(model)
     model.blocks[0].mlp = Twice(model.blocks[0].mlp)
-    assert not forward.covers(model)
+    assert read_weights(model) is None
     logits = forward.unembed(model, forward.run(model, tokens))
     torch.testing.assert_close(logits, model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
 
@@ -237,10 +301,11 @@ def test_a_hook_on_the_whole_model_is_refused():
 # Other blocks
 
 OTHER_BLOCKS = (
-    {"positional_embedding_type": "rotary", "rotary_dim": 8},
-    {"gated_mlp": True},
-    {"n_key_value_heads": 1},
-    {"parallel_attn_mlp": True},
+    {"n_key_value_heads": 1, "ungroup_grouped_query_attention": True},
+    {"clip_qkv": 0.5},
+    {"use_attention_sinks": True},
+    {"original_architecture": "Olmo2ForCausalLM"},
+    {"act_fn": "solu_ln"},
     {"positional_embedding_type": "shortformer"},
     {"positional_embedding_type": "alibi"},
     {"attention_dir": "bidirectional"},
@@ -250,12 +315,19 @@ OTHER_BLOCKS = (
 @pytest.mark.parametrize("fields", OTHER_BLOCKS, ids=lambda fields: str(next(iter(fields.values()))))
 def test_other_blocks_go_through_transformer_lens(fields):
     model = make_model(None if "shortformer" in fields.values() else "LNPre", **fields)
-    assert not forward.covers(model)
+    assert read_weights(model) is None
     tokens, kept = random_tokens(model), {}
     whole = forward.run(model, tokens, hooks={"blocks.1.hook_resid_pre": partial(kept.__setitem__, 1)})
     torch.testing.assert_close(forward.unembed(model, whole), model(tokens), atol=TOLERANCE, rtol=TOLERANCE)
     again = forward.run(model, resid=kept[1], start_layer=1, positions=[-1, 2])
     torch.testing.assert_close(again, whole[:, [-1, 2]], atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_experts_are_not_read():
+    model = make_model("RMS", dtype=torch.float32, num_experts=2, experts_per_token=1, gated_mlp=True)
+    tokens = random_tokens(model)
+    assert read_weights(model) is None
+    torch.testing.assert_close(forward.unembed(model, forward.run(model, tokens)), model(tokens))
 
 
 @pytest.mark.parametrize("fields", [{}, *OTHER_BLOCKS], ids=lambda fields: str(next(iter(fields.values()), "GPT-2")))
@@ -277,26 +349,19 @@ def test_an_unknown_hook_is_an_error(any_model):
 # Two passes in step
 
 
-@pytest.mark.parametrize("kind", [None, "LN", "LNPre", "RMS"])
 @pytest.mark.parametrize("positions", [None, [-1, 1]])
-def test_a_pass_that_follows_kept_keys_and_values_is_the_end_of_the_whole(kind, positions, random_model):
-    model = random_model(kind)
-    tokens = random_tokens(model, batch=3, pos=7)
-    kept = {"k": {}, "v": {}}
-    hooks = {
-        f"blocks.{i}.attn.hook_{name}": partial(lambda into, i, x: into.__setitem__(i, x[:, :3]), into, i)
-        for name, into in kept.items()
-        for i in range(model.cfg.n_layers)
-    }
-    whole = forward.run(model, tokens, hooks=hooks)
-    past = forward.Past(3, {i: (kept["k"][i], kept["v"][i]) for i in kept["k"]})
-    end = forward.run(model, tokens[:, 3:], past=past, positions=positions)
+def test_a_pass_that_follows_kept_keys_and_values_is_the_end_of_the_whole(any_block, positions):
+    tokens, keep = random_tokens(any_block, batch=3, pos=7), {}
+    whole = forward.run(any_block, tokens, keep=keep)
+    kept = {}
+    end = forward.run(any_block, tokens[:, 3:], past=forward.Past(3, keep), positions=positions, keep=kept)
     torch.testing.assert_close(end, whole[:, 3:] if positions is None else whole[:, 3:][:, positions])
+    for layer, both in keep.items():
+        torch.testing.assert_close(kept[layer], both)
 
 
-@pytest.mark.parametrize("kind", [None, "LNPre"])
-def test_two_passes_in_step_are_the_two_passes(kind, random_model):
-    model = random_model(kind)
+def test_two_passes_in_step_are_the_two_passes(any_block):
+    model = any_block
     first, second = random_tokens(model, batch=3, pos=5), random_tokens(model, batch=2, pos=7, seed=1)
     nodes = {}
 
@@ -305,7 +370,7 @@ def test_two_passes_in_step_are_the_two_passes(kind, random_model):
         return nodes[where]
 
     def gradient(where, run):
-        final = run({"blocks.0.hook_resid_mid": partial(watch, where)})
+        final = run({"blocks.0.hook_attn_out": partial(watch, where)})
         return final, torch.autograd.grad(final.square().sum(), nodes[where])[0]
 
     options = {"tokens": second, "positions": [-1]}
@@ -324,8 +389,8 @@ def test_two_passes_in_step_are_the_two_passes(kind, random_model):
     assert final.requires_grad and not plain[0].requires_grad
 
 
-def test_what_the_packed_forward_does_not_serve_is_said(random_model):
-    model = random_model(None, positional_embedding_type="rotary", rotary_dim=4)
+def test_what_the_fast_forward_does_not_serve_is_said(random_model):
+    model = random_model(None, positional_embedding_type="alibi")
     tokens = random_tokens(model)
     with pytest.raises(ValueError, match="past keys and values need a model"):
         forward.run(model, tokens, past=forward.Past(1, {}))

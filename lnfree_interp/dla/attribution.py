@@ -22,9 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..batching import Places, Targets, Tokens, check_next_token, check_tokens, indices, target_ids
-from ..forward import final_norm, own_hooks, run
+from ..forward import run
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
+from ..weights import final_norm, own_hooks
 
 DECOMPOSITIONS = ("component", "head", "neuron")
 # Tokens per pass: what bounds the memory held for z, whatever the number of sequences.

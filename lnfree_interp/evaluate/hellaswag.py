@@ -15,11 +15,12 @@ from torch import Tensor
 
 from ..batching import Progress, check_next_token
 from ..documents import read_json_lines
-from ..forward import packed_weights, run, unembed
+from ..forward import run, unembed
 from ..lens import LensModel, ModelOrName
 from ..metrics import log_probs
 from ..models import as_model
 from ..names import HELLASWAG
+from ..weights import read_weights
 from .cached import extend
 
 
@@ -213,10 +214,10 @@ def ending_log_probs(
     there = (torch.arange(padded.shape[1]) < lengths[:, None]).flatten().nonzero()[:, 0]
     scores = torch.zeros(padded.shape, dtype=torch.float64)
     padded, index, times = padded.to(contexts.device), there.to(contexts.device), len(endings) // n_items
-    packed = packed_weights(model)
-    if packed is not None:
-        before, past = extend(packed, contexts)
-        after, _ = extend(packed, padded[:, :-1], past)
+    weights = read_weights(model)
+    if weights is not None:
+        before, past = extend(model, weights, contexts)
+        after, _ = extend(model, weights, padded[:, :-1], past)
         resid = torch.cat([before[:, -1:].repeat_interleave(times, 0), after], 1)
     else:
         whole = torch.cat([contexts.repeat_interleave(times, 0), padded], 1)

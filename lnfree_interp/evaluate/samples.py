@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..batching import check_next_token, check_tokens
-from ..forward import packed_weights, run, unembed
+from ..forward import run, unembed
 from ..lens import LensModel, ModelOrName
 from ..metrics import log_probs
 from ..models import as_models
+from ..weights import read_weights
 from .cached import extend
 
 
@@ -92,13 +93,13 @@ def generate_samples(
 
 
 def _continue(model: LensModel, ids: Tensor, n_new: int, temperature: float, top_k: int | None, seed: int) -> Tensor:
-    packed, past = packed_weights(model), None
+    weights, past = read_weights(model), None
     new: list[Tensor] = []
     generator = torch.Generator().manual_seed(seed)
     step = ids
     for _ in range(n_new):
-        if packed is not None:
-            resid, past = extend(packed, step, past)
+        if weights is not None:
+            resid, past = extend(model, weights, step, past)
         else:
             resid = run(model, torch.cat([ids, *new], 1))
         log_p = log_probs(unembed(model, resid[:, -1])).cpu()

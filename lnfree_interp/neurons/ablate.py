@@ -11,9 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..batching import Places, Progress, Tokens, check_next_token, check_tokens, indices, token_batches
-from ..forward import own_hooks, packed_weights, run
+from ..forward import run
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
+from ..weights import own_hooks, read_weights
 from .choices import ABLATIONS, METHODS
 from .last_layer import Rows, Unembedding, folded_unembedding, make_neurons, make_rows, wide
 from .rank import mlp_of
@@ -258,10 +259,10 @@ def _activations(
     def keep_post(x: Tensor) -> None:
         post.append(x[..., neurons])
 
-    packed = packed_weights(model)
+    weights = read_weights(model)
     hooks = {f"blocks.{layer}.mlp.hook_post": keep_post, f"blocks.{layer}.{point}": keep_resid}
     for batch in token_batches(model, tokens):
-        run(model, batch, hooks=hooks, packed=packed)
+        run(model, batch, hooks=hooks, weights=weights)
     return torch.cat(resid), torch.cat(post)
 
 
@@ -271,7 +272,7 @@ def _activations(
 
 def _rerun(model: LensModel, tokens, layer: int, sets, labels, ablation, progress) -> NeuronAblation:
     """Each set of neurons ablated together; everything after the layer computed again, its scale both ways."""
-    unembedding, packed = folded_unembedding(model), packed_weights(model)
+    unembedding, weights = folded_unembedding(model), read_weights(model)
     every = torch.cat(list(sets))
     union, columns = every.unique(return_inverse=True)
     union, members = union.to(model.cfg.device), columns.to(model.cfg.device).split([len(chosen) for chosen in sets])
@@ -292,7 +293,7 @@ def _rerun(model: LensModel, tokens, layer: int, sets, labels, ablation, progres
         else:
             change = (value - wide(post))[..., chosen] @ W_out[chosen]
             resid = (wide(resid) + change).to(resid.dtype)
-        return run(model, resid=resid, start_layer=start, hooks=hooks, packed=packed)
+        return run(model, resid=resid, start_layer=start, hooks=hooks, weights=weights)
 
     n_batch, n_pos = tokens.shape[0], tokens.shape[1] - 1
     dtype = unembedding.W.dtype
@@ -301,7 +302,7 @@ def _rerun(model: LensModel, tokens, layer: int, sets, labels, ablation, progres
     first, size = 0, max(1, 2048 // tokens.shape[1])
     for resid_part, post_part, tokens_part in zip(resid.split(size), post.split(size), tokens.split(size)):
         rows_of = slice(first, first + len(tokens_part))
-        clean = run(model, resid=resid_part, start_layer=start, packed=packed)
+        clean = run(model, resid=resid_part, start_layer=start, weights=weights)
         rows = _rows_of(unembedding, clean, tokens_part)
         baseline[:, rows_of] = torch.stack([rows.loss, rows.entropy]).view(2, -1, n_pos).cpu()
         values = []

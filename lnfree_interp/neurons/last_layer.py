@@ -24,8 +24,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..forward import Norm, final_norm
 from ..lens import LensModel
+from ..weights import Norm, final_norm
 
 # Rounding errors of a product with W, in units in the last place of `Unembedding.rounding`'s size. Root mean squares of
 # 0.5 were seen, and 10 for the worst of a vocabulary: what counts is the few likely tokens'.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..batching import Progress
-from ..forward import PackedWeights, final_norm, packed_weights
 from ..lens import LensModel, ModelOrName
 from ..metrics import Metric, logit_diff
 from ..models import as_model
 from ..pairs import PromptPairs, as_pairs
+from ..weights import Weights, final_norm, read_weights, widened_norm
 from . import exact, hooked
 from .cells import (
     Cells,
@@ -64,7 +64,8 @@ def activation_patching(
             position is the query's.
         max_memory: bytes to stay within, roughly, beyond the model (default: from the device).
         progress: called with (cells done, cells in all).
-        fast: use the packed forward where it covers the model. False: hooks only, slower; for comparisons.
+        fast: compute only what a patch changes, where `read_weights` reads the model. False: hooks only, slower; for
+            comparisons.
 
     Returns:
         PatchingEffect with values [prompt, layer, pos], [prompt, layer, head] or [prompt, layer, neuron], and a
@@ -89,8 +90,8 @@ def activation_patching(
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
     budget = memory_budget(model, max_memory)
     pairs = pairs.to(model.cfg.device)
-    packed = packed_weights(model)
-    swept = packed if fast else None
+    weights = read_weights(model)
+    swept = weights if fast else None
     if swept is None:
         hooked.check_model(model, pairs.clean)
     # A plain function of the logits may look at prompts by their place: it gets all of them, in order.
@@ -100,7 +101,7 @@ def activation_patching(
         here = slice(i, i + n_together)
         part = rows_of_metric(request, here, model.cfg.device)
         report = None if progress is None else _shifted(progress, i, len(pairs), n_together)
-        parts.append(_patch(model, packed, swept, part, pairs[here], budget, i, report))
+        parts.append(_patch(model, weights, swept, part, pairs[here], budget, i, report))
     values, clean, corrupted, cells_run, flops = zip(*parts)
     check_finite(request, torch.cat(values), "the patched")
     plain = plain_flops(model, request, len(pairs))
@@ -141,36 +142,36 @@ def _shifted(progress: Progress, first: int, n_prompts: int, n_together: int) ->
     return report
 
 
-def itemsize(model: LensModel, packed: PackedWeights | None) -> int:
+def itemsize(model: LensModel, weights: Weights | None) -> int:
     """Bytes of one number of the activations."""
-    return model.cfg.dtype.itemsize if packed is None else max(4, model.cfg.dtype.itemsize)
+    return model.cfg.dtype.itemsize if weights is None else max(4, model.cfg.dtype.itemsize)
 
 
-def _prompts_at_a_time(model: LensModel, packed: PackedWeights | None, request: Request, budget: int) -> int:
+def _prompts_at_a_time(model: LensModel, weights: Weights | None, request: Request, budget: int) -> int:
     """As many prompts as have their kept activations in half of the budget."""
     cfg = model.cfg
-    if packed is not None:
-        numbers = exact.numbers_kept(packed, request.site, request.n_read)
+    if weights is not None:
+        numbers = exact.numbers_kept(weights, request.site, request.n_read)
     else:
         width = {"neuron": cfg.d_mlp or 0}.get(request.unit_axis, cfg.d_model)
         width = cfg.n_heads * request.n_pos if request.site == "pattern" else width
         numbers = 2 * cfg.n_layers * request.n_pos * (cfg.d_model + width)
-    return max(1, budget // 2 // (numbers * itemsize(model, packed)))
+    return max(1, budget // 2 // (numbers * itemsize(model, weights)))
 
 
 def plain_flops(model: LensModel, request: Request, n_prompts: int) -> float:
     """Floating-point operations of running the whole model once for each cell, all logits included."""
     cfg, n = model.cfg, request.n_pos
     tally = Tally()
-    d_attn = cfg.n_heads * cfg.d_head
-    mlp = 0 if getattr(cfg, "attn_only", False) else 2 * (cfg.d_mlp or 0)
-    tally.linear(n * cfg.n_layers, cfg.d_model, 4 * d_attn + mlp)
+    d_attn, d_keys = cfg.n_heads * cfg.d_head, (getattr(cfg, "n_key_value_heads", None) or cfg.n_heads) * cfg.d_head
+    mlp = 0 if getattr(cfg, "attn_only", False) else (3 if getattr(cfg, "gated_mlp", False) else 2) * (cfg.d_mlp or 0)
+    tally.linear(n * cfg.n_layers, cfg.d_model, 2 * d_attn + 2 * d_keys + mlp)
     tally.linear(n, cfg.d_model, cfg.d_vocab)
     tally.flops += 4.0 * cfg.n_layers * d_attn * n * n
     return tally.flops * float(torch.Size(request.shape(n_prompts)).numel())
 
 
-def _patch(model: LensModel, packed, swept, request: Request, pairs: PromptPairs, budget: int, first: int, progress):
+def _patch(model: LensModel, weights, swept, request: Request, pairs: PromptPairs, budget: int, first: int, progress):
     """values, metric of clean and corrupted, cells run and FLOPs, of prompts whose activations fit in memory."""
     denoising = request.direction == "denoising"
     base_tokens, source_tokens = (pairs.corrupted, pairs.clean) if denoising else (pairs.clean, pairs.corrupted)
@@ -178,15 +179,15 @@ def _patch(model: LensModel, packed, swept, request: Request, pairs: PromptPairs
     tally, n_layers, device = Tally(), model.cfg.n_layers, base_tokens.device
     reads = on_device(torch.tensor(request.reads), device)
     everyone = torch.arange(len(pairs), device=device)
-    differ = tokens_differ(packed, pairs)
-    norm = final_norm(model) if swept is None else exact.widened_norm(swept.ln_final)
+    differ = tokens_differ(weights, pairs)
+    norm = final_norm(model) if swept is None else widened_norm(swept.ln_final)
     if swept is not None:
         base, source = exact.both_runs(
             swept, base_tokens, source_tokens, differ[:, : request.n_read], request.site, tally
         )
         sweep = exact.sweep_of(swept, base, source, request, tally)
     else:
-        base, source = (hooked.record(model, tokens, request.site, packed) for tokens in (base_tokens, source_tokens))
+        base, source = (hooked.record(model, tokens, request.site, weights) for tokens in (base_tokens, source_tokens))
 
     def differs(layer: int) -> Tensor:
         if swept is not None:
@@ -215,7 +216,7 @@ def _patch(model: LensModel, packed, swept, request: Request, pairs: PromptPairs
             finals = [(torch.arange(len(batch)), final)]
         else:
             n_runs = max(1, max_rows // request.n_read)
-            finals = hooked.final_residuals(model, request, base, source, batch, n_runs, packed)
+            finals = hooked.final_residuals(model, request, base, source, batch, n_runs, weights)
         if plain:
             final = base["resid_pre"][n_layers].new_empty(len(batch), len(reads), model.cfg.d_model)
             for index, rows in finals:
@@ -238,16 +239,16 @@ def _patch(model: LensModel, packed, swept, request: Request, pairs: PromptPairs
     return values, clean, corrupted, len(cells), tally.flops
 
 
-def _rows_at_a_time(model: LensModel, packed, request: Request, budget: int) -> int:
+def _rows_at_a_time(model: LensModel, weights: Weights | None, request: Request, budget: int) -> int:
     """Rows of the residual stream that a sweep may carry in half of the budget."""
     cfg = model.cfg
     d_mlp = cfg.d_mlp or 0
-    if packed is not None:
+    if weights is not None:
         # Streams before and after, q, k, v, z, keys and values with their prefix; hidden rows some at a time.
         per_row = 20 * cfg.d_model
     else:
         per_row = 10 * cfg.d_model + 3 * d_mlp + 3 * cfg.n_heads * request.n_read
-    rows = budget // 2 // (per_row * itemsize(model, packed))
+    rows = budget // 2 // (per_row * itemsize(model, weights))
     return max(request.n_read, rows)
 
 

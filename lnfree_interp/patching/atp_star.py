@@ -7,14 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..forward import attend
 from .sides import Case, gradients, site_hooks
 
 
 def exact_softmax(case: Case) -> Tensor:
-    """(z if a head's q or k were the source's - z) . gradient at z, for q and k."""
-    assert case.window.packed is not None
-    request, model, packed = case.request, case.model, case.window.packed
+    """(z if a head's q or k were the source's - z) . gradient at z, for q and k.
+
+    Of a key that several heads read, the sum over them.
+    """
+    request, model, weights = case.request, case.model, case.window.weights
+    assert weights is not None
     base, at_z = {}, replace(request, site="z", by_position=True, units=tuple(range(model.cfg.n_heads)))
     kept: dict[tuple[str, int], Tensor] = {}
 
@@ -28,25 +30,33 @@ def exact_softmax(case: Case) -> Tensor:
             hooks[f"blocks.{i}.attn.hook_{name}"] = lambda x, at=(name, i): kept.__setitem__(at, x.detach())
     window = replace(case.window, request=at_z)
     grads = gradients(case.metric(window.run(resid=case.resid[0], hooks=hooks)), base)
+    everywhere = slice(request.n_read)
     by_layer = []
     for i in request.layers:
-        layer, z, g = packed.layers[i], base[i].detach(), grads[i]
+        layer, z, g = weights.layers[i], base[i].detach(), grads[i]
         q, k, v = (kept[name, i] for name in "qkv")
         delta = case.delta[i]
         # The patching run's, exactly the base run's where the two agree.
         new = (q if request.site == "q" else k) + delta
         changed = (delta != 0).any(-1)  # [prompt, pos, head]
+        q, k = layer.place_q(q, everywhere), layer.place_k(k, everywhere)
+        new = (layer.place_q if request.site == "q" else layer.place_k)(new, everywhere)
+
+        def term_of(q: Tensor, k: Tensor, layer=layer, v=v, z=z, g=g) -> Tensor:  # [prompt, query, head]
+            terms = ((layer.attend(q, k, v) - z) * g).sum(-1)
+            return terms if request.site == "q" else terms.unflatten(-1, (len(layer.b_K), -1)).sum(-1)
+
         if request.site == "q":
-            term = ((attend(layer, new, k, v) - z) * g).sum(-1)  # [prompt, query, head]
+            term = term_of(new, k)
         elif not request.by_position:
-            term = ((attend(layer, q, new, v) - z) * g).sum(-1)
+            term = term_of(q, new)
             changed = changed.any(1, keepdim=True)
         else:
             terms = []
             for pos in range(request.n_read):
                 one = k.clone()
                 one[:, pos] = new[:, pos]
-                terms.append(((attend(layer, q, one, v) - z) * g).sum((1, 3)))
+                terms.append(term_of(q, one).sum(1))
             term = torch.stack(terms, 1)
         # Computed again, z is the same up to rounding alone: without a change the effect is 0, not that.
         term = request.of_units(torch.where(changed, term, 0.0), 2).transpose(1, 2)

@@ -13,10 +13,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from ..batching import d_vocab_out
-from ..forward import Norm, PackedWeights, own_hooks, unembed
+from ..forward import unembed
 from ..lens import LensModel
 from ..metrics import Metric
 from ..pairs import PromptPairs
+from ..weights import Norm, Weights, own_hooks
 from .sites import DIRECTIONS, SITES
 
 MetricLike = Metric | Callable[[Tensor], Tensor]
@@ -142,13 +143,14 @@ def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layer
     layers = chosen("layers", layers, cfg.n_layers, "the model", "layer")
     hook = f"blocks.{layers[0]}.{SITES[site].hook}"
     # An attention-only block has a hook point for the MLP it lacks.
-    absent = site == "mlp_out" and getattr(model.cfg, "attn_only", False)
+    absent = site == "mlp_out" and getattr(cfg, "attn_only", False)
     if absent or hook not in model.hook_dict:
         raise ValueError(f"site {site!r} is not in this model: it has no {hook}")
     what = SITES[site].unit
+    grouped = site in "kv" and not getattr(cfg, "ungroup_grouped_query_attention", False)
     available = {
         "pos": n_pos,
-        "head": getattr(cfg, "n_key_value_heads", None) if site in "kv" else None,
+        "head": getattr(cfg, "n_key_value_heads", None) if grouped else None,
         "neuron": cfg.d_mlp,
     }[what] or cfg.n_heads
     if units is not None and what == "pos":
@@ -192,11 +194,11 @@ def chosen(argument: str, value: Indices | None, available: int, holder: str, wh
 # Which cells differ
 
 
-def tokens_differ(packed: PackedWeights | None, pairs: PromptPairs) -> Bool[Tensor, "prompt pos"]:
+def tokens_differ(weights: Weights | None, pairs: PromptPairs) -> Bool[Tensor, "prompt pos"]:
     """Where the pairs have different tokens, on the CPU; two tokens of one embedding are the same to a model."""
-    if packed is None:
+    if weights is None:
         return pairs.differ.cpu()
-    return (packed.W_E[pairs.clean] != packed.W_E[pairs.corrupted]).any(-1).cpu()
+    return (weights.W_E[pairs.clean] != weights.W_E[pairs.corrupted]).any(-1).cpu()
 
 
 def may_differ(request: Request, differ: Bool[Tensor, "prompt pos"], layer: int) -> Bool[Tensor, "prompt read"]:

@@ -1,4 +1,4 @@
-"""Activation patching on the packed forward, computing only what a patch changes.
+"""Activation patching on a model's weights, computing only what a patch changes.
 
 A cell's patch changes the residual stream from one position on. Each cell is therefore carried as the rows
 [from its start to the end] of its prompt's residual stream; the rows before it, their keys and values, and
@@ -7,7 +7,8 @@ joins at the layer it patches, and all cells that have joined share each product
 has changed a single row joins more cheaply: in its first layer only that row's query, key and value are new. In
 the last layer only the positions that the metric reads are computed.
 
-Every step is exact: the results are those of overwriting the activation and running the whole model again. A cell
+Keys and queries are kept as attention compares them: turned by their positions, where a model does that. Every step is
+exact: the results are those of overwriting the activation and running the whole model again. A cell
 changes little, and in half precision that would be lost in rounding: rows are fp32 at least, with the weights as they
 are stored, made wide one layer at a time.
 
@@ -18,15 +19,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..forward import Layer, Norm, PackedWeights, attend, attention_pattern, layer_attn_out, layer_qkv, products
+from ..products import products
+from ..weights import Layer, Positions, Weights, widened
 from .cells import Cells, Request, Tally, on_device
 
 HIDDEN = {"cpu": 2**22, "cuda": 2**27}  # hidden activations of an MLP at a time: on a CPU, what its caches hold
@@ -41,16 +42,25 @@ _NEEDS = {
     "resid_mid": {"resid_mid"},
     "attn_out": {"attn_out"},
     "mlp_out": {"resid_mid", "mlp_out"},
-    "neurons": {"neurons"},
-} | {site: {"z", "resid_mid"} for site in ("z", "q", "k", "v", "pattern")}
+    "neurons": {"neurons", "resid_mid", "mlp_sum"},
+} | {site: {"z", "attn_sum"} for site in ("z", "q", "k", "v", "pattern")}
 """What each site needs of the two runs besides what every one needs."""
 
 
-def numbers_kept(packed: PackedWeights, site: str, n_pos: int) -> int:
+def _needs(weights: Weights, site: str) -> set[str]:
+    needs = _ALWAYS | _NEEDS[site]
+    # Where attention does not reach a block's MLP, what that writes stays the base run's.
+    unreached = weights.layers[0].parallel and needs & {"attn_sum", "attn_out"}
+    return needs | {"mlp_out"} if unreached else needs
+
+
+def numbers_kept(weights: Weights, site: str, n_pos: int) -> int:
     """How many numbers the base and the source run together keep for one prompt."""
-    d, d_mlp = packed.W_E.shape[1], 0 if packed.layers[0].W_in is None else packed.layers[0].W_in.shape[1]
-    width = sum(d_mlp if name == "neurons" else d for name in _ALWAYS | _NEEDS[site])
-    return 2 * width * n_pos * len(packed.layers)
+    layer = weights.layers[0]
+    of_heads = dict(zip("qkv", (W.shape[0] * W.shape[2] for W, _ in layer.of_qkv))) | {"z": len(layer.W_O)}
+    widths = of_heads | {"neurons": 0 if layer.W_in is None else layer.W_in.shape[1]}
+    width = sum(widths.get(name, weights.W_E.shape[1]) for name in _needs(weights, site))
+    return 2 * width * n_pos * len(weights.layers)
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class Single:
 class Sweep:
     """What a sweep reads: weights, the two runs, the site, the positions that the metric reads (sorted)."""
 
-    packed: PackedWeights
+    weights: Weights
     base: Kept
     source: Kept
     request: Request
@@ -100,27 +110,32 @@ class Sweep:
     def layer(self, i: int) -> Layer:
         if i not in self.held:
             self.held.clear()
-            self.held[i] = widened(self.packed.layers[i])
+            self.held[i] = widened(self.weights.layers[i])
         return self.held[i]
 
     def needed(self, i: int, start: int) -> slice | Tensor:
         """The positions from `start` on at which layer i's output is needed, as an index of positions."""
-        if i < len(self.packed.layers) - 1:
-            return slice(start, None)
+        if i < len(self.weights.layers) - 1:
+            return slice(start, self.request.n_read)
         at = bisect_left(self.reads, start)
         first, last = self.reads[at], self.reads[-1]
         return slice(first, last + 1) if last - first == len(self.reads) - 1 - at else self.on_device[at:]
 
 
-def sweep_of(packed: PackedWeights, base: Kept, source: Kept, request: Request, tally: Tally) -> Sweep:
+def sweep_of(weights: Weights, base: Kept, source: Kept, request: Request, tally: Tally) -> Sweep:
     reads = sorted(set(request.reads))
     sent = on_device(torch.tensor(reads), base["resid_pre"][0].device)
-    return Sweep(packed, base, source, request, tally, tuple(reads), sent)
+    return Sweep(weights, base, source, request, tally, tuple(reads), sent)
 
 
 def _at(x: Tensor, prompt: Tensor, positions: slice | Tensor) -> Tensor:
     """Rows [cell, position, ...] of x [prompt, pos, ...]."""
     return x[prompt, positions] if isinstance(positions, slice) else x[prompt[:, None], positions]
+
+
+def _each(x: Tensor, prompt: Tensor, position: Tensor) -> Tensor:
+    """Rows [cell, ...] of x [prompt, pos, ...], one position each."""
+    return x[prompt, position]
 
 
 def _shifted(positions: slice | Tensor, start: int) -> slice | Tensor:
@@ -131,87 +146,46 @@ def _shifted(positions: slice | Tensor, start: int) -> slice | Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Weights in fp32 at least
-
-
-def wide(x):
-    """A tensor in fp32 at least; None stays None."""
-    return None if x is None else x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def widened(layer: Layer) -> Layer:
-    """A layer's weights as stored, in fp32 at least: the layer itself where they are."""
-    if wide(layer.W_O) is layer.W_O:
-        return layer
-    names = ("W_Q", "b_Q", "W_K", "b_K", "W_V", "b_V", "W_O", "b_O", "W_in", "b_in", "W_out", "b_out")
-    return replace(
-        layer,
-        ln1=widened_norm(layer.ln1),
-        ln2=None if layer.ln2 is None else widened_norm(layer.ln2),
-        **{name: wide(getattr(layer, name)) for name in names},
-    )
-
-
-def widened_norm(norm: Norm) -> Norm:
-    return replace(norm, w=wide(norm.w), b=wide(norm.b))
-
-
-def widened_norms(packed: PackedWeights) -> PackedWeights:
-    """Weights for a pass in fp32 at least: the norms made wide, since `forward.products` does it for the others."""
-    layers = tuple(
-        replace(layer, ln1=widened_norm(layer.ln1), ln2=None if layer.ln2 is None else widened_norm(layer.ln2))
-        for layer in packed.layers
-    )
-    return replace(packed, layers=layers, ln_final=widened_norm(packed.ln_final))
-
-
-def embedded(packed: PackedWeights, tokens: Int[Tensor, "*rows"], positions: Int[Tensor, "*row_positions"]) -> Tensor:
-    """The residual stream before the first layer [*rows, d_model], in fp32 at least."""
-    return wide(packed.W_E[tokens]) + wide(packed.W_pos[positions])
-
-
-# ---------------------------------------------------------------------------------------------------------
 # Pieces of a block that count what they do
 
 
-def _qkv(layer: Layer, rows: Tensor, tally: Tally) -> tuple[Tensor, Tensor, Tensor]:
-    tally.linear(len(rows), layer.W_Q.shape[1], 3 * layer.W_O.shape[0])
-    return layer_qkv(layer, rows)
+def _count(tally: Tally, n_rows: int, linears) -> None:
+    for W, _ in linears:
+        tally.linear(n_rows, W.shape[-2], W.numel() // W.shape[-2])
 
 
-def _attend(
-    layer: Layer, q: Tensor, k: Tensor, v: Tensor, tally: Tally, positions: slice | Tensor = slice(None)
-) -> Tensor:
+def _qkv(layer: Layer, rows: Tensor, positions: Positions, tally: Tally) -> tuple[Tensor, Tensor, Tensor]:
+    _count(tally, len(rows), layer.of_qkv)
+    return layer.qkv(rows, positions)
+
+
+def _attend(layer: Layer, q: Tensor, k: Tensor, v: Tensor, tally: Tally, positions: Positions = slice(None)) -> Tensor:
     """z of queries that are the keys' last positions (any slice), or stand at the positions given."""
-    n_cells, n_query, n_heads, d_head = q.shape
-    n_key = k.shape[1]
-    tally.flops += 4.0 * n_cells * n_heads * d_head * n_query * n_key
-    mask = None
-    if isinstance(positions, Tensor):
-        mask = torch.arange(n_key, device=q.device) <= positions[:, None]
-    return attend(layer, q, k, v, mask)
+    tally.flops += 4.0 * q.numel() * k.shape[1]
+    return layer.attend(q, k, v, positions)
 
 
-def _attn_out(layer: Layer, z: Tensor, tally: Tally) -> Tensor:
-    tally.linear(z.shape[:-2].numel(), *layer.W_O.shape)
-    return layer_attn_out(layer, z)
+def _mlp(layer: Layer, mid: Tensor, reads: Tensor, tally: Tally, record=None) -> Tensor:
+    """mid [row, d_model] and what the MLP adds to it, hidden activations made some rows at a time.
 
-
-def _mlp(packed: PackedWeights, layer: Layer, mid: Tensor, tally: Tally, record=None) -> Tensor:
-    """The residual stream after the MLP of rows [row, d_model], hidden activations made some rows at a time."""
-    if layer.W_in is None or layer.W_out is None or layer.ln2 is None:
+    Args:
+        reads: the residual stream that the MLP reads.
+        record: told the name, rows and offset of the activations.
+    """
+    if layer.W_in is None:
         return mid
-    tally.linear(2 * len(mid), *layer.W_in.shape)
+    _count(tally, len(mid), (*layer.of_hidden, *layer.of_mlp_out))
     out = torch.empty_like(mid)
     step = max(1, HIDDEN.get(mid.device.type, 2**24) // layer.W_in.shape[1])
     for i in range(0, len(mid), step):
-        rows = mid[i : i + step]
-        post = packed.act(F.linear(layer.ln2(rows), layer.W_in.T, layer.b_in))
-        mlp_out = F.linear(post, layer.W_out.T, layer.b_out)
+        here = slice(i, i + step)
+        post = layer.mlp_post(reads[here])
+        mlp_sum = layer.mlp_sum(post)
+        mlp_out = layer.ln2_post(mlp_sum)
         if record is not None:
-            record("neurons", post, i)
-            record("mlp_out", mlp_out, i)
-        torch.add(rows, mlp_out, out=out[i : i + step])
+            for name, rows in (("neurons", post), ("mlp_sum", mlp_sum), ("mlp_out", mlp_out)):
+                record(name, rows, i)
+        torch.add(mid[here], mlp_out, out=out[here])
     return out
 
 
@@ -220,7 +194,7 @@ def _mlp(packed: PackedWeights, layer: Layer, mid: Tensor, tally: Tally, record=
 
 
 def both_runs(
-    packed: PackedWeights,
+    weights: Weights,
     base: Int[Tensor, "prompt pos"],
     source: Int[Tensor, "prompt pos"],
     differ: Bool[Tensor, "prompt pos"],
@@ -232,15 +206,16 @@ def both_runs(
     The source run is computed from each prompt's first different token on (`differ`, on the CPU); before it the two
     agree.
     """
-    needs = _ALWAYS | _NEEDS[site]
+    needs = _needs(weights, site)
+    weights.reach(base.shape[1])
     first = torch.where(differ.any(1), differ.int().argmax(1), base.shape[1])
-    kept = _record(packed, base, torch.zeros_like(first), None, needs, tally)
+    kept = _record(weights, base, torch.zeros_like(first), None, needs, tally)
     if not differ.any():
         return kept, kept
-    return kept, _record(packed, source, first, kept, needs, tally)
+    return kept, _record(weights, source, first, kept, needs, tally)
 
 
-def _record(packed, tokens, first, base: Kept | None, needs: set[str], tally: Tally) -> Kept:
+def _record(weights, tokens, first, base: Kept | None, needs: set[str], tally: Tally) -> Kept:
     n, n_pos = tokens.shape
     starts = [s for s in first.unique().tolist() if s < n_pos]
     prompts = [(first == s).nonzero().flatten() for s in starts]
@@ -262,10 +237,10 @@ def _record(packed, tokens, first, base: Kept | None, needs: set[str], tally: Ta
         here = slice(offset, offset + len(rows))
         kept[name][i][row_prompt[here], row_pos[here]] = rows
 
-    resid = embedded(packed, tokens[row_prompt, row_pos], row_pos)
-    for i, layer in enumerate(map(widened, packed.layers)):
+    resid = weights.enter(tokens[row_prompt, row_pos], row_pos)
+    for i, layer in enumerate(map(widened, weights.layers)):
         keep("resid_pre", resid, i)
-        q, k, v = _qkv(layer, resid, tally)
+        q, k, v = _qkv(layer, resid, row_pos, tally)
         for name, rows in (("q", q), ("k", k), ("v", v)):
             keep(name, rows, i)
         parts = []
@@ -276,12 +251,15 @@ def _record(packed, tokens, first, base: Kept | None, needs: set[str], tally: Ta
                 v_g = torch.cat([base["v"][i][mine, :start], v_g], 1)
             parts.append(_attend(layer, q_g, k_g, v_g, tally).flatten(0, 1))
         z = torch.cat(parts)
-        attn_out = _attn_out(layer, z, tally)
+        _count(tally, len(z), layer.of_attn_out)
+        attn_sum = layer.attn_sum(z)
+        attn_out = layer.ln1_post(attn_sum)
         mid = resid + attn_out
-        for name, rows in (("z", z), ("attn_out", attn_out), ("resid_mid", mid)):
+        for name, rows in (("z", z), ("attn_sum", attn_sum), ("attn_out", attn_out), ("resid_mid", mid)):
             keep(name, rows, i)
-        resid = _mlp(packed, layer, mid, tally, lambda name, rows, offset, i=i: keep(name, rows, i, offset))
-    keep("resid_pre", resid, len(packed.layers))
+        reads = resid if layer.parallel else mid
+        resid = _mlp(layer, mid, reads, tally, lambda name, rows, offset, i=i: keep(name, rows, i, offset))
+    keep("resid_pre", resid, len(weights.layers))
     return kept | {"resid_post": kept["resid_pre"][1:]}
 
 
@@ -300,7 +278,7 @@ def differs(sweep: Sweep, layer: int) -> Tensor:
 def _pattern(sweep: Sweep, run: Kept, i: int) -> Tensor:
     n, n_pos, n_heads, d_head = run["q"][i].shape
     sweep.tally.flops += 2.0 * n * n_heads * d_head * n_pos**2
-    return attention_pattern(sweep.packed.layers[i], run["q"][i], run["k"][i])
+    return sweep.weights.layers[i].pattern(run["q"][i], run["k"][i])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -347,31 +325,25 @@ def _joining_after(sweep: Sweep, i: int, cells: Joining | None) -> tuple[list[Ro
     def at(run: Kept, name: str) -> Tensor:
         return run[name][i][cells.prompt, cells.start]
 
-    def mlp(mid: Tensor) -> Tensor:
-        return _mlp(sweep.packed, layer, mid, sweep.tally)
-
     if site == "attn_out":
-        return [], Single(cells, mlp(at(base, "resid_pre") + at(source, "attn_out")))
+        return [], Single(cells, _after_attention(sweep, i, cells.prompt, cells.start, at(source, "attn_out")))
     if site == "resid_post":
         return [], Single(cells, at(source, "resid_post"))
     if site == "resid_mid":
-        return [], Single(cells, mlp(at(source, "resid_mid")))
+        mid = at(source, "resid_mid")
+        return [], Single(cells, _mlp(layer, mid, mid, sweep.tally))
     if site == "mlp_out":
         return [], Single(cells, at(base, "resid_mid") + at(source, "mlp_out"))
     change: Tensor | None
-    W_out: Any = layer.W_out
     if site == "neurons":
         change = source["neurons"][i] - base["neurons"][i]
     elif request.by_position and site in "kv":
         change = None
     else:
-        change = _patched_z(sweep, i) - base["z"][i]
+        change = _by_unit(sweep, _patched_z(sweep, i) - base["z"][i])
     if request.by_position and change is not None:
-        change = change[cells.prompt, cells.start, cells.unit]
-        if site == "neurons":
-            row = base["resid_pre"][i + 1][cells.prompt, cells.start] + change[:, None] * W_out[cells.unit]
-        else:
-            row = mlp(at(base, "resid_mid") + _through_W_O(layer, change, cells.units, sweep.tally))
+        here = change[cells.prompt, cells.start, cells.unit]
+        row = _written(sweep, i, cells.prompt, cells.start, here, cells.unit, cells.units)
         return [], Single(cells, row)
     joining = []
     for start, mine in cells.runs:
@@ -382,44 +354,76 @@ def _joining_after(sweep: Sweep, i: int, cells: Joining | None) -> tuple[list[Ro
             here = change[prompt, positions, unit]
         else:
             here = change[prompt[:, None], positions, unit[:, None]]
-        if site == "neurons":
-            rows = _at(base["resid_pre"][i + 1], prompt, positions) + here[..., None] * W_out[unit][:, None]
-        else:
-            mid = _at(base["resid_mid"][i], prompt, positions)
-            mid = mid + _through_W_O(layer, here, cells.units[mine], sweep.tally)
-            rows = mlp(mid.flatten(0, 1)).view_as(mid)
+        rows = _written(sweep, i, prompt, positions, here, unit, cells.units[mine])
         joining.append(Rows(start, cells.cell[mine], prompt, rows))
     return joining, None
 
 
+def _by_unit(sweep: Sweep, z: Tensor) -> Tensor:
+    """z [prompt, pos, head, d_head] by the units of the site: of a key or value that several heads read, all theirs."""
+    return z.unflatten(2, (len(sweep.weights.layers[0].b_K), -1)).flatten(3) if sweep.request.site in "kv" else z
+
+
+def _written(sweep: Sweep, i: int, prompt: Tensor, positions, change: Tensor, unit: Tensor, units: Tensor) -> Tensor:
+    """Rows after block i [cell, *position, d_model] where a unit's z, or a neuron's activation, is changed.
+
+    Args:
+        positions: a slice, or [position], the same for all cells; or [cell], one for each.
+        change: [cell, *position, d_head], or [cell, *position] of neurons.
+        unit, units: the heads or neurons, on the device and on the CPU.
+    """
+    base, layer = sweep.base, sweep.layer(i)
+    at = _each if change.ndim == (1 if sweep.request.site == "neurons" else 2) else _at
+    if sweep.request.site == "neurons":
+        assert layer.W_out is not None
+        direction = layer.W_out[unit].view(len(unit), *[1] * (change.ndim - 1), -1)
+        mlp_sum = at(base["mlp_sum"][i], prompt, positions) + change[..., None] * direction
+        return at(base["resid_mid"][i], prompt, positions) + layer.ln2_post(mlp_sum)
+    attn_sum = at(base["attn_sum"][i], prompt, positions) + _through_W_O(layer, change, units, sweep.tally)
+    return _after_attention(sweep, i, prompt, positions, layer.ln1_post(attn_sum), at)
+
+
+def _after_attention(sweep: Sweep, i: int, prompt: Tensor, positions, attn_out: Tensor, at=None) -> Tensor:
+    """Rows after block i where attn_out is that given and the rest the base run's."""
+    base, layer, at = sweep.base, sweep.layer(i), at or _each
+    mid = at(base["resid_pre"][i], prompt, positions) + attn_out
+    if layer.parallel:
+        return mid + at(base["mlp_out"][i], prompt, positions)
+    rows = mid.flatten(0, -2)
+    return _mlp(layer, rows, rows, sweep.tally).view_as(mid)
+
+
 def _patched_z(sweep: Sweep, i: int) -> Tensor:
     """z of block i if a head's q, k, v or pattern were the source's at all positions (for each head alone)."""
-    site, layer = sweep.request.site, sweep.packed.layers[i]
+    site, layer = sweep.request.site, sweep.weights.layers[i]
     if site == "z":
         return sweep.source["z"][i]
     if site == "pattern":
-        return torch.einsum("bhqk,bkhd->bqhd", _pattern(sweep, sweep.source, i), sweep.base["v"][i])
+        return layer.mix(_pattern(sweep, sweep.source, i), sweep.base["v"][i])
     q, k, v = (sweep.source[name][i] if name == site else sweep.base[name][i] for name in "qkv")
     return _attend(layer, q, k, v, sweep.tally)
 
 
 def _change_by_key(sweep: Sweep, i: int, start: int, positions, prompt: Tensor, head: Tensor) -> Tensor:
-    """Change of z [cell, row, d_head] at `positions` if one head's k or v is the source's at `start` alone."""
-    site, layer, base = sweep.request.site, sweep.packed.layers[i], sweep.base
+    """Change of z [cell, row, d_heads] at `positions` if one head's k or v is the source's at `start` alone; of all the
+    heads that read it."""
+    site, layer, base = sweep.request.site, sweep.weights.layers[i], sweep.base
+    n_heads = len(layer.b_K)
 
-    def rows(x: Tensor) -> Tensor:  # [cell, row, d_head] of the cells' heads
+    def rows(x: Tensor) -> Tensor:  # [cell, row, head, d_head] of the heads that read the cells' heads
+        x = x.unflatten(2, (n_heads, -1))
         if isinstance(positions, slice):
             return x[prompt, positions, head]
         return x[prompt[:, None], positions, head[:, None]]
 
     k, v = (base[name][i][prompt, :, head].unsqueeze(2) for name in "kv")  # [cell, key, 1, d_head]
     (k if site == "k" else v)[:, start, 0] = sweep.source[site][i][prompt, start, head]
-    z = _attend(layer, rows(base["q"][i]).unsqueeze(2), k, v, sweep.tally, positions).squeeze(2)
-    return z - rows(base["z"][i])
+    z = _attend(layer, rows(base["q"][i]), k, v, sweep.tally, positions)
+    return (z - rows(base["z"][i])).flatten(2)
 
 
 def _through_W_O(layer: Layer, change: Tensor, heads: Int[Tensor, " cell"], tally: Tally) -> Tensor:
-    """attn_out [cell, *row, d_model] of changes of one head's z [cell, *row, d_head]; the heads are on the CPU."""
+    """What changes of one head's z [cell, *row, d_head] write, [cell, *row, d_model]; the heads are on the CPU."""
     d_head = change.shape[-1]
     tally.linear(change.shape[:-1].numel(), d_head, layer.W_O.shape[1])
     W_O = layer.W_O.unflatten(0, (-1, d_head))
@@ -439,7 +443,7 @@ def sweep_cells(sweep: Sweep, cells: Cells) -> Tensor:
     """Final residual streams of the patched runs at the positions read, [cell, read position, d_model]."""
     groups: list[Rows] = []
     single: Single | None = None
-    n_layers = len(sweep.packed.layers)
+    n_layers = len(sweep.weights.layers)
     base = sweep.base["resid_pre"][n_layers]
     joining = by_layer(cells, base.device)
     for i in range(min(joining), n_layers):
@@ -470,17 +474,17 @@ def _merged(groups: Sequence[Rows]) -> list[Rows]:
 
 def _block(sweep: Sweep, i: int, groups: Sequence[Rows], single: Single | None) -> list[Rows]:
     """Rows after block i: those of the cells on their way, and of those that enter with a single changed row."""
-    packed, layer, tally = sweep.packed, sweep.layer(i), sweep.tally
+    layer, tally = sweep.layer(i), sweep.tally
     parts: list[tuple[Rows, Tensor]] = []  # rows of the residual stream that are needed on, and their z
     if groups:
         rows = layer.ln1(torch.cat([g.resid.flatten(0, 1) for g in groups]))
         sizes = [g.resid.shape[:2].numel() for g in groups]
-        n_in, n_out = layer.W_Q.shape[1], layer.W_O.shape[0]
-        last = i == len(packed.layers) - 1
+        last = i == len(sweep.weights.layers) - 1
         # Keys and values of all rows; queries, in the last layer, only where the metric reads.
-        tally.linear(len(rows), n_in, 2 * n_out if last else 3 * n_out)
+        linears = layer.of_qkv[1 if last else 0 :]
+        _count(tally, len(rows), linears)
         queries: Any
-        *queries, keys, values = products(rows, *layer.qkv[1 if last else 0 :])
+        *queries, keys, values = products(rows, *linears)
         queries = queries[0].split(sizes) if queries else [None] * len(groups)
         for g, x, q, k, v in zip(groups, rows.split(sizes), queries, keys.split(sizes), values.split(sizes)):
             positions, resid = sweep.needed(i, g.start), g.resid
@@ -488,11 +492,12 @@ def _block(sweep: Sweep, i: int, groups: Sequence[Rows], single: Single | None) 
             if q is None:
                 local = _shifted(positions, g.start)
                 resid, x = resid[:, local], x.unflatten(0, shape)[:, local]
-                tally.linear(x.shape[:2].numel(), n_in, n_out)
-                (q,) = products(x, *layer.qkv[:1])
+                _count(tally, x.shape[:2].numel(), layer.of_qkv[:1])
+                (q,) = products(x, *layer.of_qkv[:1])
             else:
                 q = q.unflatten(0, shape)
             k, v = (t.unflatten(0, shape) for t in (k, v))
+            q, k = layer.place_q(q, positions), layer.place_k(k, slice(g.start, sweep.request.n_read))
             if g.start:
                 k = torch.cat([sweep.base["k"][i][g.prompt, : g.start], k], 1)
                 v = torch.cat([sweep.base["v"][i][g.prompt, : g.start], v], 1)
@@ -506,22 +511,24 @@ def _block(sweep: Sweep, i: int, groups: Sequence[Rows], single: Single | None) 
     parts.sort(key=lambda part: part[0].start)
     resid = torch.cat([g.resid.flatten(0, 1) for g, _ in parts])
     z = torch.cat([z.flatten(0, 1) for _, z in parts])
-    out = _mlp(packed, layer, resid + _attn_out(layer, z, tally), tally)
+    _count(tally, len(z), layer.of_attn_out)
+    mid = resid + layer.attn_out(z)
+    out = _mlp(layer, mid, resid if layer.parallel else mid, tally)
     done = out.split([g.resid.shape[:2].numel() for g, _ in parts])
     return [Rows(g.start, g.cell, g.prompt, rows.view_as(g.resid)) for (g, _), rows in zip(parts, done)]
 
 
 def _enter(sweep: Sweep, i: int, single: Single) -> list[tuple[Rows, Tensor]]:
     """z in block i of cells with one changed row: only its query, key and value are not the base run's."""
-    packed, layer, base, cells = sweep.packed, sweep.layer(i), sweep.base, single.cells
-    q_row, k_row, v_row = single.qkv or _qkv(layer, single.row, sweep.tally)
+    layer, base, cells = sweep.layer(i), sweep.base, single.cells
+    q_row, k_row, v_row = single.qkv or _qkv(layer, single.row, cells.start, sweep.tally)
     parts = []
     for start, mine in cells.runs:
         prompt, positions = cells.prompt[mine], sweep.needed(i, start)
         k, v = base["k"][i][prompt], base["v"][i][prompt]
         k[:, start], v[:, start] = k_row[mine], v_row[mine]
         q, resid = (_at(base[name][i], prompt, positions) for name in ("q", "resid_pre"))
-        if i < len(packed.layers) - 1 or start in sweep.reads:
+        if i < len(sweep.weights.layers) - 1 or start in sweep.reads:
             q[:, 0], resid[:, 0] = q_row[mine], single.row[mine]
         z = _attend(layer, q, k, v, sweep.tally, positions)
         parts.append((Rows(start, cells.cell[mine], prompt, resid), z))

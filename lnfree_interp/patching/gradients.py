@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from ..batching import Progress
-from ..forward import packed_weights
 from ..lens import ModelOrName
 from ..metrics import Metric, logit_diff
 from ..models import as_model
 from ..pairs import as_pairs
+from ..weights import read_weights, widened_norms
 from . import hooked
 from .activation import itemsize, rows_of_metric
 from .atp_star import exact_softmax
 from .cells import Indices, MetricLike, PairsLike, Request, check_finite, checked, memory_budget
 from .effect import PatchingEffect
-from .exact import widened_norms
 from .relp import relp_weights
 from .second_order import cell_by_cell, jointly
 from .sides import Activations, Case, both_sides, contract, frozen, gradients, numbers_per_prompt, products, site_hooks
@@ -41,6 +40,7 @@ def attribution_patching(
     joint: bool = False,
     detach_norm: bool = True,
     linear_gelu: bool = True,
+    half_gate: bool = True,
     max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> PatchingEffect:
@@ -58,11 +58,13 @@ def attribution_patching(
       (arXiv 2606.09899). One Hessian-vector product per cell, cells in batches. `joint`: one per layer in place
       of it, with d the change of all its cells: far cheaper, but the cells' cross terms are shared between them.
     - "atp_star", for q and k: the attention softmax recomputed exactly, a gradient from z on (AtP*, 2403.00745).
-    - "relp": gradients with the norms' denominators detached (`detach_norm`) and GELU(x) taken as x times a
-      constant (`linear_gelu`) (RelP, 2508.21258). With both off it is "gradient".
+    - "relp": gradients with the norms' denominators detached (`detach_norm`), GELU(x) or SiLU(x) taken as x times a
+      constant (`linear_gelu`), and in gated MLPs the product's gradient halved, so that gate and linear part share
+      it (`half_gate`) (RelP, 2508.21258). With all of them off it is "gradient".
 
     All are exact where the path from the site to the metric is linear: on LN-free models with `logit_diff`, in the
-    last layer, for resid_post and mlp_out; without MLPs also for attn_out, resid_mid and z. Elsewhere they are
+    last layer, for resid_post and mlp_out; without MLPs also for attn_out, resid_mid and z. (A norm after attention
+    or after the MLP, as Gemma 2 has, bends the path from z and neurons.) Elsewhere they are
     not, whatever the norm: attention's softmax (and its product with the values) and GELU remain.
 
     Args:
@@ -72,7 +74,7 @@ def attribution_patching(
 
     Raises:
         ValueError: as for `activation_patching`; an unknown method or path; "atp_star" of another site than q, k;
-            "atp_star" or "relp" of a model that the packed forward does not cover.
+            "atp_star" or "relp" of a model that `read_weights` does not read.
 
     Example:
         >>> from lnfree_interp import load_model
@@ -92,21 +94,21 @@ def attribution_patching(
         raise ValueError(f"steps is {steps}, it must be positive")
     if method == "atp_star" and site not in ("q", "k"):
         raise ValueError(f"method 'atp_star' is for sites q and k, not {site!r}: elsewhere it is 'gradient'")
-    packed = packed_weights(model)
-    if method in ("atp_star", "relp") and packed is None:
-        raise ValueError(f"method {method!r} needs a model whose blocks are GPT-2's kind, see forward.covers")
+    weights = read_weights(model)
+    if method in ("atp_star", "relp") and weights is None:
+        raise ValueError(f"method {method!r} needs a model that read_weights reads, and this one it does not")
     budget = memory_budget(model, max_memory)
     pairs = pairs.to(model.cfg.device)
-    if packed is None:
+    if weights is None:
         hooked.check_model(model, pairs.clean)
     else:
         # As stored, in fp32 at least: in half precision the difference between the runs would be mostly rounding.
-        packed = widened_norms(packed)
-    if method == "relp" and packed is not None:
-        packed = relp_weights(packed, detach_norm=detach_norm, linear_gelu=linear_gelu)
+        weights = widened_norms(weights)
+    if method == "relp" and weights is not None:
+        weights = relp_weights(weights, detach_norm=detach_norm, linear_gelu=linear_gelu, half_gate=half_gate)
     n_together = len(pairs)
     if isinstance(metric, Metric):
-        n_together = max(1, budget // (numbers_per_prompt(model, request) * itemsize(model, packed)))
+        n_together = max(1, budget // (numbers_per_prompt(model, request) * itemsize(model, weights)))
     parts = []
     with frozen(model), torch.enable_grad():
         for i in range(0, len(pairs), n_together):
@@ -114,7 +116,7 @@ def attribution_patching(
             part = rows_of_metric(request, here, model.cfg.device)
             one_backward = method in ("gradient", "relp")
             cut = one_backward or method == "integrated"
-            case = both_sides(model, part, pairs[here], packed, graph=one_backward, cut=cut)
+            case = both_sides(model, part, pairs[here], weights, graph=one_backward, cut=cut)
             check_finite(request, torch.stack([case.at_base, case.at_source], 1), first=i)
             estimate: tuple[Tensor, Tensor | None]
             if one_backward:

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..forward import PackedWeights, own_hooks, run
+from ..forward import run
 from ..lens import LensModel
+from ..weights import Weights, own_hooks
 from .cells import Cells, Request, on_device
 from .sites import SITES
 
@@ -48,7 +49,7 @@ def names(site: str, layer: int) -> dict[str, str]:
     return {"resid_pre": block + SITES["resid_pre"].hook, site: block + SITES[site].hook}
 
 
-def record(model: LensModel, tokens: Tensor, site: str, packed: PackedWeights | None) -> Recorded:
+def record(model: LensModel, tokens: Tensor, site: str, weights: Weights | None) -> Recorded:
     """The site's activations and the residual stream of each layer, and the final one at the end of "resid_pre"."""
     kept: Recorded = {"resid_pre": [], site: []}
 
@@ -60,7 +61,7 @@ def record(model: LensModel, tokens: Tensor, site: str, packed: PackedWeights | 
         for layer in range(model.cfg.n_layers)
         for name, hook in names(site, layer).items()
     }
-    final = run(model, tokens, hooks=hooks, packed=packed)
+    final = run(model, tokens, hooks=hooks, weights=weights)
     kept["resid_pre"].append(final)
     return kept
 
@@ -110,7 +111,7 @@ def final_residuals(
     source: Recorded,
     cells: Cells,
     rows: int,
-    packed: PackedWeights | None,
+    weights: Weights | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(indices of cells, their final residual streams at the positions read), `rows` prompts at a time."""
     device = base["resid_pre"][0].device
@@ -121,4 +122,4 @@ def final_residuals(
             batch = cells[index].to(device)
             hooks = patch_hooks(request, base, source, layer, batch, own)
             start = base["resid_pre"][layer][batch.prompt]
-            yield index, run(model, resid=start, start_layer=layer, hooks=hooks, packed=packed)[:, reads]
+            yield index, run(model, resid=start, start_layer=layer, hooks=hooks, weights=weights)[:, reads]

@@ -1,4 +1,4 @@
-"""RelP (arXiv 2508.21258): a backward pass in which norms and activation functions count as linear maps."""
+"""RelP (arXiv 2508.21258): a backward pass in which norms, activation functions and gates count as linear maps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..forward import Norm, PackedWeights
+from ..weights import Layer, Norm, Weights, of_norms
 
 
 class DetachedNorm(Norm):
@@ -36,13 +36,21 @@ def linear_activation(act: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Ten
     return call
 
 
-def relp_weights(packed: PackedWeights, *, detach_norm: bool, linear_gelu: bool) -> PackedWeights:
-    """A model's weights with the norms, the final one included, and the activation function of RelP."""
-    if detach_norm:
+def half_product(gate: Tensor, linear: Tensor) -> Tensor:
+    """gate * linear, each factor given half of its gradient: of two that make a product, each is owed half of it."""
+    half = gate * linear / 2
+    return half + half.detach()
 
-        def detached(n: Any) -> Any:
-            return None if n is None else DetachedNorm(n.kind, n.eps, n.w, n.b)
 
-        layers = tuple(replace(layer, ln1=detached(layer.ln1), ln2=detached(layer.ln2)) for layer in packed.layers)
-        packed = replace(packed, layers=layers, ln_final=detached(packed.ln_final))
-    return replace(packed, act=linear_activation(packed.act)) if linear_gelu else packed
+def relp_weights(weights: Weights, *, detach_norm: bool, linear_gelu: bool, half_gate: bool) -> Weights:
+    """A model's weights with the norms, the final one included, the activation function and the gates of RelP."""
+
+    def changed(part: Layer | Weights) -> dict[str, Any]:
+        return of_norms(part, lambda n: DetachedNorm(n.kind, n.eps, n.w, n.b)) if detach_norm else {}
+
+    layers = []
+    for layer in weights.layers:
+        act = linear_activation(layer.act) if linear_gelu else layer.act
+        gate = half_product if half_gate else layer.gate
+        layers.append(replace(layer, **changed(layer), act=act, gate=gate))
+    return replace(weights, **changed(weights), layers=tuple(layers))

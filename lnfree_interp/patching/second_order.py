@@ -52,7 +52,7 @@ def cell_by_cell(case: Case, budget: int) -> tuple[Tensor, Tensor]:
 
     cells = find_cells(request, where, case.differ, model.cfg.n_layers, device)
     # The graphs of the first and the second derivative.
-    per_cell = 4 * numbers_per_prompt(model, request) * itemsize(model, case.window.packed)
+    per_cell = 4 * numbers_per_prompt(model, request) * itemsize(model, case.window.weights)
     plain = not isinstance(request.metric, Metric)
     for layer in request.layers:
         of_layer = (cells.layer == layer).nonzero().flatten()

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..forward import Norm, PackedWeights, Past, final_norm, run, run_both
+from ..forward import Past, run, run_both
 from ..lens import LensModel
 from ..pairs import PromptPairs
-from . import exact
+from ..weights import Norm, Weights, final_norm
 from .cells import Request, may_differ, on_device, read_metric, tokens_differ
 from .sites import SITES
 
@@ -26,7 +26,8 @@ Activations = dict[int, Tensor]
 def numbers_per_prompt(model: LensModel, request: Request) -> int:
     """Roughly what autograd keeps of a forward for one prompt."""
     cfg = model.cfg
-    per_position = 14 * cfg.d_model + 3 * (cfg.d_mlp or 0) + 2 * cfg.n_heads * request.n_read
+    of_mlp = (5 if getattr(cfg, "gated_mlp", False) else 3) * (cfg.d_mlp or 0)
+    per_position = 14 * cfg.d_model + of_mlp + 2 * cfg.n_heads * request.n_read
     return request.n_read * cfg.n_layers * per_position
 
 
@@ -52,11 +53,11 @@ class Window:
     request: Request
     first: int
     past: Past | None  # keys and values of the positions before
-    packed: PackedWeights | None  # None: a model that goes through its own forward
+    weights: Weights | None  # None: a model that goes through its own forward
 
     @property
     def norm(self) -> Norm:
-        return final_norm(self.model) if self.packed is None else self.packed.ln_final
+        return final_norm(self.model) if self.weights is None else self.weights.ln_final
 
     @property
     def reads(self) -> list[int] | slice:
@@ -84,7 +85,7 @@ class Window:
         """The final residual stream where the metric reads it."""
         options = self.options(hooks)
         return self.at_reads(
-            run(self.model, tokens, resid=resid, start_layer=start_layer, packed=self.packed, **options)
+            run(self.model, tokens, resid=resid, start_layer=start_layer, weights=self.weights, **options)
         )
 
 
@@ -144,13 +145,7 @@ def gradients(value: Tensor, nodes: Activations, *, create_graph: bool = False) 
 
 
 def both_sides(
-    model: LensModel,
-    request: Request,
-    pairs: PromptPairs,
-    packed: PackedWeights | None,
-    *,
-    graph: bool = True,
-    cut: bool = False,
+    model, request: Request, pairs: PromptPairs, weights: Weights | None, *, graph: bool = True, cut: bool = False
 ) -> Case:
     """One forward of the source prompts, without a graph, and one of the base prompts, with it if asked for.
 
@@ -163,13 +158,12 @@ def both_sides(
     device = base_tokens.device
     everyone = torch.arange(len(pairs), device=device)
     layers = range(model.cfg.n_layers)
-    differ = tokens_differ(packed, pairs)
+    differ = tokens_differ(weights, pairs)
     first = int(differ.any(0).int().argmax()) if differ.any() else request.n_pos
-    start = min(first, *request.reads) if cut and packed is not None else 0
+    start = min(first, *request.reads) if cut and weights is not None else 0
     source: Activations = {}
     nodes: Activations = {}
     resid: dict[int, Tensor] = {}
-    keys: Activations = {}
     past = Past(start, {})
 
     def keep(x: Tensor, i: int) -> None:
@@ -179,31 +173,27 @@ def both_sides(
         nodes[i] = x if x.requires_grad or not graph else x.detach().requires_grad_()
         return nodes[i]
 
-    of_source = Window(model, request, 0, None, packed)
-    window = Window(model, request, start, past if start else None, packed)
+    of_source = Window(model, request, 0, None, weights)
+    window = Window(model, request, start, past if start else None, weights)
     hooks_of_source, hooks = site_hooks(request, keep), site_hooks(request, watch)
     _note(hooks_of_source, "blocks.0.hook_resid_pre", partial(resid.__setitem__, -1))
     for i in layers:
-        if start:
-            _note(hooks_of_source, f"blocks.{i}.attn.hook_k", partial(keys.__setitem__, i))
-            _note(hooks_of_source, f"blocks.{i}.attn.hook_v", partial(_keep_past, past, keys, i))
         _note(hooks, f"blocks.{i}.hook_resid_pre", partial(resid.__setitem__, i))
     inputs: dict[str, Any]
     inputs_of_source: dict[str, Any]
-    if packed is None:
+    if weights is None:
         inputs, inputs_of_source = {"tokens": base_tokens}, {"tokens": source_tokens}
     else:
-        positions = torch.arange(request.n_read, device=device).expand_as(base_tokens)
-        inputs = {"resid": exact.embedded(packed, base_tokens[:, start:], positions[:, start:])}
-        inputs_of_source = {"resid": exact.embedded(packed, source_tokens, positions)}
-    if graph and packed is not None:
-        final, final_of_source = run_both(
-            model, inputs | window.options(hooks), inputs_of_source | of_source.options(hooks_of_source), packed=packed
-        )
+        inputs = {"resid": weights.enter(base_tokens[:, start:], slice(start, request.n_read))}
+        inputs_of_source = {"resid": weights.enter(source_tokens, slice(request.n_read))}
+    options = of_source.options(hooks_of_source) | ({"keep": past.kept} if start else {})
+    if graph and weights is not None:
+        options_of_base = window.options(hooks)
+        final, final_of_source = run_both(model, inputs | options_of_base, inputs_of_source | options, weights=weights)
         final, final_of_source = window.at_reads(final), of_source.at_reads(final_of_source)
     else:
         with torch.no_grad():
-            final_of_source = of_source.run(**inputs_of_source, hooks=hooks_of_source)
+            final_of_source = of_source.at_reads(run(model, **inputs_of_source, **options, weights=weights))
         with torch.set_grad_enabled(graph):
             final = window.run(**inputs, hooks=hooks)
     with torch.no_grad():
@@ -231,11 +221,6 @@ def _note(hooks: dict[str, Callable], name: str, note: Callable[[Tensor], None])
         return new
 
     hooks[name] = hook
-
-
-def _keep_past(past: Past, keys: Activations, layer: int, values: Tensor) -> None:
-    """Called with a layer's values, when its keys are there."""
-    past.kept[layer] = keys[layer][:, : past.length], values[:, : past.length]
 
 
 def _over_positions(mask: Tensor, request: Request, like: Tensor) -> Tensor:
