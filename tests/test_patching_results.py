@@ -158,6 +158,18 @@ def test_tokens_outside_the_vocabulary_and_beyond_the_context(random_model):
         activation_patching(model, make_pairs(model, pos=33))
 
 
+def test_prompts_padded_on_the_left_are_refused():
+    model = load_model("tiny-noLN", device="cpu")
+    model.tokenizer.padding_side = "left"
+    pairs = induction_pairs(model, 2, length=8)
+    activation_patching(model, pairs)
+    clean, corrupted = pairs.clean.clone(), pairs.corrupted.clone()
+    clean[:, :2], corrupted[:, :2] = model.tokenizer.pad_token_id, model.tokenizer.pad_token_id
+    for function in (activation_patching, attribution_patching):
+        with pytest.raises(ValueError, match="prompts begin with pads"):
+            function(model, PromptPairs(clean, corrupted, pairs.answers))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..batching import d_vocab_out
+from ..batching import check_pads, d_vocab_out
 from ..forward import unembed
 from ..lens import LensModel
 from ..metrics import Metric
@@ -138,6 +138,8 @@ def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layer
         outside = ids[(ids < 0) | (ids >= d_vocab)]
         if len(outside):
             raise ValueError(f"{what} {int(outside[0])} is outside the model's vocabulary of {d_vocab}")
+    for prompts in (pairs.clean, pairs.corrupted):
+        check_pads(model, prompts)
     if site == "neurons" and layers is None:
         raise ValueError("site 'neurons' needs layers=, for example layers=[-1]: every neuron is a cell")
     layers = chosen("layers", layers, cfg.n_layers, "the model", "layer")
