@@ -113,6 +113,7 @@ def test_what_is_not_read_is_slow_and_right(fields):
     close(evaluate_loss(model, tokens).losses, wanted.float(), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(virtual_device.MISSING is not None, reason=str(virtual_device.MISSING))
 @pytest.mark.parametrize("kind", NEW_KINDS)
 def test_a_device_gives_the_cpus_numbers_and_is_not_waited_for_more(kind):

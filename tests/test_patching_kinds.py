@@ -44,6 +44,7 @@ def test_patched_cell_is_plain_hook(any_kind, direction):
         assert_matches_plain_hooks(any_kind, pairs, effect, site, tol=tolerance(any_kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [True, False])
 def test_heads_and_neurons_by_position(any_kind, fast):
     pairs = make_pairs(any_kind, pos=5, changed=((1, 2), (3,)))
@@ -101,6 +102,7 @@ def test_a_group_of_heads_is_patched_through_its_key(model_of):
 # Estimates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ESTIMATES, ids=lambda o: "-".join(map(str, o.values())))
 def test_estimates_are_those_of_plain_derivatives(any_kind, options):
     pairs = make_pairs(any_kind, n=2, pos=4, changed=((1,), (2,)))
@@ -176,6 +178,7 @@ def test_with_all_rules_a_gated_mlp_conserves_relevance(model_of):
     assert (bent.values.sum(-1)[:, 0] - total).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NEW_KINDS)
 def test_half_precision_is_that_of_the_weights_alone(kind):
     normalization, fields = KINDS[kind]
@@ -189,6 +192,7 @@ def test_half_precision_is_that_of_the_weights_alone(kind):
             assert (got - wanted).abs().max() < 1e-4 * wanted.abs().max(), (site, function)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NEW_KINDS)
 def test_with_hooks_of_its_own_a_model_is_slow_and_right(kind):
     normalization, fields = KINDS[kind]
