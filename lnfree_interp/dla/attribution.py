@@ -379,7 +379,8 @@ def _project(model: LensModel, activations, u, x, norm):
             c = _centred(activation, norm).expand(len(u), -1)
             dots.append(_dot(c, u)[None])
             if x is not None:
-                left.append(torch.stack([_dot(x - c, u), _dot(x - c, x - c)])[:, None])
+                rest = x - c
+                left.append(torch.stack([_dot(rest, u), _dot(rest, rest)])[:, None])
         else:
             W = _centred(_wide(W), norm)
             dot = (_onto_heads if W.ndim == 3 else _onto_neurons)(activation, W, u)
