@@ -234,8 +234,8 @@ CASES = {
     for site in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
 }
 # These have no other path, or (the sites that differ only by name) share one.
-ONLY_PACKED = {"attribution_patching:atp_star", "attribution_patching:relp", "remove_layernorm"}
-ONLY_PACKED |= {f"activation_patching:{site}" for site in ("resid_mid", "resid_post", "attn_out", "q", "k", "v")}
+ONLY_FAST = {"attribution_patching:atp_star", "attribution_patching:relp", "remove_layernorm"}
+ONLY_FAST |= {f"activation_patching:{site}" for site in ("resid_mid", "resid_post", "attn_out", "q", "k", "v")}
 
 # These choose a device or know of none; the first is `test_models`'.
 NO_DEVICE = {
@@ -252,8 +252,8 @@ NO_DEVICE = {
 
 
 def ways(name):
-    """LN-free and LN, on the packed forward and by hooks on TransformerLens' own."""
-    return [(None, False), ("LN", False)] + [("LN", True)] * (name not in ONLY_PACKED)
+    """LN-free and LN, on our own forward and by hooks on TransformerLens' own."""
+    return [(None, False), ("LN", False)] + [("LN", True)] * (name not in ONLY_FAST)
 
 
 @cache
