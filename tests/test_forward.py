@@ -8,7 +8,7 @@ from conftest import KINDS, NORMALIZATIONS, make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lnfree_interp import forward, read_weights
+from lnfree_interp import forward, read_weights, through_hooks
 from lnfree_interp.weights import own_hooks
 
 TOLERANCE = 1e-10
@@ -108,7 +108,7 @@ def test_positions_give_the_rows_of_the_whole_pass_on_both_paths(any_block, posi
     tokens = random_tokens(any_block)
     whole = forward.run(any_block, tokens)
     ours = forward.run(any_block, tokens, positions=positions)
-    theirs = forward._run_hooked(any_block, tokens, None, 0, {}, positions)
+    theirs = through_hooks.run(any_block, tokens, None, 0, {}, positions)
     for rows in (ours, theirs):
         torch.testing.assert_close(rows, whole[:, positions], atol=TOLERANCE, rtol=TOLERANCE)
 
@@ -118,7 +118,7 @@ def test_hooks_at_positions_are_the_same_on_both_paths(any_block):
     for site in sites_of(any_block):
         hooks = {f"blocks.1.{site}": lambda x: x * 1.5}
         ours = forward.run(any_block, tokens, hooks=hooks, positions=positions)
-        theirs = forward._run_hooked(any_block, tokens, None, 0, hooks, positions)
+        theirs = through_hooks.run(any_block, tokens, None, 0, hooks, positions)
         torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=TOLERANCE)
 
 
@@ -127,7 +127,7 @@ def test_starting_from_a_layer_continues_the_run(any_block):
     whole = forward.run(any_block, tokens, hooks={"blocks.1.hook_resid_pre": lambda x: kept.update(x=x)})
     for run in (
         forward.run(any_block, resid=kept["x"], start_layer=1),
-        forward._run_hooked(any_block, None, kept["x"], 1, {}, None),
+        through_hooks.run(any_block, None, kept["x"], 1, {}, None),
     ):
         torch.testing.assert_close(run, whole, atol=TOLERANCE, rtol=TOLERANCE)
 
