@@ -21,7 +21,19 @@ def products(x: Float[Tensor, "*rows d_in"], *linears: Linear) -> tuple[Tensor, 
     """
     if all(W.ndim == 2 and W.dtype == x.dtype for W, _ in linears):
         return tuple(F.linear(x, W.T, b) for W, b in linears)
-    return _HeadProducts.apply(x, *(t for linear in linears for t in linear))
+    return _Products.apply(1, x, *(t for linear in linears for t in linear))
+
+
+def products_of(xs: Sequence[Tensor], *linears: Linear) -> list[tuple[Tensor, ...]]:
+    """`products` of several tensors at once, each weight read once for all: for each W and b, one product of each x.
+
+    Of several tensors, those that want gradients get them; what the others make has none.
+    """
+    if len(xs) < 2:
+        found = products(xs[0], *linears) if xs else ()
+        return [(y,) for y in found] if xs else [() for _ in linears]
+    found = _Products.apply(len(xs), *xs, *(t for linear in linears for t in linear))
+    return [found[j : j + len(xs)] for j in range(0, len(found), len(xs))]
 
 
 def _product(rows: Float[Tensor, "row d_in"], W: Tensor, b: Tensor | None) -> Tensor:
@@ -33,18 +45,28 @@ def _product(rows: Float[Tensor, "row d_in"], W: Tensor, b: Tensor | None) -> Te
     return torch.baddbmm(b[:, None], rows.expand(len(W), -1, -1), W).transpose(0, 1)
 
 
-class _HeadProducts(torch.autograd.Function):
-    """`products`, the weights read where they lie, with a gradient for x alone that never has an axis head."""
+class _Products(torch.autograd.Function):
+    """`products` of n tensors, the weights read where they lie: with gradients for the tensors alone, that never have
+    an axis head."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, *linears: Any) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*linears[::2])
-        rows = x.reshape(-1, x.shape[-1])
-        return tuple(_product(rows, W, b).unflatten(0, x.shape[:-1]) for W, b in zip(linears[::2], linears[1::2]))
+    def forward(ctx, n: int, *tensors: Any) -> tuple[Tensor, ...]:
+        xs, weights, biases = tensors[:n], tensors[n::2], tensors[n + 1 :: 2]
+        ctx.save_for_backward(*weights)
+        rows = xs[0].flatten(0, -2) if n == 1 else torch.cat([x.flatten(0, -2) for x in xs])
+        sizes = [x.shape[:-1].numel() for x in xs]
+        made = [_product(rows, W, b).split(sizes) for W, b in zip(weights, biases)]
+        found = [y.unflatten(0, x.shape[:-1]) for ys in made for x, y in zip(xs, ys)]
+        wanted = ctx.needs_input_grad[1 : n + 1]
+        ctx.mark_non_differentiable(*(y for j, y in enumerate(found) if not wanted[j % n]))
+        ctx.set_materialize_grads(False)
+        return tuple(found)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx.saved_tensors, grads), *(None for _ in range(2 * len(grads)))
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = len(grads) // len(ctx.saved_tensors)
+        of_xs = [_gradient(ctx.saved_tensors, grads[j::n]) for j in range(n)]
+        return None, *of_xs, *(None for _ in range(2 * len(ctx.saved_tensors)))
 
 
 def _gradient(weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor | None:
@@ -61,23 +83,3 @@ def _gradient(weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tens
         before = heads.new_zeros(heads.shape[1], W.shape[1]) if total is None else total.flatten(0, -2)
         total = torch.addbmm(before, heads, W.transpose(1, 2), beta=0 if total is None else 1).unflatten(0, shape)
     return total
-
-
-class ProductsOfBoth(torch.autograd.Function):
-    """`products` of two tensors at once, with a gradient for the first alone."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, others: Tensor, *linears: Any) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*linears[::2])
-        rows, sizes = torch.cat([x.flatten(0, -2), others.flatten(0, -2)]), [x[..., 0].numel(), others[..., 0].numel()]
-        found = [_product(rows, W, b).split(sizes) for W, b in zip(linears[::2], linears[1::2])]
-        of_x = [part.unflatten(0, x.shape[:-1]) for part, _ in found]
-        of_others = [part.unflatten(0, others.shape[:-1]) for _, part in found]
-        ctx.mark_non_differentiable(*of_others)
-        ctx.set_materialize_grads(False)
-        return *of_x, *of_others
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        n = len(ctx.saved_tensors)
-        return _gradient(ctx.saved_tensors, grads[:n]), *(None for _ in range(2 * n + 1))
