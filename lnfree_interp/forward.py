@@ -118,7 +118,9 @@ def run(
         return resid if positions is None else resid[:, positions]
     weights = weights or read_weights(model)
     if weights is not None and _served(hooks):
-        resid = embed(weights, tokens, hooks, past) if resid is None else resid
+        if resid is None:
+            assert tokens is not None
+            resid = embed(weights, tokens, hooks, past)
         return run_streams(weights, [Stream(resid, hooks, positions, past, keep)], start_layer=start_layer)[0]
     if past is not None or keep is not None:
         raise ValueError("past keys and values need a model and hooks that the fast forward serves")
@@ -252,16 +254,16 @@ def _mlps(layer: Layer, name: str, streams: Sequence[Stream], reads: Sequence[Te
     inside = [name + "mlp." + hook for hook in ("hook_pre", "hook_pre_linear", "hook_post", "hook_out")]
     if any(x.requires_grad for x in reads) or any(hook in s.hooks for s in streams for hook in inside):
         pre, pre_linear, post, out = inside
-        hidden = products_of([layer.ln2(x) for x in reads], *layer.of_hidden)
-        hidden = [[s.at(at, x) for s, x in zip(streams, xs)] for at, xs in zip((pre, pre_linear), hidden)]
+        made = products_of([layer.ln2(x) for x in reads], *layer.of_hidden)
+        hidden = [[s.at(at, x) for s, x in zip(streams, xs)] for at, xs in zip((pre, pre_linear), made)]
         posts = [s.at(post, layer.post_of(x)) for s, x in zip(streams, zip(*hidden))]
         (sums,) = products_of(posts, *layer.of_mlp_out)
         return [layer.ln2_post(s.at(out, x)) for s, x in zip(streams, sums)]
     assert layer.W_in is not None
     rows = reads[0].flatten(0, -2) if len(reads) == 1 else torch.cat([x.flatten(0, -2) for x in reads])
     pieces = rows.split(max(1, HIDDEN.get(rows.device.type, 2**24) // layer.W_in.shape[1]))
-    made = layer.mlp(rows) if len(pieces) == 1 else torch.cat([layer.mlp(piece) for piece in pieces])
-    return [y.view_as(x) for y, x in zip(made.split([x.shape[:-1].numel() for x in reads]), reads)]
+    written = layer.mlp(rows) if len(pieces) == 1 else torch.cat([layer.mlp(piece) for piece in pieces])
+    return [y.view_as(x) for y, x in zip(written.split([x.shape[:-1].numel() for x in reads]), reads)]
 
 
 def unembed(
