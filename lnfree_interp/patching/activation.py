@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -153,8 +154,9 @@ def _prompts_at_a_time(model: LensModel, weights: Weights | None, request: Reque
     if weights is not None:
         numbers = exact.numbers_kept(weights, request.site, request.n_read)
     else:
-        width = {"neuron": cfg.d_mlp or 0}.get(request.unit_axis, cfg.d_model)
-        width = cfg.n_heads * request.n_pos if request.site == "pattern" else width
+        sizes = {"neuron": cfg.d_mlp, "head": cfg.n_heads, "key": request.n_pos}
+        sizes |= {name: getattr(cfg, name) for name in ("d_model", "d_head")}
+        width = math.prod(sizes[axis] for axis in request.row.axes if axis in sizes)
         numbers = 2 * cfg.n_layers * request.n_pos * (cfg.d_model + width)
     return max(1, budget // 2 // (numbers * itemsize(model, weights)))
 

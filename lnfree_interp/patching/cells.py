@@ -18,7 +18,7 @@ from ..lens import LensModel
 from ..metrics import Metric
 from ..pairs import PromptPairs
 from ..weights import Norm, Weights, own_hooks
-from .sites import DIRECTIONS, SITES
+from .sites import DIRECTIONS, SITES, Site
 
 MetricLike = Metric | Callable[[Tensor], Tensor]
 PairsLike = PromptPairs | Sequence[Any]
@@ -74,17 +74,18 @@ class Request:
     causal: bool  # whether a position is known to depend on itself and on earlier ones alone
 
     @property
-    def unit_axis(self) -> str:
-        return SITES[self.site].unit
+    def row(self) -> Site:
+        """The site's row of the table."""
+        return SITES[self.site]
 
     @property
     def positional(self) -> bool:
-        return self.unit_axis == "pos"
+        return self.row.positional
 
     @property
     def axes(self) -> tuple[str, ...]:
         more = ("pos",) if self.by_position and not self.positional else ()
-        return ("prompt", "layer", self.unit_axis, *more)
+        return ("prompt", "layer", self.row.unit, *more)
 
     def shape(self, n_prompts: int) -> tuple[int, ...]:
         more = (self.n_pos,) if self.by_position and not self.positional else ()
@@ -104,6 +105,23 @@ class Request:
         if self.units == tuple(range(x.shape[axis])):
             return x
         return x.index_select(axis, on_device(torch.tensor(self.units), x.device))
+
+    def by_place(self, x: Tensor, reduce: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Tensor:
+        """[prompt, pos], or [prompt, pos, unit] of the units asked for, of a whole activation of the site.
+
+        Args:
+            reduce: makes one number of those along the axes that it is told.
+        """
+        row = self.row
+        x = x if row.positional else self.of_units(x, row.unit_axis)
+        x = reduce(x, row.inner_axes) if row.inner_axes else x
+        return x.movedim(row.pos_axis, 1)
+
+    def index(self, cells: Cells) -> tuple[Any, ...]:
+        """Where the site's activation is overwritten for cells, one in each of its rows."""
+        rows = torch.arange(len(cells), device=cells.unit.device)
+        at = {"prompt": rows, "pos": cells.pos if self.by_position else slice(None), self.row.unit: cells.unit}
+        return tuple(at.get(axis, slice(None)) for axis in self.row.axes)
 
     @property
     def reads(self) -> tuple[int, ...]:
@@ -140,24 +158,24 @@ def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layer
             raise ValueError(f"{what} {int(outside[0])} is outside the model's vocabulary of {d_vocab}")
     for prompts in (pairs.clean, pairs.corrupted):
         check_pads(model, prompts)
-    if site == "neurons" and layers is None:
-        raise ValueError("site 'neurons' needs layers=, for example layers=[-1]: every neuron is a cell")
+    row = SITES[site]
+    if row.unit == "neuron" and layers is None:
+        raise ValueError(f"site {site!r} needs layers=, for example layers=[-1]: every neuron is a cell")
     layers = chosen("layers", layers, cfg.n_layers, "the model", "layer")
-    hook = f"blocks.{layers[0]}.{SITES[site].hook}"
+    hook = row.name(layers[0])
     # An attention-only block has a hook point for the MLP it lacks.
-    absent = site == "mlp_out" and getattr(cfg, "attn_only", False)
+    absent = row.of_mlp and getattr(cfg, "attn_only", False)
     if absent or hook not in model.hook_dict:
         raise ValueError(f"site {site!r} is not in this model: it has no {hook}")
-    what = SITES[site].unit
-    grouped = site in "kv" and not getattr(cfg, "ungroup_grouped_query_attention", False)
+    grouped = row.of_keys and not getattr(cfg, "ungroup_grouped_query_attention", False)
     available = {
         "pos": n_pos,
         "head": getattr(cfg, "n_key_value_heads", None) if grouped else None,
         "neuron": cfg.d_mlp,
-    }[what] or cfg.n_heads
-    if units is not None and what == "pos":
+    }[row.unit] or cfg.n_heads
+    if units is not None and row.positional:
         raise ValueError(f"site {site!r} has positions, neither heads nor neurons to choose from")
-    units = chosen("units", units, available, "layer", what)
+    units = chosen("units", units, available, "layer", row.unit)
     # What hooks of a user's do is not known: they may mix positions.
     causal = getattr(cfg, "attention_dir", "causal") == "causal" and not own_hooks(model)
     return Request(site, layers, units, by_position, direction, metric, n_pos, causal)
@@ -208,8 +226,8 @@ def may_differ(request: Request, differ: Bool[Tensor, "prompt pos"], layer: int)
     differ = differ[:, : request.n_read]
     if not request.causal:
         return torch.ones_like(differ)
-    if layer == 0 and request.site in ("resid_pre", "q", "k", "v"):
-        return differ  # row by row the same function of the same token
+    if layer == 0 and request.row.of_token:
+        return differ
     return differ.cumsum(1) > 0
 
 
@@ -223,10 +241,10 @@ def find_cells(request: Request, differs: Callable[[int], Tensor], differ: Tenso
     """
     n_pos = request.n_read
     allowed = torch.stack([may_differ(request, differ, layer) for layer in request.layers])
-    if request.causal and n_layers - 1 in request.layers and request.site not in ("resid_pre", "k", "v"):
+    if request.causal and n_layers - 1 in request.layers and not request.row.spreads:
         read = torch.zeros(n_pos, dtype=torch.bool)
         read[list(request.reads)] = True
-        allowed[request.layers.index(n_layers - 1)] &= read  # nothing above carries a change to other positions
+        allowed[request.layers.index(n_layers - 1)] &= read
     by_unit = not (request.positional or request.by_position)
     found = []
     for i, mask in zip(request.layers, on_device(allowed, device)):

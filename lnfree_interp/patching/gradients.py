@@ -21,7 +21,7 @@ from .effect import PatchingEffect
 from .relp import relp_weights
 from .second_order import cell_by_cell, jointly
 from .sides import Activations, Case, both_sides, contract, frozen, gradients, numbers_per_prompt, products, site_hooks
-from .sites import METHODS, SITES
+from .sites import METHODS
 
 
 def attribution_patching(
@@ -186,6 +186,6 @@ def integrated_gradients(case: Case, steps: int, path: str) -> Activations:
         else:
             for i in request.layers:
                 node = (case.base[i] + share * case.delta[i]).requires_grad_()
-                hook = {f"blocks.{i}.{SITES[request.site].hook}": lambda x, node=node: node}
+                hook = {request.row.name(i): lambda x, node=node: node}
                 add(case.resid[i], i, hook, {i: node})
     return total

@@ -12,7 +12,6 @@ from . import hooked
 from .activation import alike, itemsize
 from .cells import find_cells, on_device
 from .sides import Case, contract, gradients, numbers_per_prompt
-from .sites import SITES
 
 
 def _explicit_attention(n_layers: int, start: int) -> dict[str, Callable]:
@@ -35,9 +34,7 @@ def _with_reliability(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _patched_value(case: Case, layer: int, hook: Callable, prompt: Tensor) -> Tensor:
-    hooks = _explicit_attention(case.model.cfg.n_layers, layer) | {
-        f"blocks.{layer}.{SITES[case.request.site].hook}": hook
-    }
+    hooks = _explicit_attention(case.model.cfg.n_layers, layer) | {case.request.row.name(layer): hook}
     final = case.window.run(resid=case.resid[layer][prompt], start_layer=layer, hooks=hooks)
     return case.metric(final, prompt)
 

@@ -14,9 +14,8 @@ from torch import Tensor
 from ..forward import Past, Stream, run, run_streams
 from ..lens import LensModel
 from ..pairs import PromptPairs
-from ..weights import Norm, Weights, final_norm
+from ..weights import Norm, Weights, final_norm, wide
 from .cells import Request, may_differ, on_device, read_metric, tokens_differ
-from .sites import SITES
 
 Activations = dict[int, Tensor]
 """Layer -> the site's activation of all prompts."""
@@ -68,8 +67,7 @@ class Window:
     @property
     def only_reads(self) -> bool:
         """Whether the last layer computes only the positions read: where the site is seen at all positions."""
-        last = self.model.cfg.n_layers - 1
-        return self.request.site in ("resid_pre", "k", "v") or last not in self.request.layers
+        return self.request.row.spreads or self.model.cfg.n_layers - 1 not in self.request.layers
 
     def options(self, hooks: Mapping[str, Callable]) -> dict:
         """What `forward.run` takes by name."""
@@ -125,8 +123,7 @@ class Case:
 
 def site_hooks(request: Request, hook: Callable[[Tensor, int], Tensor | None]) -> dict[str, Callable]:
     """The hook on the site's activation in the layers asked for; it is told the layer."""
-    name = SITES[request.site].hook
-    return {f"blocks.{i}.{name}": lambda x, i=i: hook(x, i) for i in request.layers}
+    return {request.row.name(i): lambda x, i=i: hook(x, i) for i in request.layers}
 
 
 def gradients(value: Tensor, nodes: Activations, *, create_graph: bool = False) -> Activations:
@@ -197,7 +194,8 @@ def both_sides(
         at_source = read_metric(model, request, pairs, final_of_source, everyone, window.norm)
     with torch.set_grad_enabled(graph):
         value = read_metric(model, request, pairs, final, everyone, window.norm)
-    source = {i: x[:, :, start:] if request.site == "pattern" else x[:, start:] for i, x in source.items()}
+    axis = request.row.pos_axis
+    source = {i: x.narrow(axis, start, x.shape[axis] - start) for i, x in source.items()}
     resid[-1] = resid[-1][:, start:]
     base = {i: x.detach() for i, x in nodes.items()}
     allowed = on_device(torch.stack([may_differ(request, differ, i)[:, start:] for i in base]), device)
@@ -221,10 +219,9 @@ def _note(hooks: dict[str, Callable], name: str, note: Callable[[Tensor], None])
 
 
 def _over_positions(mask: Tensor, request: Request, like: Tensor) -> Tensor:
-    """Bool [prompt, pos] shaped to broadcast over an activation; a pattern's position is its query's."""
-    axis = 2 if request.site == "pattern" else 1
+    """Bool [prompt, pos] shaped to broadcast over an activation."""
     shape = [1] * like.ndim
-    shape[0], shape[axis] = mask.shape
+    shape[0], shape[request.row.pos_axis] = mask.shape
     return mask.view(shape)
 
 
@@ -238,11 +235,7 @@ def contract(request: Request, terms: Activations) -> Tensor:
 
 
 def _contract(request: Request, x: Tensor) -> Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = request.by_place(wide(x), torch.sum)
     if request.positional:
-        return x.sum(-1)
-    if request.site == "pattern":
-        x = request.of_units(x.sum(-1), 1)  # [prompt, head, query]
-    else:
-        x = request.of_units(x if request.site == "neurons" else x.sum(-1), 2).transpose(1, 2)
-    return x if request.by_position else x.sum(-1)
+        return x
+    return x.transpose(1, 2) if request.by_position else x.sum(1)
