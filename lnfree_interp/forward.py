@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +155,9 @@ def _served(hooks: Mapping[str, Hook]) -> bool:
     return all(name.endswith(_SERVED) for name in hooks)
 
 
+AnyStream = TypeVar("AnyStream", bound=Stream)
+
+
 def embed(
     weights: Weights,
     tokens: Int[Tensor, "batch pos"],
@@ -183,8 +187,10 @@ def run_streams(weights: Weights, streams: Sequence[Stream], *, start_layer: int
     return [s.resid for s in streams]
 
 
-def block(weights: Weights, i: int, streams: Sequence[Stream]) -> list[Stream]:
-    """The streams after block i; every other loop over layers is made of this."""
+def block(weights: Weights, i: int, streams: Sequence[AnyStream]) -> list[AnyStream]:
+    """The streams after block i."""
+    if not streams:
+        return []
     layer, name, last = weights.layers[i], f"blocks.{i}.", i == len(weights.layers) - 1
     resids = [s.at(name + "hook_resid_pre", s.resid) for s in streams]
     chosen = [s.positions if last else None for s in streams]
@@ -222,7 +228,7 @@ def _attention(layer: Layer, i: int, s: Stream, positions, made: tuple[Tensor, T
         queries = _absolute(positions, s.first, n, k.device)
         q, k = layer.place_q(q, queries), layer.place_k(k, slice(s.first, n))
         q, k = s.at(name + "hook_rot_q", q), s.at(name + "hook_rot_k", k)
-        if s.past is not None:
+        if s.past is not None and s.first:
             k, v = (torch.cat([old, x], 1) for old, x in zip(s.past.before(i), (k, v)))
     if s.keep is not None:
         s.keep[i] = k, v
@@ -244,11 +250,6 @@ def _absolute(positions: slice | Tensor | None, first: int, end: int, device) ->
     return torch.arange(first, end, device=device)[positions]
 
 
-HIDDEN = {"cpu": 2**22, "cuda": 2**27}
-"""Hidden activations of an MLP at a time, where nobody wants to see them: on a CPU, what its caches hold; 2^24 on other
-devices."""
-
-
 def _mlps(layer: Layer, name: str, streams: Sequence[Stream], reads: Sequence[Tensor]) -> Sequence[Tensor]:
     """What the MLP adds to each stream, of what it reads."""
     inside = [name + "mlp." + hook for hook in ("hook_pre", "hook_pre_linear", "hook_post", "hook_out")]
@@ -259,11 +260,24 @@ def _mlps(layer: Layer, name: str, streams: Sequence[Stream], reads: Sequence[Te
         posts = [s.at(post, layer.post_of(x)) for s, x in zip(streams, zip(*hidden))]
         (sums,) = products_of(posts, *layer.of_mlp_out)
         return [layer.ln2_post(s.at(out, x)) for s, x in zip(streams, sums)]
-    assert layer.W_in is not None
-    rows = reads[0].flatten(0, -2) if len(reads) == 1 else torch.cat([x.flatten(0, -2) for x in reads])
-    pieces = rows.split(max(1, HIDDEN.get(rows.device.type, 2**24) // layer.W_in.shape[1]))
-    written = layer.mlp(rows) if len(pieces) == 1 else torch.cat([layer.mlp(piece) for piece in pieces])
+    if len(reads) == 1:
+        return [mlp(layer, reads[0])]
+    written = mlp(layer, torch.cat([x.flatten(0, -2) for x in reads]))
     return [y.view_as(x) for y, x in zip(written.split([x.shape[:-1].numel() for x in reads]), reads)]
+
+
+HIDDEN = {"cpu": 2**22, "cuda": 2**27}
+"""Hidden activations of an MLP at a time, where nobody looks at them: on a CPU, what its caches hold; 2^24 on other
+devices."""
+
+
+def mlp(layer: Layer, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+    """What the MLP adds to the residual stream that it reads, some rows at a time."""
+    assert layer.W_in is not None
+    step = max(1, HIDDEN.get(x.device.type, 2**24) // layer.W_in.shape[1])
+    if x.shape[:-1].numel() <= step:
+        return layer.mlp(x)
+    return torch.cat([layer.mlp(piece) for piece in x.flatten(0, -2).split(step)]).view_as(x)
 
 
 def unembed(

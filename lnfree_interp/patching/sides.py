@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..forward import Past, Stream, run, run_streams
+from ..layers import wide
 from ..lens import LensModel
 from ..pairs import PromptPairs
-from ..weights import Norm, Weights, final_norm, wide
+from ..weights import Norm, Weights, final_norm
 from .cells import Request, may_differ, on_device, read_metric, tokens_differ
 
 Activations = dict[int, Tensor]
