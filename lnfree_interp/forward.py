@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import through_hooks
 from .lens import LensModel
-from .products import products_of
+from .products import joined, parted, products_of
 from .through_hooks import Hook
 from .weights import Layer, Norm, Positions, Weights, final_norm, read_weights
 
@@ -191,23 +191,8 @@ def block(weights: Weights, i: int, streams: Sequence[AnyStream]) -> list[AnyStr
     """The streams after block i."""
     if not streams:
         return []
-    layer, name, last = weights.layers[i], f"blocks.{i}.", i == len(weights.layers) - 1
-    resids = [s.at(name + "hook_resid_pre", s.resid) for s in streams]
-    chosen = [s.positions if last else None for s in streams]
-    new = [j for j, s in enumerate(streams) if s.qkv is None]
-    xs = [layer.ln1(resids[j]) for j in new]
-    if last:
-        of_queries = [x if chosen[j] is None else x[:, chosen[j]] for j, x in zip(new, xs)]
-        found = products_of(of_queries, *layer.of_qkv[:1]) + products_of(xs, *layer.of_qkv[1:])
-    else:
-        found = products_of(xs, *layer.of_qkv)
-    for j in new:
-        resids[j] = resids[j] if chosen[j] is None else resids[j][:, chosen[j]]
-    made = zip(*found)
-    zs = [_attention(layer, i, s, positions, None if s.qkv else next(made)) for s, positions in zip(streams, chosen)]
-    (sums,) = products_of([z.flatten(-2) for z in zs], *layer.of_attn_out)
-    attn_outs = [layer.ln1_post(s.at(name + "attn.hook_out", x)) for s, x in zip(streams, sums)]
-    mids = [resid + s.at(name + "hook_attn_out", x) for s, resid, x in zip(streams, resids, attn_outs)]
+    layer, name = weights.layers[i], f"blocks.{i}."
+    resids, mids = _attentions(layer, i, streams, last=i == len(weights.layers) - 1)
     if layer.W_in is not None:
         mids = [s.at(name + "hook_resid_mid", mid) for s, mid in zip(streams, mids)]
         mlp_outs = _mlps(layer, name, streams, resids if layer.parallel else mids)
@@ -215,18 +200,40 @@ def block(weights: Weights, i: int, streams: Sequence[AnyStream]) -> list[AnyStr
     return [replace(s, resid=s.at(name + "hook_resid_post", mid), qkv=None) for s, mid in zip(streams, mids)]
 
 
-def _attention(layer: Layer, i: int, s: Stream, positions, made: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
-    """z of a stream in block i, of its q, k and v as the products make them, or of those that it knows."""
-    name = f"blocks.{i}.attn."
-    if s.qkv is not None:
-        q, k, v = s.qkv
-        queries = _absolute(positions, s.first, k.shape[1], k.device)
+def _attentions(
+    layer: Layer, i: int, streams: Sequence[Stream], last: bool
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Each stream before and after attention, at the positions that the block computes."""
+    name = f"blocks.{i}."
+    resids = [s.at(name + "hook_resid_pre", s.resid) for s in streams]
+    positions = [s.positions if last else None for s in streams]
+    new = [j for j, s in enumerate(streams) if s.qkv is None]
+    xs = [layer.ln1(resids[j]) for j in new]
+    if last:
+        of_queries = [x if positions[j] is None else x[:, positions[j]] for j, x in zip(new, xs)]
+        made = products_of(of_queries, *layer.of_qkv[:1]) + products_of(xs, *layer.of_qkv[1:])
+        for j in new:
+            resids[j] = resids[j] if positions[j] is None else resids[j][:, positions[j]]
     else:
-        assert made is not None
-        q, k, v = (s.at(name + hook, x) for hook, x in zip(("hook_q", "hook_k", "hook_v"), made))
-        n = s.first + k.shape[1]
-        queries = _absolute(positions, s.first, n, k.device)
-        q, k = layer.place_q(q, queries), layer.place_k(k, slice(s.first, n))
+        made = products_of(xs, *layer.of_qkv)
+    qkvs = zip(*made)
+    zs = [_attention(layer, i, s, s.qkv or next(qkvs), where).flatten(-2) for s, where in zip(streams, positions)]
+    (sums,) = products_of(zs, *layer.of_attn_out)
+    attn_outs = [layer.ln1_post(s.at(name + "attn.hook_out", x)) for s, x in zip(streams, sums)]
+    return resids, [resid + s.at(name + "hook_attn_out", x) for s, resid, x in zip(streams, resids, attn_outs)]
+
+
+def _attention(
+    layer: Layer, i: int, s: Stream, qkv: tuple[Tensor, Tensor, Tensor], positions: slice | Tensor | None
+) -> Float[Tensor, "batch query head d_head"]:
+    """z of a stream in block i, of its q, k and v as the products make them, or as it knows them."""
+    name = f"blocks.{i}.attn."
+    q, k, v = qkv
+    end = k.shape[1] if s.qkv else s.first + k.shape[1]
+    queries = _absolute(positions, s.first, end, k.device)
+    if s.qkv is None:
+        q, k, v = s.at(name + "hook_q", q), s.at(name + "hook_k", k), s.at(name + "hook_v", v)
+        q, k = layer.place_q(q, queries), layer.place_k(k, slice(s.first, end))
         q, k = s.at(name + "hook_rot_q", q), s.at(name + "hook_rot_k", k)
         if s.past is not None and s.first:
             k, v = (torch.cat([old, x], 1) for old, x in zip(s.past.before(i), (k, v)))
@@ -250,20 +257,20 @@ def _absolute(positions: slice | Tensor | None, first: int, end: int, device) ->
     return torch.arange(first, end, device=device)[positions]
 
 
+_INSIDE_MLP = ("hook_pre", "hook_pre_linear", "hook_post", "hook_out")
+
+
 def _mlps(layer: Layer, name: str, streams: Sequence[Stream], reads: Sequence[Tensor]) -> Sequence[Tensor]:
     """What the MLP adds to each stream, of what it reads."""
-    inside = [name + "mlp." + hook for hook in ("hook_pre", "hook_pre_linear", "hook_post", "hook_out")]
-    if any(x.requires_grad for x in reads) or any(hook in s.hooks for s in streams for hook in inside):
-        pre, pre_linear, post, out = inside
+    watched = any(f"{name}mlp.{hook}" in s.hooks for s in streams if s.hooks for hook in _INSIDE_MLP)
+    if watched or any(x.requires_grad for x in reads):
+        pre, pre_linear, post, out = (f"{name}mlp.{hook}" for hook in _INSIDE_MLP)
         made = products_of([layer.ln2(x) for x in reads], *layer.of_hidden)
         hidden = [[s.at(at, x) for s, x in zip(streams, xs)] for at, xs in zip((pre, pre_linear), made)]
         posts = [s.at(post, layer.post_of(x)) for s, x in zip(streams, zip(*hidden))]
         (sums,) = products_of(posts, *layer.of_mlp_out)
         return [layer.ln2_post(s.at(out, x)) for s, x in zip(streams, sums)]
-    if len(reads) == 1:
-        return [mlp(layer, reads[0])]
-    written = mlp(layer, torch.cat([x.flatten(0, -2) for x in reads]))
-    return [y.view_as(x) for y, x in zip(written.split([x.shape[:-1].numel() for x in reads]), reads)]
+    return parted(mlp(layer, joined(reads)), reads)
 
 
 HIDDEN = {"cpu": 2**22, "cuda": 2**27}
@@ -277,7 +284,7 @@ def mlp(layer: Layer, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows
     step = max(1, HIDDEN.get(x.device.type, 2**24) // layer.W_in.shape[1])
     if x.shape[:-1].numel() <= step:
         return layer.mlp(x)
-    return torch.cat([layer.mlp(piece) for piece in x.flatten(0, -2).split(step)]).view_as(x)
+    return torch.cat([layer.mlp(rows) for rows in x.flatten(0, -2).split(step)]).view_as(x)
 
 
 def unembed(

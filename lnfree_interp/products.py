@@ -36,13 +36,27 @@ def products_of(xs: Sequence[Tensor], *linears: Linear) -> list[tuple[Tensor, ..
     return [found[j : j + len(xs)] for j in range(0, len(found), len(xs))]
 
 
-def _product(rows: Float[Tensor, "row d_in"], W: Tensor, b: Tensor | None) -> Tensor:
+def joined(xs: Sequence[Tensor]) -> Tensor:
+    """The rows of tensors [*rows, d], one after another, [row, d]; one tensor as it is."""
+    return xs[0] if len(xs) == 1 else torch.cat([x.flatten(0, -2) for x in xs])
+
+
+def parted(rows: Tensor, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What was made of `joined` tensors, as [*rows, *more] of each."""
+    if len(xs) == 1:
+        return [rows]
+    parts = rows.split([x.shape[:-1].numel() for x in xs])
+    return [part.unflatten(0, x.shape[:-1]) for part, x in zip(parts, xs)]
+
+
+def _product(x: Float[Tensor, "*rows d_in"], W: Tensor, b: Tensor | None) -> Tensor:
     """One product, a weight per head read where it lies."""
-    W, b = W.to(rows.dtype), None if b is None else b.to(rows.dtype)
+    W, b = W.to(x.dtype), None if b is None else b.to(x.dtype)
     if W.ndim == 2:
-        return F.linear(rows, W.T, b)
+        return F.linear(x, W.T, b)
     assert b is not None
-    return torch.baddbmm(b[:, None], rows.expand(len(W), -1, -1), W).transpose(0, 1)
+    rows = x.flatten(0, -2).expand(len(W), -1, -1)
+    return torch.baddbmm(b[:, None], rows, W).transpose(0, 1).unflatten(0, x.shape[:-1])
 
 
 class _Products(torch.autograd.Function):
@@ -53,12 +67,11 @@ class _Products(torch.autograd.Function):
     def forward(ctx, n: int, *tensors: Any) -> tuple[Tensor, ...]:
         xs, weights, biases = tensors[:n], tensors[n::2], tensors[n + 1 :: 2]
         ctx.save_for_backward(*weights)
-        rows = xs[0].flatten(0, -2) if n == 1 else torch.cat([x.flatten(0, -2) for x in xs])
-        sizes = [x.shape[:-1].numel() for x in xs]
-        made = [_product(rows, W, b).split(sizes) for W, b in zip(weights, biases)]
-        found = [y.unflatten(0, x.shape[:-1]) for ys in made for x, y in zip(xs, ys)]
-        wanted = ctx.needs_input_grad[1 : n + 1]
-        ctx.mark_non_differentiable(*(y for j, y in enumerate(found) if not wanted[j % n]))
+        rows = joined(xs)
+        found = [y for W, b in zip(weights, biases) for y in parted(_product(rows, W, b), xs)]
+        if n > 1:
+            wanted = ctx.needs_input_grad[1 : n + 1]
+            ctx.mark_non_differentiable(*(y for j, y in enumerate(found) if not wanted[j % n]))
         ctx.set_materialize_grads(False)
         return tuple(found)
 
