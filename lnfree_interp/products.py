@@ -14,26 +14,33 @@ Linear = tuple[Tensor, Tensor | None]
 """W and b of a product x W + b: a matrix [d_in, d_out] and its bias or none, or one of each for every head."""
 
 
-def products(x: Float[Tensor, "*rows d_in"], *linears: Linear) -> tuple[Tensor, ...]:
+def products(x: Float[Tensor, "*rows d_in"], *linears: Linear) -> Sequence[Tensor]:
     """x W + b for each W and b: [*rows, d_out] of a matrix, [*rows, head, d_out] of a matrix per head.
 
     In the precision of x: weights that are stored in less are made wide one at a time, and never kept so for gradients.
     """
     if all(W.ndim == 2 and W.dtype == x.dtype for W, _ in linears):
-        return tuple(F.linear(x, W.T, b) for W, b in linears)
-    return _Products.apply(1, x, *(t for linear in linears for t in linear))
+        return [F.linear(x, W.T, b) for W, b in linears]
+    return _products([x], linears)
 
 
-def products_of(xs: Sequence[Tensor], *linears: Linear) -> list[tuple[Tensor, ...]]:
+def products_of(xs: Sequence[Tensor], *linears: Linear) -> list[Sequence[Tensor]]:
     """`products` of several tensors at once, each weight read once for all: for each W and b, one product of each x.
 
     Of several tensors, those that want gradients get them; what the others make has none.
     """
-    if len(xs) < 2:
-        found = products(xs[0], *linears) if xs else ()
-        return [(y,) for y in found] if xs else [() for _ in linears]
-    found = _Products.apply(len(xs), *xs, *(t for linear in linears for t in linear))
+    if not xs:
+        return [() for _ in linears]
+    found = products(xs[0], *linears) if len(xs) == 1 else _products(xs, linears)
     return [found[j : j + len(xs)] for j in range(0, len(found), len(xs))]
+
+
+def _products(xs: Sequence[Tensor], linears: Sequence[Linear]) -> Sequence[Tensor]:
+    """Of the first linear one product of each tensor, then of the next."""
+    if torch.is_grad_enabled():
+        return _Products.apply(len(xs), *xs, *(t for linear in linears for t in linear))
+    rows = joined(xs)
+    return [y for W, b in linears for y in parted(_product(rows, W, b), xs)]
 
 
 def joined(xs: Sequence[Tensor]) -> Tensor:
@@ -65,13 +72,10 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, n: int, *tensors: Any) -> tuple[Tensor, ...]:
-        xs, weights, biases = tensors[:n], tensors[n::2], tensors[n + 1 :: 2]
-        ctx.save_for_backward(*weights)
-        rows = joined(xs)
-        found = [y for W, b in zip(weights, biases) for y in parted(_product(rows, W, b), xs)]
-        if n > 1:
-            wanted = ctx.needs_input_grad[1 : n + 1]
-            ctx.mark_non_differentiable(*(y for j, y in enumerate(found) if not wanted[j % n]))
+        found = _products(tensors[:n], list(zip(tensors[n::2], tensors[n + 1 :: 2])))  # no gradients are on in here
+        wanted = ctx.needs_input_grad[1 : n + 1]
+        ctx.save_for_backward(*tensors[n::2])
+        ctx.mark_non_differentiable(*(y for j, y in enumerate(found) if not wanted[j % n]))
         ctx.set_materialize_grads(False)
         return tuple(found)
 
