@@ -273,7 +273,7 @@ def _mlps(layer: Layer, name: str, streams: Sequence[Stream], reads: Sequence[Te
     return parted(mlp(layer, joined(reads)), reads)
 
 
-HIDDEN = {"cpu": 2**22, "cuda": 2**27}
+HIDDEN = {"cpu": 2**21, "cuda": 2**27}
 """Hidden activations of an MLP at a time, where nobody looks at them: on a CPU, what its caches hold; 2^24 on other
 devices."""
 

@@ -32,10 +32,10 @@ from .cells import (
     read_metric,
     tokens_differ,
 )
+from .changes import differs_in, needs, sweep_of
 from .effect import PatchingEffect
 from .runs import numbers_kept
-from .sweep import differs as differs_in
-from .sweep import needs, sweep_cells, sweep_of
+from .sweep import sweep_cells
 
 
 @torch.no_grad()
