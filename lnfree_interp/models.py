@@ -9,7 +9,6 @@ at a time.
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from . import lens
 from .documents import read_text
 from .folding import fold_layernorm
 from .layernorm import is_ln_free
@@ -246,12 +246,7 @@ def load_model(
     tokenizer = load_tokenizer(directory, config)
     name = name_or_path if str(name_or_path) in known_models() else directory.name
     model = build_model(config, ln_free, tokenizer, device=device, dtype=dtype, name=str(name))
-    with torch.no_grad():
-        missing = dict(model.named_parameters())
-        for key, value in fold_layernorm(config, weights, ln_free=ln_free):
-            missing.pop(key).copy_(value)
-    # init_weights=False left every parameter empty memory: none may have been passed over.
-    assert not missing, f"never filled: {sorted(missing)}"
+    lens.fill(model, fold_layernorm(config, weights, ln_free=ln_free))
     return model.eval().requires_grad_(False)
 
 
@@ -259,12 +254,16 @@ def as_model(model: ModelOrName) -> LensModel:
     """A model as it is, or the one of that name, loaded with `load_model`: what functions that take a model begin with.
 
     Raises:
-        ValueError: an unknown name, an object that is no TransformerLens model, a model spread over several devices.
+        ValueError: an unknown name, an object that is no TransformerLens model, a model with adapters or spread over
+            several devices.
     """
     found = load_model(model) if isinstance(model, (str, Path)) else model
     if isinstance(found, type) or not all(hasattr(found, name) for name in ("cfg", "hook_dict", "blocks")):
         kind = found.__name__ if isinstance(found, type) else type(found).__name__
         raise ValueError(f"model must be a HookedTransformer (see load_model) or a name, not {kind}")
+    adapters = [type(m).__name__ for m in found.modules() if type(m).__module__.startswith("peft.")]
+    if adapters:
+        raise ValueError(f"the model has adapters ({adapters[0]}): merge them first (merge_and_unload)")
     n_devices = getattr(found.cfg, "n_devices", 1) or 1
     if n_devices > 1:
         raise ValueError(f"the model is spread over {n_devices} devices (cfg.n_devices); it must be on one")
@@ -283,29 +282,23 @@ def as_models(models: Mapping[str, ModelOrName]) -> dict[str, LensModel]:
 
 
 def build_model(config, ln_free: bool, tokenizer, *, device, dtype, name: str):
-    """A HookedTransformer of a GPT2Config's shape with uninitialised weights."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    cfg = HookedTransformerConfig(
-        n_layers=config.n_layer,
-        d_model=config.n_embd,
-        n_heads=config.n_head,
-        d_head=config.n_embd // config.n_head,
-        d_mlp=config.n_inner or 4 * config.n_embd,
-        n_ctx=config.n_positions,
-        d_vocab=config.vocab_size,
-        act_fn="gelu_new" if config.activation_function == "gelu_pytorch_tanh" else config.activation_function,
-        eps=1e-5 if ln_free else config.layer_norm_epsilon,
-        use_attn_scale=config.scale_attn_weights,
-        scale_attn_by_inverse_layer_idx=config.scale_attn_by_inverse_layer_idx,
-        normalization_type=None if ln_free else "LNPre",
-        original_architecture="GPT2LMHeadModel",
-        model_name=name,
-        init_weights=False,
-        dtype=dtype,
-        device=str(device),
-        seed=None,
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
-        return HookedTransformer(cfg, tokenizer=tokenizer)
+    """A model of a GPT2Config's shape with uninitialised weights."""
+    fields = {
+        "n_layers": config.n_layer,
+        "d_model": config.n_embd,
+        "n_heads": config.n_head,
+        "d_head": config.n_embd // config.n_head,
+        "d_mlp": config.n_inner or 4 * config.n_embd,
+        "n_ctx": config.n_positions,
+        "d_vocab": config.vocab_size,
+        "act_fn": "gelu_new" if config.activation_function == "gelu_pytorch_tanh" else config.activation_function,
+        "eps": 1e-5 if ln_free else config.layer_norm_epsilon,
+        "use_attn_scale": config.scale_attn_weights,
+        "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
+        "normalization_type": None if ln_free else "LNPre",
+        "original_architecture": "GPT2LMHeadModel",
+        "model_name": name,
+        "dtype": dtype,
+        "device": str(device),
+    }
+    return lens.build(fields, tokenizer)

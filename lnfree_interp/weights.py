@@ -11,11 +11,13 @@ leave no trace (`W.data`), are always followed: each weight is read where it lie
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from . import bridge
 from .layers import (
     ACTIVATIONS,
     NO_NORM,
@@ -29,7 +31,7 @@ from .layers import (
     widened_norm,
     widened_norms,
 )
-from .lens import LensModel, ModelOrName
+from .lens import LensModel, ModelOrName, is_bridge
 from .models import as_model
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "Norm",
     "Positions",
     "Weights",
+    "block_of",
     "final_norm",
     "of_norms",
     "own_hooks",
@@ -90,8 +93,8 @@ def read_weights(model: ModelOrName) -> Weights | None:
     """The model's weights as they are now, views of them; None for a model that they are not all of.
 
     None exactly where `Layer` would not compute what the model's own forward computes: for blocks of another kind
-    (experts, ALiBi, ...), for modules that are not TransformerLens' own, and while the model carries hooks of a user's,
-    which only its own forward runs.
+    (experts, ALiBi, ...), for modules that are not TransformerLens' own (or, in a TransformerBridge, Hugging Face's),
+    and while the model carries hooks of a user's, which only its own forward runs.
 
     Raises:
         ValueError: no TransformerLens model, an unknown name, a model spread over several devices.
@@ -103,6 +106,22 @@ def read_weights(model: ModelOrName) -> Weights | None:
         (4, None)
     """
     model = as_model(model)
+    if own_hooks(model) or not _plain(model):
+        return None
+    with torch.no_grad():
+        return bridge.read_bridge(model) if is_bridge(model) else _read(model)
+
+
+def _plain(model: LensModel) -> bool:
+    """Whether a model is made of modules that are known, none of which draws lots."""
+    known = ("transformer_lens", "torch", "transformers") if is_bridge(model) else ("transformer_lens", "torch")
+    modules = tuple(model.modules())
+    if any(type(m).__module__.split(".")[0] not in known or "forward" in vars(m) for m in modules):
+        return False
+    return not model.training or all(m.p == 0 for m in modules if isinstance(m, torch.nn.Dropout))
+
+
+def _read(model: LensModel) -> Weights | None:
     cfg = model.cfg
     if any(getattr(cfg, field, allowed[0]) not in allowed for field, allowed in _COVERED.items()):
         return None
@@ -110,24 +129,17 @@ def read_weights(model: ModelOrName) -> Weights | None:
         return None
     if cfg.normalization_type not in NORMALIZATIONS:
         return None
-    if any(type(block).__name__ != "TransformerBlock" for block in model.blocks):  # a TransformerBridge's
+    if any(type(block).__name__ != "TransformerBlock" for block in model.blocks):
         return None
-    if any(type(module).__module__.split(".")[0] not in ("transformer_lens", "torch") for module in model.modules()):
-        return None
-    if model.training and any(m.p > 0 for m in model.modules() if isinstance(m, torch.nn.Dropout)):
-        return None
-    if own_hooks(model):
-        return None
-    with torch.no_grad():
-        return Weights(
-            layers=tuple(_layer(cfg, block) for block in model.blocks),
-            ln_final=final_norm(model),
-            W_E=model.embed.W_E,
-            W_pos=model.pos_embed.W_pos if cfg.positional_embedding_type == "standard" else None,
-            W_U=model.unembed.W_U,
-            b_U=model.unembed.b_U,
-            ln_embed=norm_of(model.embed.ln, "LN", cfg.eps) if getattr(cfg, "post_embedding_ln", False) else NO_NORM,
-        )
+    return Weights(
+        layers=tuple(_layer(cfg, block) for block in model.blocks),
+        ln_final=final_norm(model),
+        W_E=model.embed.W_E,
+        W_pos=model.pos_embed.W_pos if cfg.positional_embedding_type == "standard" else None,
+        W_U=model.unembed.W_U,
+        b_U=model.unembed.b_U,
+        ln_embed=norm_of(model.embed.ln, "LN", cfg.eps) if getattr(cfg, "post_embedding_ln", False) else NO_NORM,
+    )
 
 
 def _layer(cfg, block) -> Layer:
@@ -179,7 +191,7 @@ def final_norm(model: LensModel) -> Norm:
             unembedding, which no closed form knows of.
     """
     kind = model.cfg.normalization_type
-    if kind not in NORMALIZATIONS:
+    if kind not in NORMALIZATIONS and not is_bridge(model):
         known = ", ".join(map(str, NORMALIZATIONS))
         raise ValueError(f"normalization_type {kind!r} is unknown; known are {known}")
     parts = {"ln_final": getattr(model, "ln_final", None), "unembed": model.unembed}
@@ -187,16 +199,32 @@ def final_norm(model: LensModel) -> Norm:
     if hooked or _carries_hooks(model):
         where = hooked[0] if hooked else "its root"
         raise ValueError(f"the model carries a hook at {where}, where nothing but its own forward runs it; remove it")
+    if is_bridge(model):
+        return bridge.norm_of_bridge(model.ln_final)
     if kind is not None and getattr(model.cfg, "final_rms", False):
         kind = kind.replace("LN", "RMS")
     return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
 
 
+def block_of(model: LensModel, layer: int) -> Any:
+    """A block's weights by HookedTransformer's names: attn.W_O, attn.b_O, mlp.W_out, mlp.b_out, ...
+
+    Raises:
+        ValueError: a Bridge's whose maps are more than a matrix and a bias.
+    """
+    return bridge.block_of(model, layer) if is_bridge(model) else model.blocks[layer]
+
+
 def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:
     """The names of a model's modules that carry hooks: a user's own, since ours never outlive a call."""
-    return () if model is None else tuple(name for name, m in model.named_modules() if _carries_hooks(m))
+    if model is None:
+        return ()
+    if is_bridge(model):
+        return bridge.own_hooks(model, _carries_hooks)
+    return tuple(name for name, m in model.named_modules() if _carries_hooks(m))
 
 
-def _carries_hooks(module: LensModel | torch.nn.Module) -> bool:
+def _carries_hooks(module: LensModel | torch.nn.Module, known: Set[int] = frozenset()) -> bool:
+    """Whether a module carries other hooks than those of the ids known."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+    return any(hooks and not hooks.keys() <= known for hooks in (getattr(module, kind) for kind in kinds))
