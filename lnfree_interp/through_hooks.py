@@ -76,15 +76,14 @@ def _run_bridge(model: LensModel, tokens, resid, start_layer: int, fwd_hooks: li
     after: list[tuple[str, Callable]] = []  # on attn_out, after those that are given
 
     def plain(name: str, call: Callable) -> Callable:
-        turned = name.endswith(("hook_rot_q", "hook_rot_k"))  # a Bridge's have the heads before the positions
         fixed = name.endswith("hook_pattern") and not _reads_pattern(model, name)
 
         def run(x: Tensor, hook: Any) -> Tensor | None:
             never.discard(name)
-            new = call(x.transpose(1, 2) if turned else x, hook=hook)
+            new = call(x, hook=hook)
             if new is not None and fixed:
                 raise ValueError(f"this Bridge runs {name} after the pattern is used: nothing returned changes it")
-            return new.transpose(1, 2) if new is not None and turned else new
+            return new
 
         return run
 
