@@ -192,23 +192,21 @@ def _act(model: LensModel) -> Any:
     return ACTIVATIONS[name]
 
 
-def read_bridge(model: LensModel) -> Weights | None:
-    """`read_weights` of a Bridge: None for one that computes anything else than `Layer` does."""
-    cfg = model.cfg
-    kind = ARCHITECTURES.get(cfg.architecture)
-    if kind is None or type(model.original_model).__name__ != kind:  # type: ignore[attr-defined]
-        return None
-    flags = ("use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in", "num_experts")
-    if any(getattr(cfg, flag, None) for flag in flags) or cfg.attention_dir != "causal":
-        return None
-    try:
-        return _read(model)
-    except ValueError:
-        return None
+def read_bridge(model: LensModel) -> Weights:
+    """The weights of a Bridge that is made of known modules and carries no hooks of a user's.
 
-
-def _read(model: LensModel) -> Weights:
+    Raises:
+        ValueError: it computes anything else than `Layer` does.
+    """
     cfg = model.cfg
+    inside = type(model.original_model).__name__  # type: ignore[attr-defined]
+    if ARCHITECTURES.get(cfg.architecture) != inside:
+        raise ValueError(f"it is a {cfg.architecture} around a {inside}, which this package's own forward is not")
+    for flag in ("use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in", "num_experts"):
+        if getattr(cfg, flag, None):
+            raise ValueError(f"cfg.{flag} is {getattr(cfg, flag)!r}, which this package's own forward does not compute")
+    if cfg.attention_dir != "causal":
+        raise ValueError("its attention is not causal")
     rotary, act = _rotary(model), None if cfg.attn_only else _act(model)
     cap = float(getattr(cfg, "attn_scores_soft_cap", None) or -1)
     layers = []

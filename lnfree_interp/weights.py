@@ -44,6 +44,7 @@ __all__ = [
     "of_norms",
     "own_hooks",
     "read_weights",
+    "why_not_read",
     "widened",
     "widened_norm",
     "widened_norms",
@@ -94,7 +95,7 @@ def read_weights(model: ModelOrName) -> Weights | None:
 
     None exactly where `Layer` would not compute what the model's own forward computes: for blocks of another kind
     (experts, ALiBi, ...), for modules that are not TransformerLens' own (or, in a TransformerBridge, Hugging Face's),
-    and while the model carries hooks of a user's, which only its own forward runs.
+    and while the model carries hooks of a user's, which only its own forward runs. `why_not_read` says which.
 
     Raises:
         ValueError: no TransformerLens model, an unknown name, a model spread over several devices.
@@ -105,32 +106,52 @@ def read_weights(model: ModelOrName) -> Weights | None:
         >>> len(weights.layers), weights.layers[0].ln1.kind
         (4, None)
     """
-    model = as_model(model)
-    if own_hooks(model) or not _plain(model):
-        return None
-    with torch.no_grad():
-        return bridge.read_bridge(model) if is_bridge(model) else _read(model)
+    found = _read(as_model(model))
+    return None if isinstance(found, str) else found
 
 
-def _plain(model: LensModel) -> bool:
-    """Whether a model is made of modules that are known, none of which draws lots."""
+def why_not_read(model: ModelOrName) -> str | None:
+    """Why `read_weights` is None for a model, in a few words; None where it is not.
+
+    Example:
+        >>> from lnfree_interp import load_model
+        >>> model = load_model("tiny-noLN")
+        >>> print(why_not_read(model))
+        None
+        >>> _ = model.add_hook("blocks.1.hook_mlp_out", lambda x, hook: 2 * x)
+        >>> why_not_read(model)
+        'the model carries a hook at blocks.1.hook_mlp_out, which only its own forward runs'
+    """
+    found = _read(as_model(model))
+    return found if isinstance(found, str) else None
+
+
+@torch.no_grad()
+def _read(model: LensModel) -> Weights | str:
+    """The weights, or why they are not read."""
     known = ("transformer_lens", "torch", "transformers") if is_bridge(model) else ("transformer_lens", "torch")
-    modules = tuple(model.modules())
-    if any(type(m).__module__.split(".")[0] not in known or "forward" in vars(m) for m in modules):
-        return False
-    return not model.training or all(m.p == 0 for m in modules if isinstance(m, torch.nn.Dropout))
-
-
-def _read(model: LensModel) -> Weights | None:
+    for name, module in model.named_modules():
+        if type(module).__module__.split(".")[0] not in known or "forward" in vars(module):
+            return f"its {name or 'root'} is a {type(module).__name__}, no module of TransformerLens' own"
+        if model.training and isinstance(module, torch.nn.Dropout) and module.p > 0:
+            return f"it is in training mode, with dropout at {name}"
+    for name in own_hooks(model):
+        return f"the model carries a hook at {name or 'its root'}, which only its own forward runs"
+    if is_bridge(model):
+        try:
+            return bridge.read_bridge(model)
+        except ValueError as error:
+            return str(error)
     cfg = model.cfg
-    if any(getattr(cfg, field, allowed[0]) not in allowed for field, allowed in _COVERED.items()):
-        return None
-    if not getattr(cfg, "attn_only", False) and cfg.act_fn not in ACTIVATIONS:
-        return None
-    if cfg.normalization_type not in NORMALIZATIONS:
-        return None
-    if any(type(block).__name__ != "TransformerBlock" for block in model.blocks):
-        return None
+    covered = _COVERED | {"normalization_type": NORMALIZATIONS}
+    if not getattr(cfg, "attn_only", False):
+        covered = covered | {"act_fn": tuple(ACTIVATIONS)}
+    for field, allowed in covered.items():
+        if (value := getattr(cfg, field, allowed[0])) not in allowed:
+            return f"cfg.{field} is {value!r}, which this package's own forward does not compute"
+    for block in model.blocks:
+        if type(block).__name__ != "TransformerBlock":
+            return f"its blocks are {type(block).__name__}, not TransformerLens' TransformerBlock"
     return Weights(
         layers=tuple(_layer(cfg, block) for block in model.blocks),
         ln_final=final_norm(model),
