@@ -205,8 +205,7 @@ def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     share = (fields.get("rotary_dim") or fields["d_head"]) / fields["d_head"]
     base = {"rope_theta": float(fields.get("rotary_base", 10000)), "partial_rotary_factor": share}
 
-    def number(name: str, default: float) -> float:
-        return fields.get(name, default)
+    number = fields.get
 
     if fields.get("use_NTK_by_parts_rope"):
         return base | {
