@@ -45,12 +45,15 @@ def own_hooks(model: Any, carries: Callable[[nn.Module, Set[int]], bool]) -> tup
     found = [(name, module) for name, module in model.named_modules() if carries(module, known)]
     if not found:
         return ()
-    points = {id(point): name for name, point in model.hook_dict.items()}  # HookedTransformer's names are the last
+    named = sorted(model.hook_dict.items(), key=lambda item: not item[0].endswith(("hook_in", "hook_out")))
+    points = {id(point): name for name, point in named}  # HookedTransformer's name is the last of a point's
     return tuple(points.get(id(module), name.replace("_original_component.", "")) for name, module in found)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Reading
+
+FEW_POSITIONS = 2048  # tables of rotary positions are made for so many at once, and for more when a prompt has more
 
 
 def _linear(component: Any) -> tuple[Tensor, Tensor | None]:
@@ -135,15 +138,15 @@ class _Tables:
     """Sines and cosines of rotary positions as a module of Hugging Face's makes them: what `Rotary` reads."""
 
     module: Any
-    like: Tensor
-    rotary_cos: Tensor
-    rotary_sin: Tensor
+    like: Tensor  # of the model's device and dtype
+
+    def make(self, n_pos: int) -> None:
+        cos, sin = self.module(self.like, torch.arange(n_pos, device=self.like.device)[None])
+        self.rotary_cos, self.rotary_sin = cos[0], sin[0]
 
     def apply_rotary(self, x: Tensor) -> None:
         """Have tables for as many positions as x has."""
-        positions = torch.arange(x.shape[1], device=self.like.device)[None]
-        cos, sin = self.module(self.like, positions)
-        self.rotary_cos, self.rotary_sin = cos[0], sin[0]
+        self.make(x.shape[1])
 
 
 def _rotary(model: LensModel) -> Rotary | None:
@@ -157,7 +160,8 @@ def _rotary(model: LensModel) -> Rotary | None:
     module = model.rotary_emb.original_component  # type: ignore[attr-defined]
     if module.rope_type not in ROPE_TYPES or getattr(model.cfg, "rotary_adjacent_pairs", False):
         raise ValueError(f"rotary positions of type {module.rope_type!r} are not read")
-    tables = _Tables(module, model.unembed.W_U[:1], torch.empty(0, 1), torch.empty(0, 1))
+    tables = _Tables(module, model.unembed.W_U[:1])
+    tables.make(min(model.cfg.n_ctx, FEW_POSITIONS))
     return Rotary(tables, adjacent=False)
 
 

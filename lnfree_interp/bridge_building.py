@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .bridge import block_of
+from .bridge import ARCHITECTURES, block_of
 from .layers import ACTIVATIONS
 from .lens import LensModel
 
@@ -110,7 +110,7 @@ def _swap_norms(module: Any, adapter: Any, fields: Mapping[str, Any]) -> None:
     from transformer_lens.model_bridge import generalized_components as components
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-    d_model, eps = fields["d_model"], float(fields.get("eps", 1e-5))
+    d_model, d_head, eps = fields["d_model"], fields["d_head"], float(fields.get("eps", 1e-5))
     kinds: dict[str | None, tuple[Any, Any]] = {
         None: (nn.Identity, GeneralizedComponent),
         "LNPre": (nn.Identity, components.LayerNormPreBridge),
@@ -124,6 +124,10 @@ def _swap_norms(module: Any, adapter: Any, fields: Mapping[str, Any]) -> None:
     for block in module.get_submodule(plan["blocks"].name):
         for name in ("ln1", "ln2"):
             setattr(block, of_block[name].name, norm())
+        attn = getattr(block, of_block["attn"].name)
+        for name in ("q_norm", "k_norm"):  # torch's, which computes in the precision of what it reads
+            if name in of_block["attn"].submodules:
+                setattr(attn, name, nn.RMSNorm(d_head, eps))
     for name in ("ln1", "ln2"):
         of_block[name] = component(name=of_block[name].name, config=adapter.cfg)
     path, _, name = plan["ln_final"].name.rpartition(".")
@@ -157,8 +161,14 @@ def _hf_config(fields: Mapping[str, Any]) -> tuple[str, Any]:
     for name, value in fields.items():
         if name not in known and not name.startswith(scaling) and value not in _OFF:
             raise ValueError(f"TransformerLens 4 builds no model with {name} {value!r}")
-    if fields["act_fn"] not in ACTIVATIONS:
-        raise ValueError(f"TransformerLens 4 builds no model with act_fn {fields['act_fn']!r}")
+    served = {
+        "act_fn": ACTIVATIONS,
+        "positional_embedding_type": ("standard", "rotary"),
+        "original_architecture": (None, *ARCHITECTURES),
+    }
+    for name, values in served.items():
+        if fields.get(name) not in values and name in fields:
+            raise ValueError(f"TransformerLens 4 builds no model with {name} {fields[name]!r}")
     d_model, n_heads = fields["d_model"], fields["n_heads"]
     standard, gated = fields.get("positional_embedding_type", "standard") == "standard", bool(fields.get("gated_mlp"))
     grouped, local = bool(fields.get("n_key_value_heads")), bool(fields.get("use_local_attn"))

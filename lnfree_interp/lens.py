@@ -65,7 +65,7 @@ def is_bridge(model: object) -> bool:
     return any(kind.__name__ == "TransformerBridge" for kind in type(model).__mro__)
 
 
-def build(fields: Mapping[str, Any], tokenizer: Any = None) -> LensModel:
+def build(fields: Mapping[str, Any], tokenizer: Any = None) -> Any:
     """A model of a shape, its weights uninitialised, of the kind that the installed TransformerLens has.
 
     Args:

@@ -167,6 +167,6 @@ def as_models(models: Mapping[str, ModelOrName]) -> dict[str, LensModel]:
     return {name: as_model(model) for name, model in models.items()}
 
 
-def build_model(fields: Mapping[str, Any], tokenizer, *, device, dtype, name: str) -> LensModel:
+def build_model(fields: Mapping[str, Any], tokenizer, *, device, dtype, name: str):
     """A model of these HookedTransformerConfig fields with uninitialised weights."""
     return lens.build(dict(fields) | {"model_name": name, "dtype": dtype, "device": str(device)}, tokenizer)

@@ -23,6 +23,17 @@ from lnfree_interp import lens
 if virtual_device.MISSING is None:
     virtual_device.register()
 
+if not lens.has_hooked_transformer():
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    masked_softmax = AttentionBridge._masked_softmax
+
+    def softmax_of_the_scores_precision(self, scores, dtype=None):
+        """Some of TransformerLens 4's takes its softmax in fp32: that rounding would hide what tests look for."""
+        return masked_softmax(self, scores, dtype=torch.promote_types(scores.dtype, dtype or scores.dtype))
+
+    AttentionBridge._masked_softmax = softmax_of_the_scores_precision
+
 # The tests' tensors are small: handing them to several threads costs more than it gains.
 torch.set_num_threads(1)
 
@@ -89,6 +100,10 @@ def randomise(model, seed=0):
             around = 1.0 if name.endswith(".w") else 0.0
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3 + around)
     return model.eval().requires_grad_(False)
+
+
+HOOKED = lens.has_hooked_transformer()
+hooked_only = pytest.mark.skipif(not HOOKED, reason="TransformerLens 4 has no HookedTransformer")
 
 
 def random_tokens(model, batch=3, pos=7, seed=0):
