@@ -6,7 +6,7 @@ TransformerLens' own (`boot_native`). The weights are that module's, in that mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -34,20 +34,11 @@ ARCHITECTURES = {
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def own_hooks(model: Any, carries: Callable[[nn.Module, Set[int]], bool]) -> tuple[str, ...]:
-    """The names of a Bridge's modules that carry other hooks than its own, hook points by HookedTransformer's names.
-
-    Args:
-        carries: whether a module carries other hooks than those of some ids.
-    """
-    # A Bridge sees what its blocks read by hooks on its own modules.
-    known = {handle.id for block in model.blocks for handle in getattr(block, "_capture_hook_handles", ())}
-    found = [(name, module) for name, module in model.named_modules() if carries(module, known)]
-    if not found:
-        return ()
+def names_of(model: Any, modules: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
+    """The names of some of a Bridge's modules, hook points by HookedTransformer's."""
     named = sorted(model.hook_dict.items(), key=lambda item: not item[0].endswith(("hook_in", "hook_out")))
-    points = {id(point): name for name, point in named}  # HookedTransformer's name is the last of a point's
-    return tuple(points.get(id(module), name.replace("_original_component.", "")) for name, module in found)
+    points = {id(point): name for name, point in named} if modules else {}  # HookedTransformer's name is a point's last
+    return tuple(points.get(id(module), name.replace("_original_component.", "")) for name, module in modules)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ leave no trace (`W.data`), are always followed: each weight is read where it lie
 
 from __future__ import annotations
 
-from collections.abc import Set
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +49,8 @@ __all__ = [
     "widened_norms",
 ]
 
+# Where hooks are from by which a TransformerBridge, and Hugging Face's modules in it, note what passes through them.
+_WATCHES = ("transformer_lens.model_bridge.", "transformers.")
 NORMALIZATIONS = (None, "LN", "LNPre", "RMS", "RMSPre")
 
 # cfg fields that change the forward, with the only values under which `Layer` computes the model's own.
@@ -238,14 +239,11 @@ def block_of(model: LensModel, layer: int) -> Any:
 
 def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:
     """The names of a model's modules that carry hooks: a user's own, since ours never outlive a call."""
-    if model is None:
-        return ()
-    if is_bridge(model):
-        return bridge.own_hooks(model, _carries_hooks)
-    return tuple(name for name, m in model.named_modules() if _carries_hooks(m))
+    found = [] if model is None else [(name, m) for name, m in model.named_modules() if _carries_hooks(m)]
+    return bridge.names_of(model, found) if is_bridge(model) else tuple(name for name, _ in found)
 
 
-def _carries_hooks(module: LensModel | torch.nn.Module, known: Set[int] = frozenset()) -> bool:
-    """Whether a module carries other hooks than those of the ids known."""
+def _carries_hooks(module: LensModel | torch.nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(hooks and not hooks.keys() <= known for hooks in (getattr(module, kind) for kind in kinds))
+    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
+    return any(not (getattr(hook, "__module__", None) or "").startswith(_WATCHES) for hook in hooks)

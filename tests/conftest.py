@@ -102,6 +102,18 @@ def randomise(model, seed=0):
     return model.eval().requires_grad_(False)
 
 
+def copy_weights(source, target):
+    """Give a model another's weights, in its own precision."""
+    if lens.has_hooked_transformer():
+        dtype = target.cfg.dtype
+        state = {k: p.to(dtype) if p.is_floating_point() else p for k, p in source.state_dict().items()}
+        target.load_state_dict(state)
+    else:
+        given = lens.parameters(source)
+        for name, p in lens.parameters(target).items():
+            p.copy_(given[name])
+
+
 HOOKED = lens.has_hooked_transformer()
 hooked_only = pytest.mark.skipif(not HOOKED, reason="TransformerLens 4 has no HookedTransformer")
 

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import NORMALIZATIONS, make_model, random_tokens
+from conftest import NORMALIZATIONS, copy_weights, make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -252,8 +252,8 @@ def test_low_precision_is_exact_on_the_activations_it_has(kind, dtype, by):
         wide.embed.W_E[:10] *= 30 if kind is None else 3000  # without a norm, scores would be beyond fp16 themselves
         wide.blocks[-1].mlp.W_out[5] *= 1 if kind is None else 2000
     model = make_model(kind, dtype=dtype)
-    model.load_state_dict({k: v.to(dtype) for k, v in wide.state_dict().items()})
-    wide.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    copy_weights(wide, model)
+    copy_weights(model, wide)
     tokens = random_tokens(model)
     tokens[:, 0] = torch.arange(3)
     cache = {}

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import KINDS, NORMALIZATIONS, hooked_only, make_model, random_tokens
+from conftest import KINDS, NORMALIZATIONS, copy_weights, hooked_only, make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -177,7 +177,7 @@ def test_half_precision_is_transformer_lens_to_its_rounding(kind):
     model = make_model(normalization, dtype=torch.bfloat16, **fields)
     tokens = random_tokens(model)
     exact = make_model(normalization, **fields)
-    exact.load_state_dict({name: p.double() if p.is_floating_point() else p for name, p in model.state_dict().items()})
+    copy_weights(model, exact)
     wanted = exact(tokens)
     ours, theirs = forward.unembed(model, forward.run(model, tokens)), model(tokens)
     assert ours.dtype == theirs.dtype == torch.bfloat16

@@ -4,7 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import NORMALIZATIONS, make_model, random_tokens
+from conftest import NORMALIZATIONS, copy_weights, make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -158,7 +158,7 @@ def test_cumulative_ablation_is_all_of_them_set(any_model, layer):
 def test_fp32_is_exact_to_rounding(kind):
     model = make_model(kind, dtype=torch.float32)
     reference = make_model(kind)
-    reference.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    copy_weights(model, reference)
     tokens = random_tokens(model)
     sets = [[i] for i in range(40)]
     exact_loss, exact_entropy = by_hook(reference, tokens, -1, sets)
@@ -263,7 +263,7 @@ def in_fp64(model, resid, post, targets):
     """
     fields = {name: getattr(model.cfg, name) for name in ("n_layers", "d_model", "d_mlp", "d_vocab")}
     exact_model = make_model(model.cfg.normalization_type, **fields)
-    exact_model.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    copy_weights(model, exact_model)
     norm, resid, post = final_norm(exact_model), resid.double(), post.double()
 
     def logits(x, scale):
@@ -359,7 +359,7 @@ def test_violent_neurons_neither_overflow_nor_vanish(kind, dtype):
     assert (ablate_neurons(model, tokens).loss.abs() > 60).any()  # past what one shift for all could bear
     if dtype == torch.float32:
         single = make_model(kind, dtype=dtype, n_layers=1)
-        single.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+        copy_weights(model, single)
         result = ablate_neurons(single, tokens)
         assert all(x.isfinite().all() for x in (result.loss, result.entropy, result.loss_frozen))
         return

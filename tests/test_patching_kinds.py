@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import KINDS, NEW_KINDS, make_model
+from conftest import KINDS, NEW_KINDS, copy_weights, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_patching import assert_matches_plain_hooks, make_pairs
@@ -183,7 +183,7 @@ def test_with_all_rules_a_gated_mlp_conserves_relevance(model_of):
 def test_half_precision_is_that_of_the_weights_alone(kind):
     normalization, fields = KINDS[kind]
     model, exact = make_model(normalization, dtype=torch.bfloat16, **fields), make_model(normalization, **fields)
-    exact.load_state_dict({name: p.double() if p.is_floating_point() else p for name, p in model.state_dict().items()})
+    copy_weights(model, exact)
     pairs = make_pairs(exact, n=2, pos=6, changed=((2, 4), (5,)))
     for site in every_site(model):
         for function in (activation_patching, attribution_patching):
