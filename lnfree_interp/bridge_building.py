@@ -245,22 +245,28 @@ def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bridge_parameters(model: LensModel) -> dict[str, Tensor]:
-    """HookedTransformer's names -> the tensors of a Bridge that `build_bridge` made, or views of them."""
+    """HookedTransformer's names, in its order -> the tensors of a Bridge that `build_bridge` made, or views."""
     found = {"embed.W_E": model.embed.original_component.weight}
     if model.cfg.positional_embedding_type == "standard":
         found["pos_embed.W_pos"] = model.pos_embed.original_component.weight
-    norms = {"ln_final": model.ln_final}
-    grouped = "_" if getattr(model.cfg, "n_key_value_heads", None) else ""
+
+    def add_norm(name: str, component: Any) -> None:
+        for part, tensor in component.original_component.named_parameters():
+            found[f"{name}.{part[0]}"] = tensor
+
+    stored = "_" if getattr(model.cfg, "n_key_value_heads", None) else ""
     for i, block in enumerate(model.blocks):
-        parts = block_of(model, i)
-        for name, tensor in vars(parts.attn).items():
-            found[f"blocks.{i}.attn.{grouped if name[-1] in 'KV' else ''}{name}"] = tensor
-        names = ["W_in", "W_out", "b_out"] + (["b_in"] if parts.mlp.W_gate is None else ["W_gate"])
-        found |= {f"blocks.{i}.mlp.{name}": getattr(parts.mlp, name) for name in names}
-        norms |= {f"blocks.{i}.{name}": getattr(block, name) for name in ("ln1", "ln2")}
-        of_heads = [name for name in ("q_norm", "k_norm") if name in block.attn.submodules]
-        norms |= {f"blocks.{i}.attn.{name}": getattr(block.attn, name) for name in of_heads}
-    for name, norm in norms.items():
-        found |= {f"{name}.{part[0]}": p for part, p in norm.original_component.named_parameters()}
+        name, parts = f"blocks.{i}.", block_of(model, i)
+        for norm in ("ln1", "ln2"):
+            add_norm(name + norm, getattr(block, norm))
+        for part in ("W_Q", "W_O", "b_Q", "b_O", "W_K", "W_V", "b_K", "b_V"):
+            found[f"{name}attn.{stored if part[-1] in 'KV' else ''}{part}"] = getattr(parts.attn, part)
+        for norm in ("q_norm", "k_norm"):
+            if norm in block.attn.submodules:
+                add_norm(f"{name}attn.{norm}", getattr(block.attn, norm))
+        plain, gated = ("W_in", "b_in", "W_out", "b_out"), ("W_in", "W_out", "W_gate", "b_out")
+        for part in plain if parts.mlp.W_gate is None else gated:
+            found[f"{name}mlp.{part}"] = getattr(parts.mlp, part)
+    add_norm("ln_final", model.ln_final)
     head = model.unembed.original_component
     return found | {"unembed.W_U": head.weight.T, "unembed.b_U": head.bias}

@@ -257,7 +257,11 @@ def test_low_precision_is_exact_on_the_activations_it_has(kind, dtype, by):
     tokens = random_tokens(model)
     tokens[:, 0] = torch.arange(3)
     cache = {}
-    names = [name for name in model.hook_dict if name.endswith(("embed", "attn_out", "mlp_out", "z", "post"))]
+    names = [
+        name
+        for name in model.hook_dict
+        if name.endswith(("hook_embed", "pos_embed", "attn_out", "mlp_out", "hook_z", "post"))
+    ]
     run(model, tokens, hooks={name: partial(cache.__setitem__, name) for name in names})
     assert cache["blocks.1.hook_resid_post"].float().norm(dim=-1).max() > (40 if kind is None else 4000)
     outputs, resid = component_outputs(wide, tokens, by, {name: x.double() for name, x in cache.items()})

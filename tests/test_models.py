@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import hooked_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -117,6 +118,7 @@ def test_both_kinds_are_in_centred_coordinates(tmp_path, ln_free):
     assert not model.b_V.any()
 
 
+@hooked_only
 def test_with_layernorm_the_weights_are_transformer_lens_own(tmp_path):
     """TransformerLens' usual processing of the same weights, in its own fp32."""
     from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
@@ -156,11 +158,11 @@ def test_sharded_checkpoints(tmp_path):
 def test_loading_holds_one_matrix_at_a_time(tmp_path):
     """The peak of folding is the model and a few matrices, not a second model: what lets GPT-2 XL in."""
     code = (
-        "import sys, torch, resource, warnings; from lnfree_interp import load_model, models\n"
-        "from transformer_lens import HookedTransformer\n"
+        "import sys, resource; from lnfree_interp import lens, load_model, models\n"
+        "from transformer_lens.model_bridge import TransformerBridge\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak(); model = load_model(sys.argv[1], device='cpu')\n"
-        "print((peak() - before) / (4 * sum(p.numel() for p in model.parameters())))"
+        "print((peak() - before) / (4 * sum(p.numel() for p in lens.parameters(model).values())))"
     )
     fields = {"n_embd": 512, "n_layer": 12, "n_head": 8, "vocab_size": 2000, "n_positions": 64}
     random_checkpoint(tmp_path, ln_free=True, **fields)
