@@ -40,7 +40,11 @@ def wide(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Norm:
-    """One normalisation of the residual stream: kind, its weights if it still has them, and epsilon."""
+    """One normalisation of the residual stream: kind, its weights if it still has them, and epsilon.
+
+    Kind "LNFree" is what layer norm is in an LN-free checkpoint, whose epsilon of 1e12 makes every standard deviation
+    1e6: an affine map, (x - mean) * w + b, the constant in w.
+    """
 
     kind: str | None
     eps: float
@@ -52,6 +56,9 @@ class Norm:
             return x
         if self.kind.startswith("RMS"):
             return F.rms_norm(x, x.shape[-1:], self.w, self.eps)
+        if self.linear:
+            assert self.w is not None and self.b is not None
+            return torch.addcmul(self.b, x - x.mean(-1, keepdim=True), self.w)
         return F.layer_norm(x, x.shape[-1:], self.w, self.b, self.eps)
 
     @property
@@ -59,9 +66,14 @@ class Norm:
         """Whether it subtracts the mean over d_model."""
         return self.kind is not None and self.kind.startswith("LN")
 
+    @property
+    def linear(self) -> bool:
+        """Whether it divides by nothing that depends on x, so that it is no norm."""
+        return self.kind in (None, "LNFree")
+
     def scale(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows 1"]:
-        """What x is divided by: its standard deviation (LN) or root mean square (RMS); 1 without a norm."""
-        if self.kind is None:
+        """What x is divided by: its standard deviation (LN) or root mean square (RMS); 1 where it is linear."""
+        if self.linear:
             return torch.ones_like(x[..., :1])
         x = wide(x)
         if self.centres:
@@ -135,6 +147,8 @@ class Layer:
     W_gate: Float[Tensor, "d_model d_mlp"] | None = None
     act: Callable[[Tensor], Tensor] = F.gelu
     gate: Callable[[Tensor, Tensor], Tensor] = torch.mul  # the product in a gated MLP
+    b_gate: Float[Tensor, " d_mlp"] | None = None
+    b_linear: Float[Tensor, " d_mlp"] | None = None  # of a gated MLP's linear part, before the product
     ln2_post: Norm = NO_NORM
 
     # The products of a block: what `products` takes, and how many numbers each makes of a row.
@@ -149,9 +163,11 @@ class Layer:
 
     @property
     def of_hidden(self) -> tuple[Linear, ...]:
-        """Of an MLP: x W_in + b_in; or the gate and the linear part, whose bias comes after their product."""
+        """Of an MLP: x W_in + b_in; or the gate and the linear part, to whose product b_in is added."""
         assert self.W_in is not None
-        return ((self.W_in, self.b_in),) if self.W_gate is None else ((self.W_gate, None), (self.W_in, None))
+        if self.W_gate is None:
+            return ((self.W_in, self.b_in),)
+        return (self.W_gate, self.b_gate), (self.W_in, self.b_linear)
 
     @property
     def of_mlp_out(self) -> tuple[Linear]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .lens import LensModel
+from .lens import LensModel, is_bridge
 
 Hook = Callable[[Tensor], "Tensor | None"]
 """Reads an activation; what it returns, if not None, takes the activation's place."""
@@ -18,7 +18,11 @@ Hook = Callable[[Tensor], "Tensor | None"]
 def run(
     model: LensModel, tokens, resid, start_layer: int, hooks: Mapping[str, Hook], positions
 ) -> Float[Tensor, "batch kept_pos d_model"]:
-    """What `forward.run` returns, its arguments checked: all positions are computed, then the chosen ones kept."""
+    """What `forward.run` returns, its arguments checked: all positions are computed, then the chosen ones kept.
+
+    Raises:
+        ValueError: a hook that a Bridge never runs, or runs where what it returns would change nothing.
+    """
     final: list[Tensor] = []
 
     def keep(x: Tensor) -> None:
@@ -49,6 +53,9 @@ def run(
         return name, lambda x, hook: call(x)
 
     fwd_hooks = [adapt(name, hook) for name, hook in hooks.items()]
+    if is_bridge(model):
+        _run_bridge(model, tokens, resid, start_layer, fwd_hooks, keep)
+        return final[0] if chosen is None else final[0][:, chosen]
     fwd_hooks.append((last + "hook_resid_post", lambda x, hook: keep(x)))
     extra: dict[str, Any] = {}
     if resid is not None:
@@ -60,3 +67,59 @@ def run(
             extra["shortformer_pos_embed"] = model.hook_pos_embed(model.pos_embed(like))
     model.run_with_hooks(tokens if resid is None else resid, return_type=None, fwd_hooks=fwd_hooks, **extra)
     return final[0] if chosen is None else final[0][:, chosen]
+
+
+def _run_bridge(model: LensModel, tokens, resid, start_layer: int, fwd_hooks: list, keep: Hook) -> None:
+    """The same hooks in a Bridge, whose hook points differ from HookedTransformer's in place and shape."""
+    never = {name for name, _ in fwd_hooks}
+    own: list[tuple[str, Callable]] = []
+    after: list[tuple[str, Callable]] = []  # on attn_out, after those that are given
+
+    def plain(name: str, call: Callable) -> Callable:
+        fixed = name.endswith("hook_pattern") and not _reads_pattern(model, name)
+
+        def run(x: Tensor, hook: Any) -> Tensor | None:
+            never.discard(name)
+            new = call(x, hook=hook)
+            if new is not None and fixed:
+                raise ValueError(f"this Bridge runs {name} after the pattern is used: nothing returned changes it")
+            return new
+
+        return run
+
+    def of_mid(name: str, call: Callable) -> None:
+        """A Bridge's resid_mid is what ln2 reads, beside the skip path: the hook sees it, and changes attn_out."""
+        block = name.removesuffix("hook_resid_mid")
+        pre: list[Tensor] = []
+
+        def change(x: Tensor, hook: Any) -> Tensor | None:
+            never.discard(name)
+            mid = pre.pop() + x
+            new = call(mid, hook=hook)
+            return None if new is None else x + (new - mid)
+
+        after.append((block + "hook_resid_pre", lambda x, hook: pre.append(x)))
+        after.append((block + "hook_attn_out", change))
+
+    if resid is not None:  # the layers before run on whatever tokens
+        tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
+        own.append((f"blocks.{start_layer}.hook_resid_pre", lambda x, hook: resid))
+    for name, call in fwd_hooks:
+        layer = int(name.split(".")[1]) if name.startswith("blocks.") else -1
+        if resid is not None and layer < start_layer:
+            never.discard(name)
+        elif name.endswith("hook_resid_mid"):
+            of_mid(name, call)
+        else:
+            own.append((name, plain(name, call)))
+    last = (f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", lambda x, hook: keep(x))
+    model.run_with_hooks(tokens, return_type=None, fwd_hooks=[*own, *after, last])
+    if never:
+        raise ValueError(f"this Bridge never runs the hook {sorted(never)[0]}")
+
+
+def _reads_pattern(model: LensModel, name: str) -> bool:
+    """Whether attention goes on with what hook_pattern makes of the pattern."""
+    attn = model.blocks[int(name.split(".")[1])].attn
+    rebuilt = ("JointQKV", "PositionEmbeddings")
+    return type(attn).__name__.startswith(rebuilt) or getattr(attn.original_component, "accepts_pattern_fn", False)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from . import bridge
 from .layers import (
     ACTIVATIONS,
     NO_NORM,
@@ -29,7 +30,7 @@ from .layers import (
     widened_norm,
     widened_norms,
 )
-from .lens import LensModel, ModelOrName
+from .lens import LensModel, ModelOrName, is_bridge
 from .models import as_model
 
 __all__ = [
@@ -37,15 +38,19 @@ __all__ = [
     "Norm",
     "Positions",
     "Weights",
+    "block_of",
     "final_norm",
     "of_norms",
     "own_hooks",
     "read_weights",
+    "why_not_read",
     "widened",
     "widened_norm",
     "widened_norms",
 ]
 
+# Where hooks are from by which a TransformerBridge, and Hugging Face's modules in it, note what passes through them.
+_WATCHES = ("transformer_lens.model_bridge.", "transformers.")
 NORMALIZATIONS = (None, "LN", "LNPre", "RMS", "RMSPre")
 
 # cfg fields that change the forward, with the only values under which `Layer` computes the model's own.
@@ -90,8 +95,8 @@ def read_weights(model: ModelOrName) -> Weights | None:
     """The model's weights as they are now, views of them; None for a model that they are not all of.
 
     None exactly where `Layer` would not compute what the model's own forward computes: for blocks of another kind
-    (experts, ALiBi, ...), for modules that are not TransformerLens' own, and while the model carries hooks of a user's,
-    which only its own forward runs. `why_not_read` says which.
+    (experts, ALiBi, ...), for modules that are not TransformerLens' own (or, in a TransformerBridge, Hugging Face's),
+    and while the model carries hooks of a user's, which only its own forward runs. `why_not_read` says which.
 
     Raises:
         ValueError: no TransformerLens model, an unknown name, a model spread over several devices.
@@ -102,20 +107,8 @@ def read_weights(model: ModelOrName) -> Weights | None:
         >>> len(weights.layers), weights.layers[0].ln1.kind
         (4, None)
     """
-    model = as_model(model)
-    if why_not_read(model) is not None:
-        return None
-    cfg = model.cfg
-    with torch.no_grad():
-        return Weights(
-            layers=tuple(_layer(cfg, block) for block in model.blocks),
-            ln_final=final_norm(model),
-            W_E=model.embed.W_E,
-            W_pos=model.pos_embed.W_pos if cfg.positional_embedding_type == "standard" else None,
-            W_U=model.unembed.W_U,
-            b_U=model.unembed.b_U,
-            ln_embed=norm_of(model.embed.ln, "LN", cfg.eps) if getattr(cfg, "post_embedding_ln", False) else NO_NORM,
-        )
+    found = _read(as_model(model))
+    return None if isinstance(found, str) else found
 
 
 def why_not_read(model: ModelOrName) -> str | None:
@@ -126,11 +119,30 @@ def why_not_read(model: ModelOrName) -> str | None:
         >>> model = load_model("tiny-noLN")
         >>> print(why_not_read(model))
         None
-        >>> model.add_hook("blocks.1.hook_mlp_out", lambda x, hook: 2 * x)
+        >>> _ = model.add_hook("blocks.1.hook_mlp_out", lambda x, hook: 2 * x)
         >>> why_not_read(model)
         'the model carries a hook at blocks.1.hook_mlp_out, which only its own forward runs'
     """
-    model = as_model(model)
+    found = _read(as_model(model))
+    return found if isinstance(found, str) else None
+
+
+@torch.no_grad()
+def _read(model: LensModel) -> Weights | str:
+    """The weights, or why they are not read."""
+    known = ("transformer_lens", "torch", "transformers") if is_bridge(model) else ("transformer_lens", "torch")
+    for name, module in model.named_modules():
+        if type(module).__module__.split(".")[0] not in known or "forward" in vars(module):
+            return f"its {name or 'root'} is a {type(module).__name__}, no module of TransformerLens' own"
+        if model.training and isinstance(module, torch.nn.Dropout) and module.p > 0:
+            return f"it is in training mode, with dropout at {name}"
+    for name in own_hooks(model):
+        return f"the model carries a hook at {name or 'its root'}, which only its own forward runs"
+    if is_bridge(model):
+        try:
+            return bridge.read_bridge(model)
+        except ValueError as error:
+            return str(error)
     cfg = model.cfg
     covered = _COVERED | {"normalization_type": NORMALIZATIONS}
     if not getattr(cfg, "attn_only", False):
@@ -139,16 +151,17 @@ def why_not_read(model: ModelOrName) -> str | None:
         if (value := getattr(cfg, field, allowed[0])) not in allowed:
             return f"cfg.{field} is {value!r}, which this package's own forward does not compute"
     for block in model.blocks:
-        if type(block).__name__ != "TransformerBlock":  # a TransformerBridge's
+        if type(block).__name__ != "TransformerBlock":
             return f"its blocks are {type(block).__name__}, not TransformerLens' TransformerBlock"
-    for name, module in model.named_modules():
-        if type(module).__module__.split(".")[0] not in ("transformer_lens", "torch"):
-            return f"its {name or 'root'} is a {type(module).__name__}, no module of TransformerLens' own"
-        if model.training and isinstance(module, torch.nn.Dropout) and module.p > 0:
-            return f"it is in training mode, with dropout at {name}"
-    for name in own_hooks(model):
-        return f"the model carries a hook at {name or 'its root'}, which only its own forward runs"
-    return None
+    return Weights(
+        layers=tuple(_layer(cfg, block) for block in model.blocks),
+        ln_final=final_norm(model),
+        W_E=model.embed.W_E,
+        W_pos=model.pos_embed.W_pos if cfg.positional_embedding_type == "standard" else None,
+        W_U=model.unembed.W_U,
+        b_U=model.unembed.b_U,
+        ln_embed=norm_of(model.embed.ln, "LN", cfg.eps) if getattr(cfg, "post_embedding_ln", False) else NO_NORM,
+    )
 
 
 def _layer(cfg, block) -> Layer:
@@ -200,7 +213,7 @@ def final_norm(model: LensModel) -> Norm:
             unembedding, which no closed form knows of.
     """
     kind = model.cfg.normalization_type
-    if kind not in NORMALIZATIONS:
+    if kind not in NORMALIZATIONS and not is_bridge(model):
         known = ", ".join(map(str, NORMALIZATIONS))
         raise ValueError(f"normalization_type {kind!r} is unknown; known are {known}")
     parts = {"ln_final": getattr(model, "ln_final", None), "unembed": model.unembed}
@@ -208,16 +221,29 @@ def final_norm(model: LensModel) -> Norm:
     if hooked or _carries_hooks(model):
         where = hooked[0] if hooked else "its root"
         raise ValueError(f"the model carries a hook at {where}, where nothing but its own forward runs it; remove it")
+    if is_bridge(model):
+        return bridge.norm_of_bridge(model.ln_final)
     if kind is not None and getattr(model.cfg, "final_rms", False):
         kind = kind.replace("LN", "RMS")
     return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
 
 
+def block_of(model: LensModel, layer: int) -> Any:
+    """A block's weights by HookedTransformer's names: attn.W_O, attn.b_O, mlp.W_out, mlp.b_out, ...
+
+    Raises:
+        ValueError: a Bridge's whose maps are more than a matrix and a bias.
+    """
+    return bridge.block_of(model, layer) if is_bridge(model) else model.blocks[layer]
+
+
 def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:
     """The names of a model's modules that carry hooks: a user's own, since ours never outlive a call."""
-    return () if model is None else tuple(name for name, m in model.named_modules() if _carries_hooks(m))
+    found = [] if model is None else [(name, m) for name, m in model.named_modules() if _carries_hooks(m)]
+    return bridge.names_of(model, found) if is_bridge(model) else tuple(name for name, _ in found)
 
 
 def _carries_hooks(module: LensModel | torch.nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
+    return any(not (getattr(hook, "__module__", None) or "").startswith(_WATCHES) for hook in hooks)

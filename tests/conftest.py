@@ -1,7 +1,6 @@
 """Shared fixtures. Shapes in signatures are checked by beartype for the whole package while tests run."""
 
 import os
-import warnings
 from pathlib import Path
 
 # Tests must never wait for a hub that may not be there.
@@ -18,9 +17,22 @@ import pytest
 import torch
 import virtual_device
 
+from lnfree_interp import lens
+
 # Autograd makes room for devices at the first backward pass of a process: the virtual one must be there before.
 if virtual_device.MISSING is None:
     virtual_device.register()
+
+if not lens.has_hooked_transformer():
+    from transformer_lens.model_bridge.generalized_components.attention import AttentionBridge
+
+    masked_softmax = AttentionBridge._masked_softmax
+
+    def softmax_of_the_scores_precision(self, scores, dtype=None):
+        """Some of TransformerLens 4's takes its softmax in fp32: that rounding would hide what tests look for."""
+        return masked_softmax(self, scores, dtype=torch.promote_types(scores.dtype, dtype or scores.dtype))
+
+    AttentionBridge._masked_softmax = softmax_of_the_scores_precision
 
 # The tests' tensors are small: handing them to several threads costs more than it gains.
 torch.set_num_threads(1)
@@ -54,9 +66,10 @@ NEW_KINDS = tuple(kind for kind in KINDS if kind != "GPT-2")
 
 
 def make_model(normalization_type, *, seed=0, dtype=torch.float64, **overrides):
-    """A small HookedTransformer with random weights, biases and norms included."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    """A small model of the installed TransformerLens with random weights, biases and norms included.
 
+    Skips the test where TransformerLens 4 has no such model.
+    """
     fields = {
         "n_layers": 2,
         "d_model": 24,
@@ -67,20 +80,42 @@ def make_model(normalization_type, *, seed=0, dtype=torch.float64, **overrides):
         "d_vocab": 61,
         "act_fn": "gelu_new",
         "normalization_type": normalization_type,
-        "init_weights": False,
         "device": "cpu",
         "dtype": dtype,
-        "seed": None,
     } | overrides
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        model = HookedTransformer(HookedTransformerConfig(**fields))
+    try:
+        model = lens.build(fields)
+    except ValueError as error:
+        if not str(error).startswith("TransformerLens 4 builds no model"):
+            raise
+        pytest.skip(str(error))
+    return randomise(model, seed)
+
+
+def randomise(model, seed=0):
+    """A model of `lens.build` with random weights."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in lens.parameters(model).items():
             around = 1.0 if name.endswith(".w") else 0.0
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3 + around)
     return model.eval().requires_grad_(False)
+
+
+def copy_weights(source, target):
+    """Give a model another's weights, in its own precision."""
+    if lens.has_hooked_transformer():
+        dtype = target.cfg.dtype
+        state = {k: p.to(dtype) if p.is_floating_point() else p for k, p in source.state_dict().items()}
+        target.load_state_dict(state)
+    else:
+        given = lens.parameters(source)
+        for name, p in lens.parameters(target).items():
+            p.copy_(given[name])
+
+
+HOOKED = lens.has_hooked_transformer()
+hooked_only = pytest.mark.skipif(not HOOKED, reason="TransformerLens 4 has no HookedTransformer")
 
 
 def random_tokens(model, batch=3, pos=7, seed=0):

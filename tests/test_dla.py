@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import NORMALIZATIONS, make_model, random_tokens
+from conftest import NORMALIZATIONS, copy_weights, make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -252,12 +252,16 @@ def test_low_precision_is_exact_on_the_activations_it_has(kind, dtype, by):
         wide.embed.W_E[:10] *= 30 if kind is None else 3000  # without a norm, scores would be beyond fp16 themselves
         wide.blocks[-1].mlp.W_out[5] *= 1 if kind is None else 2000
     model = make_model(kind, dtype=dtype)
-    model.load_state_dict({k: v.to(dtype) for k, v in wide.state_dict().items()})
-    wide.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    copy_weights(wide, model)
+    copy_weights(model, wide)
     tokens = random_tokens(model)
     tokens[:, 0] = torch.arange(3)
     cache = {}
-    names = [name for name in model.hook_dict if name.endswith(("embed", "attn_out", "mlp_out", "z", "post"))]
+    names = [
+        name
+        for name in model.hook_dict
+        if name.endswith(("hook_embed", "pos_embed", "attn_out", "mlp_out", "hook_z", "post"))
+    ]
     run(model, tokens, hooks={name: partial(cache.__setitem__, name) for name in names})
     assert cache["blocks.1.hook_resid_post"].float().norm(dim=-1).max() > (40 if kind is None else 4000)
     outputs, resid = component_outputs(wide, tokens, by, {name: x.double() for name, x in cache.items()})

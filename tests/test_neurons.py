@@ -4,7 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import NORMALIZATIONS, make_model, random_tokens
+from conftest import NORMALIZATIONS, copy_weights, make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -158,7 +158,7 @@ def test_cumulative_ablation_is_all_of_them_set(any_model, layer):
 def test_fp32_is_exact_to_rounding(kind):
     model = make_model(kind, dtype=torch.float32)
     reference = make_model(kind)
-    reference.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    copy_weights(model, reference)
     tokens = random_tokens(model)
     sets = [[i] for i in range(40)]
     exact_loss, exact_entropy = by_hook(reference, tokens, -1, sets)
@@ -211,7 +211,7 @@ def strengthened(kind, strength, **fields):
     """A model whose last layer's neurons push `strength` times as hard."""
     model = make_model(kind, **fields)
     with torch.no_grad():
-        model.blocks[-1].mlp.W_out *= strength
+        model.blocks[-1].mlp.W_out.mul_(strength)
     return model
 
 
@@ -263,7 +263,7 @@ def in_fp64(model, resid, post, targets):
     """
     fields = {name: getattr(model.cfg, name) for name in ("n_layers", "d_model", "d_mlp", "d_vocab")}
     exact_model = make_model(model.cfg.normalization_type, **fields)
-    exact_model.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+    copy_weights(model, exact_model)
     norm, resid, post = final_norm(exact_model), resid.double(), post.double()
 
     def logits(x, scale):
@@ -303,9 +303,9 @@ def test_fp32_keeps_what_is_certified(kind, deviation, shift, strength, method, 
     shape = {"d_vocab": 1500, "d_model": 96} if wide else {}
     model = strengthened(kind, strength, seed=seed, n_layers=1, dtype=torch.float32, **shape)
     with torch.no_grad():
-        model.unembed.W_U *= deviation / model(random_tokens(model)).std(-1).mean()
-        model.unembed.W_U += shift * torch.randn(model.cfg.d_model, 1, generator=torch.Generator().manual_seed(seed))
-        model.unembed.b_U += shift
+        model.unembed.W_U.mul_(deviation / model(random_tokens(model)).std(-1).mean())
+        model.unembed.W_U.add_(shift * torch.randn(model.cfg.d_model, 1, generator=torch.Generator().manual_seed(seed)))
+        model.unembed.b_U.add_(shift)
     tokens = random_tokens(model, seed=seed)
     resid, post, targets = activations(model, tokens)
     unembedding = exact.folded_unembedding(model)
@@ -329,7 +329,7 @@ def test_what_all_logits_have_in_common_changes_nothing(name):
     tokens = model.to_tokens("It was a dark and stormy night; the rain fell in torrents.")
     plain = ablate_neurons(model, tokens)
     with torch.no_grad():
-        model.unembed.W_U += 10 * torch.randn(model.cfg.d_model, 1, generator=torch.Generator().manual_seed(0))
+        model.unembed.W_U.add_(10 * torch.randn(model.cfg.d_model, 1, generator=torch.Generator().manual_seed(0)))
     shifted = ablate_neurons(model, tokens)
     for field in ("loss", "entropy", "loss_frozen", "entropy_frozen"):
         torch.testing.assert_close(getattr(shifted, field), getattr(plain, field), rtol=0, atol=2e-5)
@@ -354,12 +354,12 @@ def test_violent_neurons_neither_overflow_nor_vanish(kind, dtype):
     model = make_model(kind, n_layers=1)
     with torch.no_grad():
         model.blocks[-1].mlp.W_out[5] *= 300
-        model.unembed.W_U *= 30
+        model.unembed.W_U.mul_(30)
     tokens = random_tokens(model)
     assert (ablate_neurons(model, tokens).loss.abs() > 60).any()  # past what one shift for all could bear
     if dtype == torch.float32:
         single = make_model(kind, dtype=dtype, n_layers=1)
-        single.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+        copy_weights(model, single)
         result = ablate_neurons(single, tokens)
         assert all(x.isfinite().all() for x in (result.loss, result.entropy, result.loss_frozen))
         return

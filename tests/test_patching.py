@@ -6,6 +6,7 @@ from conftest import make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lnfree_interp.lens import is_bridge
 from lnfree_interp.metrics import Metric, kl_from_clean, logit_diff, right_log_prob
 from lnfree_interp.pairs import PromptPairs
 from lnfree_interp.patching import SITES, activation_patching
@@ -31,6 +32,9 @@ def by_plain_hooks(model, pairs, site, metric=logit_diff, direction="denoising",
     if direction == "noising":
         base, source = source, base
     _, cache = model.run_with_cache(source)
+    # A Bridge's own resid_mid is what ln2 reads, beside the skip path: what attention writes is changed in its place.
+    moved = site == "resid_mid" and is_bridge(model)
+    of_base = model.run_with_cache(base)[1] if moved else {}
 
     def value(logits):
         return metric(logits, pairs) if isinstance(metric, Metric) else metric(logits)
@@ -40,7 +44,9 @@ def by_plain_hooks(model, pairs, site, metric=logit_diff, direction="denoising",
 
         def hook(x, hook):
             x = x.clone()
-            if site in POSITIONAL:
+            if moved:
+                x[:, unit] += (cache[name] - of_base[name])[:, unit]
+            elif site in POSITIONAL:
                 x[:, unit] = cache[name][:, unit]
             elif site == "pattern":
                 at = (slice(None), unit) if pos is None else (slice(None), unit, pos)
@@ -50,7 +56,8 @@ def by_plain_hooks(model, pairs, site, metric=logit_diff, direction="denoising",
                 x[at] = cache[name][at]
             return x
 
-        return value(model.run_with_hooks(base, fwd_hooks=[(name, hook)]))
+        place = name.replace("resid_mid", "attn_out") if moved else name
+        return value(model.run_with_hooks(base, fwd_hooks=[(place, hook)]))
 
     unpatched = value(model(base))
     return {cell: patched(*cell) - unpatched for cell in layer_unit_pos}

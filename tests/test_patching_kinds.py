@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import KINDS, NEW_KINDS, make_model
+from conftest import KINDS, NEW_KINDS, copy_weights, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_patching import assert_matches_plain_hooks, make_pairs
 from test_patching_gradients import both, quadratic
 from test_patching_models import ESTIMATES, assert_estimates_match, steered
 
-from lnfree_interp import read_weights
+from lnfree_interp import lens, read_weights
 from lnfree_interp.metrics import Metric, logit_diff
 from lnfree_interp.patching import SITES, activation_patching, attribution_patching
 
@@ -162,10 +162,9 @@ def test_with_all_rules_a_gated_mlp_conserves_relevance(model_of):
     """Without biases and attention, each part of an LN-free model's relevance is the logit difference itself."""
     model = make_model(None, **KINDS["Llama"][1], n_layers=2)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in lens.parameters(model).items():
             if ".b_" in name:
                 p.zero_()
-        model.W_O.zero_()
         for block in model.blocks:
             block.attn.W_O.zero_()
         model.W_E[7] = 0  # nothing at all goes in
@@ -183,7 +182,7 @@ def test_with_all_rules_a_gated_mlp_conserves_relevance(model_of):
 def test_half_precision_is_that_of_the_weights_alone(kind):
     normalization, fields = KINDS[kind]
     model, exact = make_model(normalization, dtype=torch.bfloat16, **fields), make_model(normalization, **fields)
-    exact.load_state_dict({name: p.double() if p.is_floating_point() else p for name, p in model.state_dict().items()})
+    copy_weights(model, exact)
     pairs = make_pairs(exact, n=2, pos=6, changed=((2, 4), (5,)))
     for site in every_site(model):
         for function in (activation_patching, attribution_patching):

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_model, random_tokens
+from conftest import copy_weights, make_model, random_tokens
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_patching import POSITIONAL, assert_matches_plain_hooks, by_plain_hooks, cells_of, make_pairs
@@ -171,7 +171,7 @@ def test_other_attention_and_positions(deep, kind, fields):
 @pytest.mark.parametrize("kind, dtype", [(None, torch.bfloat16), ("LNPre", torch.float16)], ids=str)
 def test_half_precision_is_that_of_the_weights_alone(kind, dtype):
     model, exact = make_model(kind, dtype=dtype), make_model(kind)
-    exact.load_state_dict({name: p.double() if p.dtype == dtype else p for name, p in model.state_dict().items()})
+    copy_weights(model, exact)
     pairs = make_pairs(exact, n=2, pos=6, changed=((2, 4), (5,)))
 
     def assert_close(function, **options):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -25,7 +25,7 @@ from ..batching import Places, Targets, Tokens, check_next_token, check_tokens, 
 from ..forward import run
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
-from ..weights import final_norm, own_hooks
+from ..weights import block_of, final_norm, own_hooks
 
 DECOMPOSITIONS = ("component", "head", "neuron")
 # Tokens per pass: what bounds the memory held for z, whatever the number of sequences.
@@ -285,7 +285,7 @@ def _attribute(model: LensModel, tokens, targets, versus, kept: list[int], by: s
     direction, bias = _directions(model, norm, targets, versus)
     scale = norm.scale(x)[:, 0]
     shape = (-1, *targets.shape)
-    exact_apart = exact and norm.kind is not None
+    exact_apart = exact and not norm.linear
     dots, left = _project(model, activations, direction, _centred(x, norm) if exact_apart else None, norm)
     linear = dots / scale
     if left is None:
@@ -347,15 +347,16 @@ def _record(model: LensModel, tokens, kept: list[int], by: str) -> tuple[dict[st
 def _pieces(model: LensModel, activations):
     """(the activation, the weights it is multiplied with or None) of everything that writes to the residual stream."""
     for name, activation in activations.items():
-        block: Any = model.blocks[int(name.split(".")[1])] if name.startswith("blocks.") else None
+        if not name.endswith(("hook_z", "hook_post")):
+            yield activation, None
+            continue
+        block = block_of(model, int(name.split(".")[1]))
         if name.endswith("hook_z"):
             yield activation, block.attn.W_O
             yield block.attn.b_O[None], None
-        elif name.endswith("hook_post"):
+        else:
             yield activation, block.mlp.W_out
             yield block.mlp.b_out[None], None
-        else:
-            yield activation, None
 
 
 def _written(model: LensModel, activations) -> Float[Tensor, "n d_model"]:

@@ -14,7 +14,7 @@ from ..batching import Places, Progress, Tokens, check_next_token, check_tokens,
 from ..forward import run
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
-from ..weights import own_hooks, read_weights
+from ..weights import block_of, own_hooks, read_weights
 from .choices import ABLATIONS, METHODS
 from .last_layer import Rows, Unembedding, folded_unembedding, make_neurons, make_rows, wide
 from .rank import mlp_of
@@ -194,7 +194,7 @@ def _scan(model: LensModel, tokens, layer: int, neurons, ablation, method, toler
     neurons = neurons.to(model.cfg.device)
     resid, post = _activations(model, tokens, layer, neurons, "hook_resid_post")
     value = _value(post, ablation)
-    outputs = make_neurons(unembedding, model.blocks[layer].mlp.W_out[neurons])
+    outputs = make_neurons(unembedding, block_of(model, layer).mlp.W_out[neurons])
     dtype, device = outputs.w.dtype, outputs.w.device
     n_batch, n_pos = tokens.shape[0], tokens.shape[1] - 1
     targets = rearrange(tokens[:, 1:], "b p -> (b p)")
@@ -280,7 +280,7 @@ def _rerun(model: LensModel, tokens, layer: int, sets, labels, ablation, progres
     # Where only W_out comes after the neurons, from the stream after the layer; else the layer itself is run again.
     start, point = (layer, "hook_resid_pre") if hooked else (layer + 1, "hook_resid_post")
     resid, post = _activations(model, tokens, layer, union, point)
-    value, W_out = _value(post, ablation), wide(model.blocks[layer].mlp.W_out[union])
+    value, W_out = _value(post, ablation), wide(block_of(model, layer).mlp.W_out[union])
 
     def ablated(resid: Tensor, post: Tensor, chosen: Tensor) -> Tensor:
         hooks = {}

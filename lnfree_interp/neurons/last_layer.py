@@ -52,7 +52,7 @@ class Unembedding:
 
     @property
     def has_scale(self) -> bool:
-        return self.norm.kind is not None
+        return not self.norm.linear
 
     def chunks(self, size: int) -> list[slice]:
         return [slice(i, i + size) for i in range(0, self.W.shape[1], size)]

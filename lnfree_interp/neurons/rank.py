@@ -11,6 +11,7 @@ from torch import Tensor
 from ..batching import whole
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
+from ..weights import block_of
 from .last_layer import WITH_FP64, folded_unembedding
 
 
@@ -24,7 +25,7 @@ def mlp_of(model: LensModel, layer: SupportsIndex) -> tuple[Any, int]:
     if not -n_layers <= layer < n_layers:
         raise ValueError(f"layer {layer} is outside -{n_layers}..{n_layers - 1}")
     layer %= n_layers
-    mlp = getattr(model.blocks[layer], "mlp", None)
+    mlp = getattr(block_of(model, int(layer)), "mlp", None)
     if getattr(mlp, "W_out", None) is None:
         raise ValueError(f"layer {layer} has no MLP with one W_out, so it has no neurons to look at")
     return mlp, int(layer)

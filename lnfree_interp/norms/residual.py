@@ -150,7 +150,10 @@ def residual_norms(
 
 def _points(model: LensModel) -> dict[str, str]:
     """Hook name -> label, in the order in which a forward passes them."""
-    points = {"hook_embed": "embed", "hook_pos_embed": "pos_embed", "blocks.0.hook_resid_pre": "L0.resid_pre"}
+    points = {"hook_embed": "embed"}
+    if model.cfg.positional_embedding_type != "rotary":  # a TransformerBridge names that hook all the same
+        points["hook_pos_embed"] = "pos_embed"
+    points["blocks.0.hook_resid_pre"] = "L0.resid_pre"
     for i in range(model.cfg.n_layers):
         points[f"blocks.{i}.hook_resid_mid"] = f"L{i}.resid_mid"
         points[f"blocks.{i}.hook_resid_post"] = f"L{i}.resid_post"

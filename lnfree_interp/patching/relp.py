@@ -16,8 +16,8 @@ class DetachedNorm(Norm):
     """A norm whose denominator counts as a constant in the backward pass."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.kind is None:
-            return x
+        if self.linear:
+            return super().__call__(x)
         centred = x - x.mean(-1, keepdim=True) if self.centres else x
         y = centred / self.scale(x).detach().to(x.dtype)
         y = y if self.w is None else y * self.w

@@ -1,0 +1,234 @@
+"""TransformerBridges in HookedTransformer's words: their weights read where they lie.
+
+A Bridge puts TransformerLens' hooks around a module that is another's: Hugging Face's (`boot_transformers`), or
+TransformerLens' own (`boot_native`). The weights are that module's, in that module's coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .layernorm import HUGE_EPS
+from .layers import ACTIVATIONS, NO_NORM, Layer, Norm, Rotary, Weights
+from .lens import LensModel
+
+NATIVE = "TransformerLensNative"
+# Architectures whose blocks `Layer` computes, by the class of the module inside.
+ARCHITECTURES = {
+    "GPT2LMHeadModel": "GPT2LMHeadModel",
+    "GPTNeoXForCausalLM": "GPTNeoXForCausalLM",
+    "LlamaForCausalLM": "LlamaForCausalLM",
+    "MistralForCausalLM": "MistralForCausalLM",
+    "Qwen2ForCausalLM": "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": "Qwen3ForCausalLM",
+    NATIVE: "NativeModel",
+}
+# Ways to scale the frequencies of rotary positions that do not depend on the prompt's length.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+def names_of(model: Any, modules: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
+    """The names of some of a Bridge's modules, hook points by HookedTransformer's."""
+    named = sorted(model.hook_dict.items(), key=lambda item: not item[0].endswith(("hook_in", "hook_out")))
+    points = {id(point): name for name, point in named} if modules else {}  # HookedTransformer's name is a point's last
+    return tuple(points.get(id(module), name.replace("_original_component.", "")) for name, module in modules)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Reading
+
+FEW_POSITIONS = 2048  # tables of rotary positions are made for so many at once, and for more when a prompt has more
+
+
+def _linear(component: Any) -> tuple[Tensor, Tensor | None]:
+    """W and b, x W + b, of what is behind a component.
+
+    Raises:
+        ValueError: more than a matrix and a bias: an adapter, quantised weights.
+    """
+    module = component.original_component
+    if type(module) is nn.Linear:
+        return module.weight.T, module.bias
+    if type(module) is Conv1D:
+        return module.weight, module.bias
+    raise ValueError(f"the model has a {type(module).__name__} where a plain linear map is read: merge adapters first")
+
+
+def _heads(component: Any, n_heads: int) -> tuple[Tensor, Tensor]:
+    """W and b head by head, views: Float[Tensor, "head d_model d_head"] and Float[Tensor, "head d_head"]."""
+    W, b = _linear(component)
+    b = W.new_zeros(W.shape[1]) if b is None else b
+    return W.unflatten(1, (n_heads, -1)).transpose(0, 1), b.unflatten(0, (n_heads, -1))
+
+
+def block_of(model: LensModel, layer: int) -> Any:
+    """A Bridge's block under HookedTransformer's names: attn.W_Q, attn.b_O, mlp.W_out, ..., views; absent biases are 0.
+
+    Raises:
+        ValueError: as `_linear`.
+    """
+    block, cfg = model.blocks[layer], model.cfg
+    n_heads, n_key_heads = cfg.n_heads, getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
+    W_Q, b_Q = _heads(block.attn.q, n_heads)
+    W_K, b_K = _heads(block.attn.k, n_key_heads)
+    W_V, b_V = _heads(block.attn.v, n_key_heads)
+    W_O, b_O = _linear(block.attn.o)
+    attn = SimpleNamespace(W_Q=W_Q, b_Q=b_Q, W_K=W_K, b_K=b_K, W_V=W_V, b_V=b_V)
+    attn.W_O, attn.b_O = W_O.unflatten(0, (n_heads, -1)), W_O.new_zeros(W_O.shape[1]) if b_O is None else b_O
+    if getattr(block, "mlp", None) is None:
+        return SimpleNamespace(attn=attn)
+    W_in, b_in = _linear(getattr(block.mlp, "in"))
+    W_out, b_out = _linear(block.mlp.out)
+    mlp = SimpleNamespace(W_in=W_in, b_in=b_in, W_out=W_out, b_out=b_out, W_gate=None, b_gate=None, b_linear=None)
+    if "gate" in block.mlp.submodules:
+        mlp.W_gate, mlp.b_gate = _linear(block.mlp.gate)
+        mlp.b_in, mlp.b_linear = None, b_in  # HookedTransformer's b_in comes after the product
+    mlp.b_in = W_in.new_zeros(W_in.shape[1]) if mlp.b_in is None else mlp.b_in
+    mlp.b_out = W_out.new_zeros(W_out.shape[1]) if b_out is None else b_out
+    return SimpleNamespace(attn=attn, mlp=mlp)
+
+
+def norm_of_bridge(component: Any) -> Norm:
+    """The `Norm` that a component of a Bridge computes.
+
+    Raises:
+        ValueError: another normalisation than layer norm and RMS norm.
+    """
+    kind, module = type(component).__name__, component.original_component
+    cfg_eps = float(getattr(component.config, "eps", 1e-5))
+    if kind == "LayerNormPreBridge":
+        return Norm("LNPre", cfg_eps)
+    if kind == "RMSNormPreBridge":
+        return Norm("RMSPre", cfg_eps)
+    if kind == "GeneralizedComponent" and type(module) is nn.Identity:
+        return NO_NORM
+    if kind not in ("NormalizationBridge", "RMSNormalizationBridge"):
+        raise ValueError(f"the model has a {kind} where a normalisation is read")
+    of_module = component.use_native_layernorm_autograd or getattr(component.config, "layer_norm_folding", False)
+    own_eps = getattr(module, "eps", getattr(module, "variance_epsilon", cfg_eps))
+    eps = float(own_eps if of_module else cfg_eps)
+    offset = getattr(component, "uses_weight_offset", getattr(component.config, "rmsnorm_uses_offset", False))
+    if type(module) is nn.LayerNorm and not offset and not component.uses_rms_norm:
+        if eps >= HUGE_EPS:
+            return Norm("LNFree", 0.0, module.weight / eps**0.5, module.bias)
+        return Norm("LN", eps, module.weight, module.bias)
+    if "RMSNorm" in type(module).__name__ and not offset and component.uses_rms_norm:
+        return Norm("RMS", eps, module.weight)
+    raise ValueError(f"the model has a {type(module).__name__} where layer norm or RMS norm is read")
+
+
+@dataclass
+class _Tables:
+    """Sines and cosines of rotary positions as a module of Hugging Face's makes them: what `Rotary` reads."""
+
+    module: Any
+    like: Tensor  # of the model's device and dtype
+
+    def make(self, n_pos: int) -> None:
+        cos, sin = self.module(self.like, torch.arange(n_pos, device=self.like.device)[None])
+        self.rotary_cos, self.rotary_sin = cos[0], sin[0]
+
+    def apply_rotary(self, x: Tensor) -> None:
+        """Have tables for as many positions as x has."""
+        self.make(x.shape[1])
+
+
+def _rotary(model: LensModel) -> Rotary | None:
+    if model.cfg.positional_embedding_type != "rotary":
+        return None
+    if model.cfg.architecture == NATIVE:
+        own: Any = model.blocks[0].attn.original_component.rotary
+        dtype = model.unembed.W_U.dtype
+        stored = SimpleNamespace(rotary_cos=own.cos_cached.to(dtype), rotary_sin=own.sin_cached.to(dtype))
+        return Rotary(stored, adjacent=True)
+    module = model.rotary_emb.original_component  # type: ignore[attr-defined]
+    if module.rope_type not in ROPE_TYPES or getattr(model.cfg, "rotary_adjacent_pairs", False):
+        raise ValueError(f"rotary positions of type {module.rope_type!r} are not read")
+    tables = _Tables(module, model.unembed.W_U[:1])
+    tables.make(min(model.cfg.n_ctx, FEW_POSITIONS))
+    return Rotary(tables, adjacent=False)
+
+
+def _scale(model: LensModel, layer: int) -> float:
+    """What the scores are divided by."""
+    cfg, attn = model.cfg, model.blocks[layer].attn.original_component
+    if cfg.architecture == NATIVE:
+        return float(attn.scale)
+    if cfg.architecture == "GPT2LMHeadModel":
+        if not attn.scale_attn_weights or attn.reorder_and_upcast_attn:
+            raise ValueError("the model scales its scores in a way of its own")
+        return cfg.d_head**0.5 * (layer + 1 if cfg.scale_attn_by_inverse_layer_idx else 1)
+    return 1 / float(attn.scaling)
+
+
+def _window(model: LensModel, layer: int) -> int | None:
+    """How many positions a query sees, its own included; None: all before it."""
+    if model.cfg.architecture in ("MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"):
+        config = model.original_model.config  # type: ignore[attr-defined]
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None or kinds[layer] == "sliding_attention":
+            return getattr(config, "sliding_window", None)
+    return None
+
+
+def _act(model: LensModel) -> Any:
+    config = model.cfg if model.cfg.architecture == NATIVE else model.original_model.config  # type: ignore[attr-defined]
+    names = [getattr(config, name, None) for name in ("activation_function", "hidden_act", "act_fn")]
+    name = next((name for name in names if name is not None), None)
+    if name not in ACTIVATIONS:
+        raise ValueError(f"the activation function {name!r} is not read")
+    return ACTIVATIONS[name]
+
+
+def read_bridge(model: LensModel) -> Weights:
+    """The weights of a Bridge that is made of known modules and carries no hooks of a user's.
+
+    Raises:
+        ValueError: it computes anything else than `Layer` does.
+    """
+    cfg = model.cfg
+    inside = type(model.original_model).__name__  # type: ignore[attr-defined]
+    if ARCHITECTURES.get(cfg.architecture) != inside:
+        raise ValueError(f"it is a {cfg.architecture} around a {inside}, which this package's own forward is not")
+    for flag in ("use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in", "num_experts"):
+        if getattr(cfg, flag, None):
+            raise ValueError(f"cfg.{flag} is {getattr(cfg, flag)!r}, which this package's own forward does not compute")
+    if cfg.attention_dir != "causal":
+        raise ValueError("its attention is not causal")
+    rotary, act = _rotary(model), None if cfg.attn_only else _act(model)
+    cap = float(getattr(cfg, "attn_scores_soft_cap", None) or -1)
+    layers = []
+    for i, block in enumerate(model.blocks):
+        parts = block_of(model, i)
+        attn = vars(parts.attn) | {"W_O": parts.attn.W_O.flatten(0, 1)}
+        normed = "q_norm" in block.attn.submodules
+        layer = Layer(
+            ln1=norm_of_bridge(block.ln1),
+            **attn,
+            attn_scale=_scale(model, i),
+            q_norm=norm_of_bridge(block.attn.q_norm) if normed else NO_NORM,
+            k_norm=norm_of_bridge(block.attn.k_norm) if normed else NO_NORM,
+            rotary=rotary,
+            cap=cap if cap > 0 else None,
+            window=_window(model, i),
+        )
+        if act is not None:
+            parallel = bool(getattr(cfg, "parallel_attn_mlp", False))
+            layer = replace(layer, ln2=norm_of_bridge(block.ln2), act=act, parallel=parallel, **vars(parts.mlp))
+        layers.append(layer)
+    standard = cfg.positional_embedding_type == "standard"
+    return Weights(
+        layers=tuple(layers),
+        ln_final=norm_of_bridge(model.ln_final),
+        W_E=model.embed.original_component.weight,
+        W_pos=model.pos_embed.original_component.weight if standard else None,
+        W_U=_linear(model.unembed)[0],
+        b_U=model.unembed.b_U,
+    )
