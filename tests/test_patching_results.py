@@ -137,7 +137,7 @@ def infinite_metric(logits):
         ({"site": "z", "units": [3]}, "head 3 is out of range: a layer's heads reach from 0 to 2"),
         ({"units": [0]}, "neither heads nor neurons"),
         ({"site": "neurons"}, "site 'neurons' needs layers="),
-        ({"metric": wrong_metric}, r"metric wrong_metric returned \[4, 61\] for 4 rows, wanted is one number each"),
+        ({"metric": wrong_metric}, r"metric wrong_metric returned \[3, 61\] for 3 rows, wanted is one number each"),
         ({"metric": infinite_metric}, "metric infinite_metric is -?inf for prompt"),
         ({"metric": Metric("few", lambda x, y: y, context=(torch.zeros(2),))}, "made for 2 prompts, there are 3 pairs"),
         ({"metric": Metric("far", lambda x: x[:, 0, 0], positions=(9,))}, r"metric far reads position \[9\]"),

@@ -21,6 +21,7 @@ from .cells import (
     MetricLike,
     PairsLike,
     Request,
+    Sample,
     Tally,
     check_finite,
     check_rows,
@@ -182,12 +183,12 @@ def _patch(model: LensModel, weights, swept, request: Request, pairs: PromptPair
             return exact.differs(sweep, layer)
         return hooked.differs(request, base[request.site][layer], source[request.site][layer])
 
-    def metric_of(final: Tensor, prompt: Tensor) -> Tensor:
-        return read_metric(model, request, pairs, final, prompt, norm, tally)
+    def metric_of(final: Tensor, prompt: Tensor, sample: list[Sample] | None = None) -> Tensor:
+        return read_metric(model, request, pairs, final, prompt, norm, tally, sample)
 
-    finals_of_both = [run["resid_pre"][n_layers][:, reads] for run in (base, source)]
-    check_rows(model, request, pairs, finals_of_both, norm)
-    at_base, at_source = (metric_of(final, everyone) for final in finals_of_both)
+    sample: list[Sample] = []
+    at_base, at_source = (metric_of(run["resid_pre"][n_layers][:, reads], everyone, sample) for run in (base, source))
+    check_rows(request.metric, sample)
     check_finite(request, torch.stack([at_base, at_source], 1), first=first)
     cells = find_cells(request, differs, differ, n_layers, device)
     values = at_base.new_zeros(request.shape(len(pairs)))

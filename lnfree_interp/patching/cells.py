@@ -264,6 +264,10 @@ class Tally:
         self.flops += 2.0 * rows * n_in * n_out
 
 
+Sample = tuple[Tensor, Tensor, Tensor]
+"""A few rows of logits, of which prompts they are, and what the metric made of them among others."""
+
+
 def read_metric(
     model: LensModel,
     request: Request,
@@ -272,68 +276,64 @@ def read_metric(
     prompt: Tensor,
     norm: Norm,
     tally: Tally | None = None,
+    sample: list[Sample] | None = None,
 ) -> Tensor:
     """The metric of final residual streams [row, read position, d_model] of the prompts named, one number a row.
+
+    Args:
+        sample: given a few of the rows, for `check_rows`.
 
     Raises:
         ValueError: the metric's value has the wrong shape. Whether it is finite, `check_finite` says.
     """
-    metric = request.metric
+    metric, device = request.metric, final.device
     n_rows, n_reads = final.shape[:2]
     d_model, d_vocab = model.unembed.W_U.shape
     columns = metric.columns(pairs)
     width = d_vocab if columns is None else columns.shape[1]
     if tally:
         tally.linear(n_rows * n_reads, d_model, width)
-    step = max(1, LOGITS.get(final.device.type, 2**26) // (n_reads * width * (1 if columns is None else d_model)))
-    values = []
+    step = max(1, LOGITS.get(device.type, 2**26) // (n_reads * width * (1 if columns is None else d_model)))
+    values: list[Tensor] = []
     for rows, p in zip(final.split(step), prompt.split(step)):
-        logits = _logits(model, columns, rows, p, norm)
-        values.append(_valid(metric.function(logits, *(c[p] for c in metric.context)), len(p), metric))
+        tokens = None if columns is None else columns[p][:, None].expand(-1, n_reads, -1)
+        logits = wide(unembed(model, rows, tokens, norm=norm))
+        ends = slice(None, None, max(1, len(p) - 1))  # the first and the last
+        few = None if sample is None or values else logits[ends].detach().clone()  # a metric may write into its logits
+        values.append(_value(metric, logits, p))
+        if sample is not None and few is not None:
+            sample.append((few, p[ends], values[0][ends].detach()))
     return torch.cat(values)
 
 
-def _logits(model: LensModel, columns: Tensor | None, final: Tensor, prompt: Tensor, norm: Norm) -> Tensor:
-    """Logits [row, read position, token] of the prompts named, in fp32 at least; `columns` are each prompt's tokens."""
-    tokens = None if columns is None else columns[prompt][:, None].expand(-1, final.shape[1], -1)
-    return wide(unembed(model, final, tokens, norm=norm))
-
-
-def _valid(value, n_rows: int, metric: Metric) -> Tensor:
-    if isinstance(value, Tensor) and value.ndim == 1 and len(value) != n_rows:
-        raise ValueError(_not_by_row(metric, f"returns {len(value)} numbers for {n_rows} rows"))
-    if not isinstance(value, Tensor) or value.ndim != 1:
-        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"metric {metric.name} returned {got} for {n_rows} rows, wanted is one number each")
-    return wide(value)
+def _value(metric: Metric, logits: Tensor, prompt: Tensor) -> Tensor:
+    """The metric of logits [row, read position, token] of the prompts named."""
+    n = len(logits)
+    try:
+        value = metric.function(logits, *(c[prompt] for c in metric.context))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(_not_by_row(metric, f"fails on {n} rows ({reason})")) from error
+    if isinstance(value, Tensor) and value.ndim == 1:
+        if len(value) != n:
+            raise ValueError(_not_by_row(metric, f"returns {len(value)} numbers for {n} rows"))
+        return wide(value)
+    got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"metric {metric.name} returned {got} for {n} rows, wanted is one number each")
 
 
 @torch.no_grad()
-def check_rows(model: LensModel, request: Request, pairs: PromptPairs, finals: Sequence[Tensor], norm: Norm) -> None:
-    """Raise ValueError unless the metric's number of a row depends on that row alone, as far as a few rows tell.
-
-    Args:
-        finals: of some runs, the final residual streams [prompt, read position, d_model].
-    """
-    metric, step = request.metric, max(1, len(pairs) - 1)
-    final = torch.cat([x[::step] for x in finals])  # the first and the last prompt
-    n, device = len(final), final.device
-    prompt = torch.arange(len(pairs), device=device)[::step].repeat(len(finals))
-    logits = _logits(model, metric.columns(pairs), final, prompt, norm)
-    whole: Tensor | None = None
+def check_rows(metric: Metric, sample: Sequence[Sample]) -> None:
+    """Raise ValueError unless rows of both runs have the same numbers in another order, repeated and alone."""
+    logits, prompt, values = (torch.cat(parts) for parts in zip(*sample))
+    n, most = len(values), max(2, LOGITS.get(logits.device.type, 2**26) // logits[0].numel())
+    size = torch.stack([logits.abs().max(), values.abs().max()]).nan_to_num(0, 0).max()
+    tolerance = 1024 * torch.finfo(values.dtype).eps * size  # of rounding
     same = []
-    for order in (range(n), [*reversed(range(n)), 0], [n // 2]):
-        rows = on_device(torch.tensor(order), device)
-        try:
-            value = metric.function(logits[rows], *(c[prompt[rows]] for c in metric.context))
-        except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            raise ValueError(_not_by_row(metric, f"fails on {len(rows)} rows ({reason})")) from error
-        value = _valid(value, len(rows), metric)
-        whole = value if whole is None else whole
-        size = torch.stack([logits.abs().max(), whole.abs().max()]).nan_to_num(0, 0).max()
-        close = (value - whole[rows]).abs() <= 1024 * torch.finfo(value.dtype).eps * size
-        same.append(close | ~torch.isfinite(value))
+    for order in ([*reversed(range(n)), n - 1][:most], [n // 2]):
+        rows = on_device(torch.tensor(order), logits.device)
+        value = _value(metric, logits[rows], prompt[rows])
+        same.append(((value - values[rows]).abs() <= tolerance) | ~torch.isfinite(value))
     if not torch.cat(same).all():
         raise ValueError(_not_by_row(metric, "gives the same rows other numbers in another order or number"))
 

@@ -17,7 +17,7 @@ from ..forward import Past, run, run_both
 from ..lens import LensModel
 from ..pairs import PromptPairs
 from ..weights import Norm, Weights, final_norm, wide
-from .cells import Request, check_rows, may_differ, on_device, read_metric, tokens_differ
+from .cells import Request, Sample, check_rows, may_differ, on_device, read_metric, tokens_differ
 
 Activations = dict[int, Tensor]
 """Layer -> the site's activation of all prompts."""
@@ -195,11 +195,12 @@ def both_sides(
             final_of_source = of_source.at_reads(run(model, **inputs_of_source, **options, weights=weights))
         with torch.set_grad_enabled(graph):
             final = window.run(**inputs, hooks=hooks)
-    check_rows(model, request, pairs, (final.detach(), final_of_source), window.norm)
+    sample: list[Sample] = []
     with torch.no_grad():
-        at_source = read_metric(model, request, pairs, final_of_source, everyone, window.norm)
+        at_source = read_metric(model, request, pairs, final_of_source, everyone, window.norm, sample=sample)
     with torch.set_grad_enabled(graph):
-        value = read_metric(model, request, pairs, final, everyone, window.norm)
+        value = read_metric(model, request, pairs, final, everyone, window.norm, sample=sample)
+    check_rows(request.metric, sample)
     axis = request.row.pos_axis
     source = {i: x.narrow(axis, start, x.shape[axis] - start) for i, x in source.items()}
     resid[-1] = resid[-1][:, start:]
