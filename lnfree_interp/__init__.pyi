@@ -44,8 +44,13 @@ from .norms import (
 )
 from .pairs import PromptPairs as PromptPairs, induction_pairs as induction_pairs, ioi_pairs as ioi_pairs
 from .patching import (
+    AtPStar as AtPStar,
+    Gradient as Gradient,
+    Integrated as Integrated,
     PatchingEffect as PatchingEffect,
     PatchingError as PatchingError,
+    RelP as RelP,
+    SecondOrder as SecondOrder,
     activation_patching as activation_patching,
     attribution_patching as attribution_patching,
     patching_error as patching_error,

@@ -1,7 +1,5 @@
 """Every family of checkpoints loads as the model transformers makes of it; what would not be exact is refused."""
 
-import json
-import shutil
 from unittest.mock import patch
 
 import pytest
@@ -9,11 +7,9 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from lnfree_interp import load_model, read_weights
 from lnfree_interp.checkpoints import FAMILIES
-from lnfree_interp.names import CHECKPOINTS
 
 TRAINED_FOR, CONTEXT = 8, 24
 # Scalings of rotary positions, and how far fp64 log-probabilities may be off: TransformerLens computes the frequencies

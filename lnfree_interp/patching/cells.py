@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..batching import check_pads, d_vocab_out
+from ..batching import Places, check_pads, d_vocab_out, indices
 from ..forward import unembed
+from ..layers import wide
 from ..lens import LensModel
 from ..metrics import Metric
 from ..pairs import PromptPairs
@@ -22,9 +22,9 @@ from ..weights import Layer, Norm, Weights, own_hooks
 from .sites import DIRECTIONS, SITES, Site
 
 MetricLike = Metric | Callable[[Tensor], Tensor]
+"""A metric, or a function of full logits [row, pos, d_vocab] that returns [row]: see `Metric`."""
+
 PairsLike = PromptPairs | Sequence[Any]
-Indices = SupportsIndex | Iterable[Any]
-"""Which layers or units: one, several (a range, a list, a tensor), or a mask; negative ones count from the end."""
 
 LOGITS = {"cpu": 2**26, "cuda": 2**28}
 """How many logits, or numbers of gathered columns of W_U, are made at a time; 2^26 on other devices."""
@@ -70,7 +70,7 @@ class Request:
     units: tuple[int, ...]
     by_position: bool
     direction: str
-    metric: MetricLike
+    metric: Metric
     n_pos: int
     causal: bool  # whether a position is known to depend on itself and on earlier ones alone
 
@@ -127,16 +127,19 @@ class Request:
     @property
     def reads(self) -> tuple[int, ...]:
         """The positions whose logits the metric reads, in its order."""
-        return self.metric.reads(self.n_pos) if isinstance(self.metric, Metric) else tuple(range(self.n_pos))
+        return self.metric.reads(self.n_pos)
 
     @property
     def n_read(self) -> int:
         """Positions up to the last one that the metric reads; causal models need no more."""
         return max(self.reads) + 1 if self.causal else self.n_pos
 
-    @property
-    def metric_name(self) -> str:
-        return self.metric.name if isinstance(self.metric, Metric) else getattr(self.metric, "__name__", "metric")
+    def of_prompts(self, rows: slice, device) -> Request:
+        """The request with what the metric knows of each prompt cut to some of them."""
+        metric = self.metric
+        tokens = metric.tokens[rows].to(device) if isinstance(metric.tokens, Tensor) else metric.tokens
+        context = tuple(c[rows].to(device) for c in metric.context)
+        return replace(self, metric=replace(metric, tokens=tokens, context=context))
 
 
 def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layers, units, by_position) -> Request:
@@ -146,8 +149,11 @@ def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layer
         raise ValueError(f"unknown site {site!r}; known are {', '.join(SITES)}")
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; known are {', '.join(DIRECTIONS)}")
-    if not callable(metric):
-        raise ValueError(f"metric {metric!r} is neither a Metric nor a function of the logits")
+    if not isinstance(metric, Metric):
+        if not callable(metric):
+            raise ValueError(f"metric {metric!r} is neither a Metric nor a function of the logits")
+        metric = Metric(getattr(metric, "__name__", "metric"), metric, positions=None, tokens=None)
+    metric.check(pairs)
     n_pos = pairs.clean.shape[1]
     if n_pos > cfg.n_ctx:
         raise ValueError(f"prompts have {n_pos} tokens, the model's context is {cfg.n_ctx}")
@@ -162,7 +168,7 @@ def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layer
     row = SITES[site]
     if row.unit == "neuron" and layers is None:
         raise ValueError(f"site {site!r} needs layers=, for example layers=[-1]: every neuron is a cell")
-    layers = chosen("layers", layers, cfg.n_layers, "the model", "layer")
+    layers = _named("layers", layers, cfg.n_layers, "layer", "the model's layers")
     hook = row.name(layers[0])
     # An attention-only block has a hook point for the MLP it lacks.
     absent = row.of_mlp and getattr(cfg, "attn_only", False)
@@ -176,39 +182,20 @@ def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layer
     }[row.unit] or cfg.n_heads
     if units is not None and row.positional:
         raise ValueError(f"site {site!r} has positions, neither heads nor neurons to choose from")
-    units = chosen("units", units, available, "layer", row.unit)
+    units = _named("units", units, available, row.unit, f"a layer's {row.unit}s")
     # What hooks of a user's do is not known: they may mix positions.
     causal = getattr(cfg, "attention_dir", "causal") == "causal" and not own_hooks(model)
     return Request(site, layers, units, by_position, direction, metric, n_pos, causal)
 
 
-def chosen(argument: str, value: Indices | None, available: int, holder: str, what: str) -> tuple[int, ...]:
-    """The indices that an argument names; None: all.
-
-    Raises:
-        ValueError: something else than whole numbers or a mask of `available` entries, indices that are not there,
-            none, or one of them twice.
-    """
-    if value is None:
-        return tuple(range(available))
-    plain: Any = value.tolist() if hasattr(value, "tolist") else value
-    many = isinstance(plain, Iterable) and not isinstance(plain, (str, bytes))
-    items = [x.item() if hasattr(x, "item") else x for x in plain] if many else [plain]
-    if many and items and all(isinstance(x, bool) for x in items):
-        if len(items) != available:
-            raise ValueError(f"{argument} is a mask of {len(items)}; {holder} has {available} {what}s")
-        items = [i for i, x in enumerate(items) if x]
-    for x in items:
-        if isinstance(x, bool) or not hasattr(x, "__index__"):
-            raise ValueError(f"{argument} must be whole numbers or a mask, not {x!r}")
-        if not -available <= operator.index(x) < available:
-            raise ValueError(f"{what} {x} is not there; {holder} has {available} {what}s")
-    indices = tuple(operator.index(x) % available for x in items)
-    if not indices:
-        raise ValueError(f"{argument} is empty")
-    if len(set(indices)) < len(indices):
-        raise ValueError(f"{argument} {items} name a {what} twice")
-    return indices
+def _named(argument: str, which: Places | None, n: int, what: str, those: str) -> tuple[int, ...]:
+    """The layers or units that an argument names; None: all."""
+    if which is None:
+        return tuple(range(n))
+    found = indices(which, n, what, range(n), those)
+    if len(set(found)) < len(found):
+        raise ValueError(f"{argument} {found} name a {what} twice")
+    return tuple(found)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -297,6 +284,10 @@ class Tally:
             self.products(rows, (*layer.of_hidden, *layer.of_mlp_out))
 
 
+Sample = tuple[Tensor, Tensor, Tensor]
+"""A row of logits, of which prompt it is, and what the metric made of it among others."""
+
+
 def read_metric(
     model: LensModel,
     request: Request,
@@ -305,40 +296,75 @@ def read_metric(
     prompt: Tensor,
     norm: Norm,
     tally: Tally | None = None,
+    sample: list[Sample] | None = None,
 ) -> Tensor:
     """The metric of final residual streams [row, read position, d_model] of the prompts named, one number a row.
+
+    Args:
+        sample: given the last row or, if it has one, the first: for `check_rows`.
 
     Raises:
         ValueError: the metric's value has the wrong shape. Whether it is finite, `check_finite` says.
     """
-    metric = request.metric
+    metric, device = request.metric, final.device
     n_rows, n_reads = final.shape[:2]
     d_model, d_vocab = model.unembed.W_U.shape
-    if not isinstance(metric, Metric):
-        logits = unembed(model, final, norm=norm)
-        if tally:
-            tally.linear(n_rows * n_reads, d_model, d_vocab)
-        return _valid(metric(logits), n_rows, request)
     columns = metric.columns(pairs)
     width = d_vocab if columns is None else columns.shape[1]
     if tally:
         tally.linear(n_rows * n_reads, d_model, width)
-    step = max(1, LOGITS.get(final.device.type, 2**26) // (n_reads * width * (1 if columns is None else d_model)))
-    values = []
-    for i in range(0, n_rows, step):
-        p = prompt[i : i + step]
+    step = max(1, LOGITS.get(device.type, 2**26) // (n_reads * width * (1 if columns is None else d_model)))
+    values: list[Tensor] = []
+    for rows, p in zip(final.split(step), prompt.split(step)):
         tokens = None if columns is None else columns[p][:, None].expand(-1, n_reads, -1)
-        logits = unembed(model, final[i : i + step], tokens, norm=norm)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        values.append(_valid(metric.function(logits, *(c[p] for c in metric.context)), len(p), request))
+        logits = wide(unembed(model, rows, tokens, norm=norm))
+        one = slice(0, 1) if sample else slice(-1, None)
+        row = None if sample is None or values else logits[one].detach().clone()  # a metric may write into its logits
+        values.append(_value(metric, logits, p))
+        if sample is not None and row is not None:
+            sample.append((row, p[one], values[0][one].detach()))
     return torch.cat(values)
 
 
-def _valid(value, n_rows: int, request: Request) -> Tensor:
-    if not isinstance(value, Tensor) or tuple(value.shape) != (n_rows,):
-        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"metric {request.metric_name} returned {got}, wanted is one number per prompt, [{n_rows}]")
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+def _value(metric: Metric, logits: Tensor, prompt: Tensor) -> Tensor:
+    """The metric of logits [row, read position, token] of the prompts named."""
+    n = len(logits)
+    try:
+        value = metric.function(logits, *(c[prompt] for c in metric.context))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(_not_by_row(metric, f"fails on {n} rows ({reason})")) from error
+    if isinstance(value, Tensor) and value.ndim == 1:
+        if len(value) != n:
+            raise ValueError(_not_by_row(metric, f"returns {len(value)} numbers for {n} rows"))
+        return wide(value)
+    got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(f"metric {metric.name} returned {got} for {n} rows, wanted is one number each")
+
+
+@torch.no_grad()
+def check_rows(metric: Metric, sample: Sequence[Sample]) -> None:
+    """Raise ValueError unless a row of each run has the same number in another order, repeated and alone."""
+    logits, prompt, values = (torch.cat(parts) for parts in zip(*sample))
+    size = torch.stack([*logits.aminmax(), *values.aminmax()]).abs().nan_to_num(0, 0).max()
+    tolerance = 1024 * torch.finfo(values.dtype).eps * size  # of rounding
+    same = []
+    for order in ([1, 0, 1], [0]):
+        rows = on_device(torch.tensor(order), logits.device)
+        value = _value(metric, logits[rows], prompt[rows])
+        same.append(((value - values[rows]).abs() <= tolerance) | ~torch.isfinite(value))
+    if not torch.cat(same).all():
+        raise ValueError(_not_by_row(metric, "gives the same rows other numbers in another order or number"))
+
+
+def _not_by_row(metric: Metric, what: str) -> str:
+    return (
+        f"metric {metric.name} {what}, as one does that depends on other prompts or on their place: its rows are "
+        "prompts in any order and number. What it needs of each prompt a Metric tells it: Metric('mine', lambda "
+        "logits: logits[:, -1, 0] - logits[:, -1, 1], tokens='answers'), or context= with tensors of one row per prompt"
+    )
 
 
 def check_finite(request: Request, values: Tensor, what: str = "", first: int = 0) -> None:
@@ -352,8 +378,13 @@ def check_finite(request: Request, values: Tensor, what: str = "", first: int = 
     if bad.any():
         prompt = int(bad.flatten(1).any(1).int().argmax()) if bad.ndim > 1 else int(bad.int().argmax())
         value = values[bad][0].item()
-        name = f"{what} metric {request.metric_name}".lstrip()
+        name = f"{what} metric {request.metric.name}".lstrip()
         raise ValueError(f"{name} is {value} for prompt {first + prompt}, it must be finite")
+
+
+def itemsize(model: LensModel, weights: Weights | None) -> int:
+    """Bytes of one number of the activations."""
+    return model.cfg.dtype.itemsize if weights is None else max(4, model.cfg.dtype.itemsize)
 
 
 def memory_budget(model: LensModel, max_memory: int | None) -> int:

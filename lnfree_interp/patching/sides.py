@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..batching import d_vocab_out
 from ..forward import Past, Stream, run, run_streams
 from ..layers import wide
 from ..lens import LensModel
 from ..pairs import PromptPairs
 from ..weights import Norm, Weights, final_norm
-from .cells import Request, may_differ, on_device, read_metric, tokens_differ
+from .cells import Request, Sample, check_rows, may_differ, on_device, read_metric, tokens_differ
 
 Activations = dict[int, Tensor]
 """Layer -> the site's activation of all prompts."""
@@ -27,7 +28,8 @@ def numbers_per_prompt(model: LensModel, request: Request) -> int:
     cfg = model.cfg
     of_mlp = (5 if getattr(cfg, "gated_mlp", False) else 3) * (cfg.d_mlp or 0)
     per_position = 14 * cfg.d_model + of_mlp + 2 * cfg.n_heads * request.n_read
-    return request.n_read * cfg.n_layers * per_position
+    logits = 0 if request.metric.tokens is not None else len(request.reads) * d_vocab_out(cfg)
+    return request.n_read * cfg.n_layers * per_position + 3 * logits
 
 
 @contextmanager
@@ -191,10 +193,12 @@ def both_sides(
         with torch.set_grad_enabled(graph):
             final = run(model, base_tokens, **options_of_base)
     final, final_of_source = window.at_reads(final), of_source.at_reads(final_of_source)
+    sample: list[Sample] = []
     with torch.no_grad():
-        at_source = read_metric(model, request, pairs, final_of_source, everyone, window.norm)
+        at_source = read_metric(model, request, pairs, final_of_source, everyone, window.norm, sample=sample)
     with torch.set_grad_enabled(graph):
-        value = read_metric(model, request, pairs, final, everyone, window.norm)
+        value = read_metric(model, request, pairs, final, everyone, window.norm, sample=sample)
+    check_rows(request.metric, sample)
     axis = request.row.pos_axis
     source = {i: x.narrow(axis, start, x.shape[axis] - start) for i, x in source.items()}
     resid[-1] = resid[-1][:, start:]
@@ -226,8 +230,10 @@ def _over_positions(mask: Tensor, request: Request, like: Tensor) -> Tensor:
     return mask.view(shape)
 
 
-def products(delta: Activations, grads: Activations) -> Activations:
-    return {i: delta[i] * grads[i] for i in delta}
+def first_order(case: Case, grads: Activations) -> Tensor:
+    """d times a gradient, one number per cell, 0 at the positions before the window."""
+    values = contract(case.request, {i: case.delta[i] * grads[i] for i in case.delta})
+    return torch.nn.functional.pad(values, (case.window.first, 0)) if "pos" in case.request.axes else values
 
 
 def contract(request: Request, terms: Activations) -> Tensor:
