@@ -14,8 +14,8 @@ from ..lens import LensModel, ModelOrName
 from ..metrics import logit_diff
 from ..models import as_model
 from ..pairs import PromptPairs, as_pairs
-from ..weights import Weights, final_norm, read_weights, widened_norm
-from . import exact, hooked
+from ..weights import Weights, final_norm, read_weights, widened_norms
+from . import hooked
 from .cells import (
     Cells,
     MetricLike,
@@ -34,6 +34,9 @@ from .cells import (
     tokens_differ,
 )
 from .effect import PatchingEffect
+from .runs import numbers_kept
+from .sweep import differs as differs_in
+from .sweep import needs, sweep_cells, sweep_of
 
 
 @torch.no_grad()
@@ -95,7 +98,7 @@ def activation_patching(
     budget = memory_budget(model, max_memory)
     pairs = pairs.to(model.cfg.device)
     weights = read_weights(model)
-    swept = weights if fast else None
+    swept = widened_norms(weights) if fast and weights is not None else None
     if swept is None:
         hooked.check_model(model, pairs.clean)
     n_together = _prompts_at_a_time(model, swept, request, budget)
@@ -139,7 +142,7 @@ def _prompts_at_a_time(model: LensModel, weights: Weights | None, request: Reque
     """As many prompts as have their kept activations in half of the budget."""
     cfg = model.cfg
     if weights is not None:
-        numbers = exact.numbers_kept(weights, request.site, request.n_read)
+        numbers = numbers_kept(weights, needs(weights, request.site), request.n_read)
     else:
         sizes = {"neuron": cfg.d_mlp, "head": cfg.n_heads, "key": request.n_pos}
         sizes |= {name: getattr(cfg, name) for name in ("d_model", "d_head")}
@@ -169,18 +172,16 @@ def _patch(model: LensModel, weights, swept, request: Request, pairs: PromptPair
     reads = on_device(torch.tensor(request.reads), device)
     everyone = torch.arange(len(pairs), device=device)
     differ = tokens_differ(weights, pairs)
-    norm = final_norm(model) if swept is None else widened_norm(swept.ln_final)
+    norm = final_norm(model) if swept is None else swept.ln_final
     if swept is not None:
-        base, source = exact.both_runs(
-            swept, base_tokens, source_tokens, differ[:, : request.n_read], request.site, tally
-        )
-        sweep = exact.sweep_of(swept, base, source, request, tally)
+        sweep = sweep_of(swept, base_tokens, source_tokens, differ[:, : request.n_read], request, tally)
+        base, source = sweep.base, sweep.source
     else:
         base, source = (hooked.record(model, tokens, request.site, weights) for tokens in (base_tokens, source_tokens))
 
     def differs(layer: int) -> Tensor:
         if swept is not None:
-            return exact.differs(sweep, layer)
+            return differs_in(sweep, layer)
         return hooked.differs(request, base[request.site][layer], source[request.site][layer])
 
     def metric_of(final: Tensor, prompt: Tensor, sample: list[Sample] | None = None) -> Tensor:
@@ -197,7 +198,7 @@ def _patch(model: LensModel, weights, swept, request: Request, pairs: PromptPair
     for batch in batches(cells, request, max_rows):
         finals: Iterable[tuple[Tensor, Tensor]]
         if swept is not None:
-            final = exact.sweep_cells(sweep, batch)
+            final = sweep_cells(sweep, batch)
             if request.reads != sweep.reads:  # the metric's own order
                 final = final[:, torch.searchsorted(sweep.on_device, reads)]
             finals = [(torch.arange(len(batch)), final)]

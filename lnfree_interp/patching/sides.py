@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..batching import d_vocab_out
-from ..forward import Past, run, run_both
+from ..forward import Past, Stream, run, run_streams
+from ..layers import wide
 from ..lens import LensModel
 from ..pairs import PromptPairs
-from ..weights import Norm, Weights, final_norm, wide
+from ..weights import Norm, Weights, final_norm
 from .cells import Request, Sample, check_rows, may_differ, on_device, read_metric, tokens_differ
 
 Activations = dict[int, Tensor]
@@ -61,11 +61,11 @@ class Window:
         return final_norm(self.model) if self.weights is None else self.weights.ln_final
 
     @property
-    def reads(self) -> list[int] | slice:
+    def reads(self) -> Tensor | slice:
         reads = [position - self.first for position in self.request.reads]
-        # A slice where it is one: a list has to be sent to the device.
+        # A slice where it is one: nothing has to be sent to the device.
         together = reads == list(range(reads[0], reads[-1] + 1))
-        return slice(reads[0], reads[-1] + 1) if together else reads
+        return slice(reads[0], reads[-1] + 1) if together else on_device(torch.tensor(reads), self.model.cfg.device)
 
     @property
     def only_reads(self) -> bool:
@@ -178,23 +178,21 @@ def both_sides(
     _note(hooks_of_source, "blocks.0.hook_resid_pre", partial(resid.__setitem__, -1))
     for i in layers:
         _note(hooks, f"blocks.{i}.hook_resid_pre", partial(resid.__setitem__, i))
-    inputs: dict[str, Any]
-    inputs_of_source: dict[str, Any]
-    if weights is None:
-        inputs, inputs_of_source = {"tokens": base_tokens}, {"tokens": source_tokens}
-    else:
-        inputs = {"resid": weights.enter(base_tokens[:, start:], slice(start, request.n_read))}
-        inputs_of_source = {"resid": weights.enter(source_tokens, slice(request.n_read))}
-    options = of_source.options(hooks_of_source) | ({"keep": past.kept} if start else {})
-    if graph and weights is not None:
-        options_of_base = window.options(hooks)
-        final, final_of_source = run_both(model, inputs | options_of_base, inputs_of_source | options, weights=weights)
-        final, final_of_source = window.at_reads(final), of_source.at_reads(final_of_source)
+    options, options_of_base = of_source.options(hooks_of_source), window.options(hooks)
+    if weights is not None:
+        # The source's keys and values before the window are the base's, too.
+        streams = [
+            Stream(weights.enter(source_tokens, slice(request.n_read)), **options, keep=past.kept),
+            Stream(weights.enter(base_tokens[:, start:], slice(start, request.n_read)), **options_of_base),
+        ]
+        with torch.set_grad_enabled(graph):
+            final_of_source, final = run_streams(weights, streams)
     else:
         with torch.no_grad():
-            final_of_source = of_source.at_reads(run(model, **inputs_of_source, **options, weights=weights))
+            final_of_source = run(model, source_tokens, **options)
         with torch.set_grad_enabled(graph):
-            final = window.run(**inputs, hooks=hooks)
+            final = run(model, base_tokens, **options_of_base)
+    final, final_of_source = window.at_reads(final), of_source.at_reads(final_of_source)
     sample: list[Sample] = []
     with torch.no_grad():
         at_source = read_metric(model, request, pairs, final_of_source, everyone, window.norm, sample=sample)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...weights import wide
+from ...layers import wide
 from ..cells import Request
 from ..sides import Activations, Case, gradients, site_hooks
 from ..sites import SITES
