@@ -524,6 +524,14 @@ def final_norm(model: LensModel) -> Norm:
     return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
 
 
+def normalises_writes(model: LensModel) -> bool:
+    """Whether a norm comes after attention and MLP, so that what heads and neurons write is not what is added."""
+    cfg = model.cfg
+    kinds = {getattr(cfg, field, None) for field in ("original_architecture", "architecture")}
+    after = getattr(cfg, "use_normalization_before_and_after", False)
+    return bool(after) or not kinds.isdisjoint(("Olmo2ForCausalLM", "Olmo3ForCausalLM"))
+
+
 def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:
     """The names of a model's modules that carry hooks: a user's own, since ours never outlive a call."""
     return () if model is None else tuple(name for name, m in model.named_modules() if _carries_hooks(m))
