@@ -1,3 +1,4 @@
+from .check import Law as Law, ModelCheck as ModelCheck, check_model as check_model
 from .data import token_blocks as token_blocks
 from .dla import (
     AttributionError as AttributionError,
@@ -56,4 +57,4 @@ from .patching import (
     patching_error as patching_error,
 )
 from .schedule import RemovalSchedule as RemovalSchedule
-from .weights import read_weights as read_weights
+from .weights import read_weights as read_weights, why_not_read as why_not_read

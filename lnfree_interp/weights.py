@@ -237,6 +237,14 @@ def block_of(model: LensModel, layer: int) -> Any:
     return bridge.block_of(model, layer) if is_bridge(model) else model.blocks[layer]
 
 
+def normalises_writes(model: LensModel) -> bool:
+    """Whether a norm comes after attention and MLP, so that what heads and neurons write is not what is added."""
+    cfg = model.cfg
+    kinds = {getattr(cfg, field, None) for field in ("original_architecture", "architecture")}
+    after = getattr(cfg, "use_normalization_before_and_after", False)
+    return bool(after) or not kinds.isdisjoint(("Olmo2ForCausalLM", "Olmo3ForCausalLM"))
+
+
 def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:
     """The names of a model's modules that carry hooks: a user's own, since ours never outlive a call."""
     found = [] if model is None else [(name, m) for name, m in model.named_modules() if _carries_hooks(m)]
