@@ -10,7 +10,7 @@ Sources: P1 = arXiv 2409.13710, P2 = arXiv 2507.02559.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +24,6 @@ from transformers import GPT2LMHeadModel
 LN_FREE_EPS = 1e12
 # A variance of 1e4 (a residual norm of 3,200 at d_model 1024) shifts a std by 5e-6 at this epsilon.
 HUGE_EPS = 1e9
-# Loose enough for 1e6 stored in bfloat16 (999,424), far from any trained gamma.
-NEUTRAL_TOLERANCE = 1e-2
 
 
 def _find(state: Mapping[str, Tensor], name: str) -> str:
@@ -49,38 +47,33 @@ def is_ln_free(config, state: Mapping[str, Tensor]) -> bool:
         >>> is_ln_free(config, GPT2LMHeadModel(config).state_dict())
         False
     """
-    eps, scale = float(config.layer_norm_epsilon), float(config.layer_norm_epsilon) ** 0.5
-    sites = [f"h.{layer}.ln_{i}" for layer in range(config.n_layer) for i in (1, 2)]
-    if eps < HUGE_EPS:
-        for site in [*sites, "ln_f"]:
-            size = _double(state[_find(state, f"{site}.weight")]).abs().median().item()
-            if not size < 1e4:  # also catches inf (1e6 in float16) and nan
-                raise ValueError(
-                    f"checkpoint is half-way LN-free: {site}.weight is about {size:g} but layer_norm_epsilon is {eps:g}"
-                )
-        if eps > 1:
+    norms = [f"h.{layer}.ln_{i}" for layer in range(config.n_layer) for i in (1, 2)] + ["ln_f"]
+    weights = ((norm, state[_find(state, f"{norm}.weight")]) for norm in norms)
+    return are_constant(weights, float(config.layer_norm_epsilon), "layer_norm_epsilon")
+
+
+def are_constant(weights: Iterable[tuple[str, Tensor]], eps: float, eps_name: str) -> bool:
+    """Whether norms, of a mean or not, divide by a constant: an epsilon so large that its root is all there is to it.
+
+    Args:
+        weights: the norms' names and weights.
+        eps: of all of them.
+        eps_name: what to call it.
+
+    Raises:
+        ValueError: half-way: an epsilon that the size of the weights does not go with.
+    """
+    if 1 < eps < HUGE_EPS:
+        raise ValueError(f"{eps_name} {eps:g} is neither an ordinary norm's nor an LN-free checkpoint's")
+    # Both bounds are far from any trained weight; the upper one also catches inf (1e6 in float16) and nan.
+    least, most = (1e-5 * eps**0.5, float("inf")) if eps >= HUGE_EPS else (0.0, 1e4)
+    for name, weight in weights:
+        size = _double(weight).abs().median().item()
+        if not least <= size < most:
             raise ValueError(
-                f"layer_norm_epsilon {eps:g} is neither an ordinary LayerNorm's nor an LN-free checkpoint's"
+                f"checkpoint is half-way LN-free: {name}.weight is about {size:g} but {eps_name} is {eps:g}"
             )
-        return False
-    for site in sites:
-        weight, bias = (_double(state[_find(state, f"{site}.{part}")]) for part in ("weight", "bias"))
-        off = (weight / scale - 1).abs().max().item()
-        if not off <= NEUTRAL_TOLERANCE:
-            raise ValueError(
-                f"checkpoint is half-way LN-free: layer_norm_epsilon is {eps:g} "
-                f"but {site}.weight is not {scale:g} throughout"
-            )
-        if bias.any():
-            raise ValueError(
-                f"checkpoint is half-way LN-free: layer_norm_epsilon is {eps:g} but {site}.bias is not zero"
-            )
-    size = _double(state[_find(state, "ln_f.weight")]).abs().median().item()
-    if not 1e-5 <= size / scale < float("inf"):
-        raise ValueError(
-            f"checkpoint is half-way LN-free: layer_norm_epsilon is {eps:g} but ln_f.weight is about {size:g}"
-        )
-    return True
+    return eps >= HUGE_EPS
 
 
 def _double(x: Tensor) -> Tensor:

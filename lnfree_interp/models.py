@@ -1,166 +1,55 @@
-"""Checkpoints -> TransformerLens models, with or without LayerNorm.
+"""Checkpoints -> TransformerLens models, with or without LayerNorm or RMSNorm.
 
 Whether a checkpoint is LN-free is read from its epsilon and its weights, never from its name. Both kinds end up
-in the same centred coordinates: normalisation weights folded into what reads them, the residual stream and the
-unembedding centred, value biases folded into b_O (TransformerLens' usual processing), all in fp64, one matrix
-at a time.
+in the same coordinates: normalisation weights folded into what reads them, the residual stream centred where the
+norms centre it, the unembedding centred, value biases folded into b_O (TransformerLens' usual processing), all in
+fp64, one matrix at a time.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from .documents import read_text
-from .folding import fold_layernorm
-from .layernorm import is_ln_free
+from .checkpoints import Checkpoint, open_checkpoint
+from .folding import fold
+from .gguf_files import is_gguf, open_gguf
 from .lens import LensModel, ModelOrName
-from .names import TOKENIZER_FILES, dtype_name, known_models, locate_checkpoint, weight_files
-
-# ---------------------------------------------------------------------------------------------------------
-# Files -> config and weights
-
-
-def read_config(directory: Path):
-    """The GPT2Config of a checkpoint directory.
-
-    Raises:
-        ValueError: config.json is not readable, or is another architecture's, or asks for what GPT-2 has not.
-    """
-    from transformers import GPT2Config
-
-    try:
-        raw = json.loads(read_text(directory / "config.json"))
-    except ValueError as error:
-        raise ValueError(f"{directory}: config.json is not readable ({error})") from None
-    if not isinstance(raw, dict) or raw.get("model_type") != "gpt2":
-        kind = raw.get("model_type") if isinstance(raw, dict) else raw
-        raise ValueError(f"{directory} is no GPT-2 checkpoint: config.json has model_type {kind!r}, not 'gpt2'")
-    config = GPT2Config.from_dict(raw)
-    if config.n_embd % config.n_head:
-        raise ValueError(f"{directory}: n_embd {config.n_embd} is no multiple of n_head {config.n_head}")
-    if config.add_cross_attention:
-        raise ValueError(f"{directory}: cross-attention is not GPT-2's")
-    return config
-
-
-class Weights(Mapping[str, Tensor]):
-    """A checkpoint's tensors under GPT2LMHeadModel's names, read from disk one at a time when asked for.
-
-    Names are without the leading "transformer."; mask buffers of old checkpoints are left out.
-
-    Raises:
-        ValueError: no or unreadable weight files; weights missing, extra, of the wrong shape; on reading: one
-            that is not finite.
-    """
-
-    def __init__(self, directory: Path, config):
-        files = weight_files(directory)
-        if not files:
-            raise ValueError(f"{directory} is no GPT-2 checkpoint: it lacks model.safetensors or a part of it")
-        self.directory: Path = directory
-        self._at: dict[str, tuple[Path, str]] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    stored_shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is no readable safetensors file ({error})") from None
-            for stored, shape in stored_shapes.items():
-                name = stored.removeprefix("transformer.")
-                if not name.endswith((".attn.bias", ".attn.masked_bias")):
-                    self._at[name], shapes[name] = (file, stored), shape
-        expected = expected_shapes(config)
-        if "lm_head.weight" in shapes or not config.tie_word_embeddings:
-            expected["lm_head.weight"] = expected["wte.weight"]
-        for problem, names in (
-            ("lacks weights", [n for n in expected if n not in shapes]),
-            ("has weights GPT-2 has not", [n for n in shapes if n not in expected]),
-        ):
-            if names:
-                raise ValueError(f"{directory} {problem}: {_some(names)}")
-        for name, shape in expected.items():
-            if shapes[name] != shape:
-                raise ValueError(f"{directory}: {name} has shape {list(shapes[name])}, the config wants {list(shape)}")
-
-    def __getitem__(self, name: str) -> Tensor:
-        file, stored = self._at[name]
-        # Opened anew for each tensor: a handle that stays open keeps all pages read so far in memory.
-        with safe_open(file, framework="pt") as handle:
-            tensor = handle.get_tensor(stored)
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{self.directory}: {name} holds values that are not finite")
-        return tensor
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._at  # Mapping's own would read the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._at)
-
-    def __len__(self) -> int:
-        return len(self._at)
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def expected_shapes(config) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight of a GPT2LMHeadModel but the tied head, without "transformer."."""
-    d, mlp = config.n_embd, config.n_inner or 4 * config.n_embd
-    shapes = {"wte.weight": (config.vocab_size, d), "wpe.weight": (config.n_positions, d)}
-    block = {
-        "ln_1.weight": (d,),
-        "ln_1.bias": (d,),
-        "attn.c_attn.weight": (d, 3 * d),
-        "attn.c_attn.bias": (3 * d,),
-        "attn.c_proj.weight": (d, d),
-        "attn.c_proj.bias": (d,),
-        "ln_2.weight": (d,),
-        "ln_2.bias": (d,),
-        "mlp.c_fc.weight": (d, mlp),
-        "mlp.c_fc.bias": (mlp,),
-        "mlp.c_proj.weight": (mlp, d),
-        "mlp.c_proj.bias": (d,),
-    }
-    for i in range(config.n_layer):
-        shapes |= {f"h.{i}.{name}": shape for name, shape in block.items()}
-    return shapes | {"ln_f.weight": (d,), "ln_f.bias": (d,)}
-
+from .names import TOKENIZER_FILES, dtype_name, known_models, locate_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizer
 
 
-def load_tokenizer(directory: Path, config):
+def load_tokenizer(path: Path, checkpoint: Checkpoint):
     """The checkpoint's tokenizer, TransformerLens-ready; GPT-2's own for its vocabulary; else None.
 
+    Embeddings may be longer than the vocabulary: many are padded to a round number.
+
     Raises:
-        ValueError: the tokenizer's size disagrees with the model's vocabulary.
+        ValueError: the tokenizer has more tokens than the model.
     """
     from transformers import AutoTokenizer
 
-    if not any((directory / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-        if config.vocab_size != 50257:
+    d_vocab, arguments = checkpoint.fields["d_vocab"], {}
+    if is_gguf(path):
+        path, arguments = path.parent, {"gguf_file": path.name}
+    elif not any((path / file).is_file() for file in ("tokenizer.json", "vocab.json")):
+        if checkpoint.family.model_type != "gpt2" or d_vocab != 50257:
             return None
         try:
-            directory = _tokenizer_of_gpt2()
+            path = _tokenizer_of_gpt2()
         except ValueError:
             return None
     # add_bos_token spares TransformerLens a second look-up by name, which would go to the hub.
-    tokenizer = AutoTokenizer.from_pretrained(directory, add_bos_token=True, local_files_only=True)
-    if len(tokenizer) != config.vocab_size:
-        raise ValueError(
-            f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.vocab_size}"
-        )
+    tokenizer = AutoTokenizer.from_pretrained(path, add_bos_token=True, local_files_only=True, **arguments)
+    n_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if n_tokens > d_vocab:
+        raise ValueError(f"{path}: the tokenizer has {n_tokens} tokens, the model's vocabulary {d_vocab}")
     return tokenizer
 
 
@@ -212,22 +101,24 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     revision: str | None = None,
 ):
-    """A GPT-2 checkpoint as a HookedTransformer in eval mode, parameters frozen.
+    """A checkpoint as a HookedTransformer in eval mode, parameters frozen.
 
-    LN-free checkpoints (see `layernorm.is_ln_free`) get `cfg.normalization_type = None`; the others "LNPre".
-    log-probabilities are the HF model's; logits differ from it by a constant per position, the unembedding
+    LN-free checkpoints (see `layernorm.are_constant`) get `cfg.normalization_type = None`; the others "LNPre" or
+    "RMSPre". log-probabilities are the HF model's; logits differ from it by a constant per position, the unembedding
     being centred.
 
     Args:
-        name_or_path: a name of `available_models()`, a hub id, or a directory with a GPT2LMHeadModel in
-            safetensors format. Embedded models and directories never touch the network.
+        name_or_path: a name of `available_models()`, a hub id, a directory with a checkpoint of a family in
+            `checkpoints.FAMILIES` in safetensors format, or a .gguf file of a Llama model (with the package gguf).
+            Embedded models, directories and files never touch the network.
         device: default a GPU if there is one.
         dtype: of the weights. Folding is done in fp64 whatever it is.
         revision: branch, tag or commit of a hub model.
 
     Raises:
-        ValueError: unknown name, no GPT-2 checkpoint, weights missing, extra, misshapen or not finite, a
-            tokenizer of the wrong size, a device or dtype that is not there.
+        ValueError: unknown name, no checkpoint, one of another family or that asks for what is not computed exactly,
+            weights missing, extra, misshapen or not finite, a tokenizer with more tokens than the model, a device or
+            dtype that is not there.
 
     Example:
         >>> from lnfree_interp import load_model
@@ -236,19 +127,14 @@ def load_model(
         None 4
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
-    directory = locate_checkpoint(name_or_path, revision)
-    config = read_config(directory)
-    weights = Weights(directory, config)
-    try:
-        ln_free = is_ln_free(config, weights)
-    except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from None
-    tokenizer = load_tokenizer(directory, config)
-    name = name_or_path if str(name_or_path) in known_models() else directory.name
-    model = build_model(config, ln_free, tokenizer, device=device, dtype=dtype, name=str(name))
+    path = locate_checkpoint(name_or_path, revision)
+    checkpoint = open_gguf(path) if is_gguf(path) else open_checkpoint(path)
+    name = str(name_or_path) if str(name_or_path) in known_models() else path.name
+    tokenizer = load_tokenizer(path, checkpoint)
+    model = build_model(checkpoint.fields, tokenizer, device=device, dtype=dtype, name=name)
     with torch.no_grad():
         missing = dict(model.named_parameters())
-        for key, value in fold_layernorm(config, weights, ln_free=ln_free):
+        for key, value in fold(checkpoint):
             missing.pop(key).copy_(value)
     # init_weights=False left every parameter empty memory: none may have been passed over.
     assert not missing, f"never filled: {sorted(missing)}"
@@ -282,29 +168,12 @@ def as_models(models: Mapping[str, ModelOrName]) -> dict[str, LensModel]:
     return {name: as_model(model) for name, model in models.items()}
 
 
-def build_model(config, ln_free: bool, tokenizer, *, device, dtype, name: str):
-    """A HookedTransformer of a GPT2Config's shape with uninitialised weights."""
+def build_model(fields: Mapping[str, Any], tokenizer, *, device, dtype, name: str):
+    """A HookedTransformer of these HookedTransformerConfig fields with uninitialised weights."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     cfg = HookedTransformerConfig(
-        n_layers=config.n_layer,
-        d_model=config.n_embd,
-        n_heads=config.n_head,
-        d_head=config.n_embd // config.n_head,
-        d_mlp=config.n_inner or 4 * config.n_embd,
-        n_ctx=config.n_positions,
-        d_vocab=config.vocab_size,
-        act_fn="gelu_new" if config.activation_function == "gelu_pytorch_tanh" else config.activation_function,
-        eps=1e-5 if ln_free else config.layer_norm_epsilon,
-        use_attn_scale=config.scale_attn_weights,
-        scale_attn_by_inverse_layer_idx=config.scale_attn_by_inverse_layer_idx,
-        normalization_type=None if ln_free else "LNPre",
-        original_architecture="GPT2LMHeadModel",
-        model_name=name,
-        init_weights=False,
-        dtype=dtype,
-        device=str(device),
-        seed=None,
+        **fields, model_name=name, init_weights=False, dtype=dtype, device=str(device), seed=None
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)

@@ -20,20 +20,24 @@ _SIZES = {"gpt2": ("small", 300), "gpt2-medium": ("medium", 500), "gpt2-large": 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint is: a directory, or else a hub id with an optional revision."""
+    """Where a checkpoint is: a directory or a .gguf file, or else a hub id with an optional revision."""
 
     hub_id: str = ""
     revision: str | None = None
-    directory: Path | None = None
+    path: Path | None = None
     kind: str = ""
 
 
 def known_models() -> dict[str, Source]:
-    known = {name: Source(directory=CHECKPOINTS / name, kind="embedded") for name in EMBEDDED}
+    known = {name: Source(path=CHECKPOINTS / name, kind="embedded") for name in EMBEDDED}
     for name, (size, steps) in _SIZES.items():
         known[name] = Source(f"openai-community/{name}", kind="original")
         known[f"{name}-vanilla"] = Source(f"schaeff/gpt2-{size}_vanilla{steps}", kind="fine-tuned control")
         known[f"{name}-noLN"] = Source(f"schaeff/gpt2-{size}_LNFree{steps}", kind="LN-free")
+    for size in ("70m", "160m", "410m", "1b", "1.4b", "2.8b"):
+        known[f"pythia-{size}"] = Source(f"EleutherAI/pythia-{size}", kind="original")
+    known["smollm2-135m"] = Source("HuggingFaceTB/SmolLM2-135M", kind="original")
+    known["smollm2-135m-instruct"] = Source("HuggingFaceTB/SmolLM2-135M-Instruct", kind="instruction-tuned")
     for version in range(1, 6):
         known[f"gpt2-noLN-v{version}"] = Source("apollo-research/gpt2_noLN", f"v{version}", kind="LN-free")
     return known
@@ -43,7 +47,8 @@ def available_models():
     """The names `load_model` knows besides hub ids and directories.
 
     Returns:
-        DataFrame with columns name, kind (embedded, original, fine-tuned control, LN-free), source, revision.
+        DataFrame with columns name, kind (embedded, original, instruction-tuned, fine-tuned control, LN-free), source
+        (a hub id, by which one sees that smollm2-135m is the base model), revision.
 
     Example:
         >>> available_models().query("kind == 'LN-free'").name.tolist()[:3]
@@ -64,26 +69,31 @@ def available_models():
 
 
 def locate_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The directory that holds a checkpoint's files, fetched into the hub's cache if it must be.
+    """The directory that holds a checkpoint's files, fetched into the hub's cache if it must be; or a .gguf file.
 
     Raises:
-        ValueError: an unknown name (the nearest known ones are named), a directory without a GPT-2 checkpoint,
-            a hub model that is neither in the cache nor reachable.
+        ValueError: an unknown name (the nearest known ones are named), a directory without a checkpoint, a .gguf file
+            that is not there, a hub model that is neither in the cache nor reachable.
     """
     name = str(name_or_path)
     source = known_models().get(name)
-    if source is None and Path(name).is_dir():
-        source = Source(directory=Path(name))
+    if source is None and (name.endswith(".gguf") or Path(name).is_dir()):
+        source = Source(path=Path(name))
     if source is None and not _is_hub_id(name):
         near = difflib.get_close_matches(name, known_models(), n=3, cutoff=0.4) or list(EMBEDDED)
-        raise ValueError(f"unknown model {name!r}; nearest known: {', '.join(near)} (or a hub id, or a directory)")
+        raise ValueError(
+            f"unknown model {name!r}; nearest known: {', '.join(near)} (or a hub id, a directory, a .gguf file)"
+        )
     source = source or Source(name)
-    if source.directory is not None:
+    if source.path is not None:
         if revision is not None:
             raise ValueError(f"revision {revision!r} given for {name!r}, which is no hub model")
-        if not (source.directory / "config.json").is_file():
-            raise ValueError(f"{name} is no GPT-2 checkpoint: it holds no config.json")
-        return source.directory
+        if name.endswith(".gguf"):
+            if not source.path.is_file():
+                raise ValueError(f"{name} is not there")
+        elif not (source.path / "config.json").is_file():
+            raise ValueError(f"{name} is no checkpoint: it holds no config.json")
+        return source.path
     return _from_hub(name, source.hub_id, revision or source.revision)
 
 

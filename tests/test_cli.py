@@ -104,7 +104,7 @@ def test_dla_on_a_file_at_the_last_position(tmp_path, text_file, capsys):
 
 BAD = [
     (["--model", "tinny"], "unknown model 'tinny'; nearest known: tiny"),
-    (["--model", "EMPTY"], "is no GPT-2 checkpoint: it holds no config.json"),
+    (["--model", "EMPTY"], "is no checkpoint: it holds no config.json"),
     (["--model", "NO_TOKENIZER"], "has no tokenizer"),
     (["--text", "missing.txt"], "cannot read text file missing.txt: No such file"),
     (["--text", "BLANK"], "is empty"),

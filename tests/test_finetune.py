@@ -395,7 +395,10 @@ def files(tokenizer, tmp_path_factory):
 BAD = {
     "unknown model": (["--model", "gpt9"], "gpt9"),
     "no such directory": (["--model", "{root}/absent"], "absent"),
-    "no GPT-2": (["--model", "{root}/no-gpt2"], "llama"),
+    "no GPT-2": (
+        ["--model", "{root}/no-gpt2"],
+        "is a LlamaForCausalLM: LayerNorm is removed from a GPT2LMHeadModel alone",
+    ),
     "no weights": (["--model", "{root}/no-weights"], "model.safetensors"),
     "no tokenizer": (["--model", "{root}/no-tokenizer"], "has no tokenizer"),
     "tokenizer of another size": (["--model", "{root}/other-size"], "257 tokens"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lnfree_interp import available_models, load_model, models
+from lnfree_interp.checkpoints import open_checkpoint
 from lnfree_interp.names import CHECKPOINTS, EMBEDDED
 
 
@@ -124,7 +125,8 @@ def test_with_layernorm_the_weights_are_transformer_lens_own(tmp_path):
     ours = load_model(tmp_path, device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = models.build_model(hf.config, False, None, device="cpu", dtype=torch.float32, name="theirs")
+        fields = open_checkpoint(tmp_path).fields
+        theirs = models.build_model(fields, None, device="cpu", dtype=torch.float32, name="theirs")
         theirs.cfg.normalization_type = "LN"
         state = convert_gpt2_weights(hf, theirs.cfg)
         state["unembed.b_U"] = torch.zeros(97)  # without the key TransformerLens drops ln_f's bias
@@ -174,7 +176,9 @@ def test_available_models():
     assert table.loc["gpt2-xl-noLN", "source"] == "schaeff/gpt2-xl_LNFree800"
     assert table.loc["gpt2-vanilla", "source"] == "schaeff/gpt2-small_vanilla300"
     assert table.loc["gpt2-noLN-v4", ["source", "revision"]].tolist() == ["apollo-research/gpt2_noLN", "v4"]
-    assert len(table) == 3 + 4 * 3 + 5
+    assert table.loc["pythia-1.4b", "source"] == "EleutherAI/pythia-1.4b"
+    assert table.loc["smollm2-135m", ["source", "kind"]].tolist() == ["HuggingFaceTB/SmolLM2-135M", "original"]
+    assert len(table) == 3 + 4 * 3 + 5 + 6 + 2
 
 
 @pytest.mark.parametrize("name", ["tiny-nolN", "gpt2-XL", "gpt3"])
@@ -237,7 +241,7 @@ def half_way(state):
     ("change", "message"),
     [
         (drop, r"lacks weights: h\.1\.mlp\.c_fc\.bias"),
-        (add, r"has weights GPT-2 has not: h\.1\.rotary"),
+        (add, r"has weights that a GPT2LMHeadModel of its config has not: h\.1\.rotary"),
         (poison, r"h\.1\.mlp\.c_fc\.bias holds values that are not finite"),
         (reshape, r"ln_f\.bias has shape \[25\], the config wants \[24\]"),
         (half_way, r"half-way LN-free.*h\.1\.ln_2\.weight"),
@@ -256,8 +260,9 @@ def test_bad_weights_name_the_weight(tmp_path, change, message):
     [
         ({}, "it holds no config.json"),
         ({"config.json": "{"}, "not readable"),
-        ({"config.json": "[]"}, r"model_type \[\]"),
-        ({"config.json": '{"model_type": "llama"}'}, "model_type 'llama', not 'gpt2'"),
+        ({"config.json": "[]"}, r"\[\] is not served; what is: GPT2LMHeadModel, GPTNeoX"),
+        ({"config.json": "{}"}, "model_type None is not served"),
+        ({"config.json": '{"model_type": "bloom"}'}, "model_type 'bloom' is not served"),
         ({"config.json": '{"model_type": "gpt2"}'}, "lacks model.safetensors"),
         ({"config.json": '{"model_type": "gpt2"}', "model.safetensors": "junk"}, "no readable safetensors"),
         ({"config.json": '{"model_type": "gpt2", "n_head": 7}'}, "768 is no multiple of n_head 7"),

@@ -24,8 +24,9 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..layernorm import auxiliary_loss, export_ln_free, is_ln_free, make_removable, plain_model
-from ..models import Weights, read_config
+from ..checkpoints import GPT2, HEAD, LLAMA, open_checkpoint, read_config
+from ..gguf_files import is_gguf
+from ..layernorm import auxiliary_loss, export_ln_free, make_removable, plain_model
 from ..names import locate_checkpoint
 from ..schedule import RemovalSchedule
 from .callbacks import LossGuard, RemovalCallback, StatusLine, last_checkpoint, steps_of
@@ -297,12 +298,15 @@ def load_trainable(name: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]
     """Model in float32 and tokenizer of a name, hub id or directory, checked weight by weight.
 
     Raises:
-        ValueError: no such model, no GPT-2 checkpoint, an LN-free one, no tokenizer or one of another size.
+        ValueError: no such model, one that is no GPT-2, an LN-free one, no tokenizer or one of another size.
     """
     directory = locate_checkpoint(name)
-    config = read_config(directory)
-    weights = Weights(directory, config)
-    if is_ln_free(config, weights):
+    architecture = LLAMA.architecture if is_gguf(directory) else read_config(directory)[0].architecture
+    if architecture != GPT2.architecture:
+        raise ValueError(f"{name} is a {architecture}: LayerNorm is removed from a {GPT2.architecture} alone")
+    checkpoint = open_checkpoint(directory)
+    config, weights = checkpoint.config, checkpoint.weights
+    if checkpoint.ln_free:
         raise ValueError(f"{name} is LN-free already")
     if not any((directory / file).is_file() for file in ("tokenizer.json", "vocab.json")):
         raise ValueError(f"{name} has no tokenizer: {directory} holds neither tokenizer.json nor vocab.json")
@@ -313,8 +317,8 @@ def load_trainable(name: str) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]
         )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{name}: the tokenizer has no end-of-text token")
-    state = {f"transformer.{key}": weights[key].float() for key in weights if key != "lm_head.weight"}
-    tied = config.tie_word_embeddings or "lm_head.weight" not in weights
-    state["lm_head.weight"] = state["transformer.wte.weight"] if tied else weights["lm_head.weight"].float()
+    state = {f"transformer.{key}": weights[key].float() for key in weights if key != HEAD}
+    tied = config.tie_word_embeddings or HEAD not in weights
+    state[HEAD] = state["transformer.wte.weight"] if tied else weights[HEAD].float()
     config.dtype = torch.float32
     return plain_model(config, state), tokenizer
