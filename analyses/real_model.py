@@ -252,6 +252,9 @@ def measured(args, name: str, sizes: Sizes) -> tuple[dict[str, pd.DataFrame], pa
     tokens = cli.load_tokens(args, model, context=sizes.context)
     folder = args.kept / key(args, name, sizes)
     folder.mkdir(parents=True, exist_ok=True)
+    machine = folder / "machine.txt"
+    if not machine.is_file():
+        cli.replace_file(machine, lambda path: path.write_text(page.machine(model)))
     tables, every = {}, list(parts(model, tokens, sizes, args.sites, args.seed))
     for i, (part, measure) in enumerate(every, 1):
         file, began = folder / f"{part}.csv", time.monotonic()
@@ -261,7 +264,8 @@ def measured(args, name: str, sizes: Sizes) -> tuple[dict[str, pd.DataFrame], pa
             cli.replace_file(file, partial(table.to_csv, index=False))
             print(f"[{i}/{len(every)}] {part}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         tables[part] = pd.read_csv(file, keep_default_na=False, na_values=["", "nan"])
-    about = page.About.of(model, cli.display_name(name), tokens, common.source(args), sizes.pairs, sizes.neurons)
+    title = Path(name).stem if Path(name).is_file() else cli.display_name(name)
+    about = page.About.of(model, title, tokens, common.source(args), sizes.pairs, sizes.neurons, machine.read_text())
     return tables, about
 
 

