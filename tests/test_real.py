@@ -99,13 +99,12 @@ def test_attributions_sum_to_the_logit_and_direct_effects_are_removals(model, to
 @pytest.mark.parametrize("task", [ioi_pairs, induction_pairs])
 def test_a_patched_cell_is_a_plain_hook(model, task):
     pairs = task(model, 2, seed=1)
-    at = int(pairs.differ[0].nonzero()[0])  # the first position that differs, and the last
+    at = int(pairs.differ[0].nonzero()[0])  # where the prompts differ
     for site in SITES:
-        units = {"pos": None, "head": [0, 2], "neuron": [5, 1359]}[SITES[site].unit]
+        units = {"pos": None, "head": [0, 1, 2], "neuron": [5, 700, 1359]}[SITES[site].unit]
         effect = activation_patching(model, pairs, site=site, layers=LAYERS, units=units)
         assert solved(effect, 2.0).all()  # the model does the task
-        chosen = [at, effect.values.shape[2] - 1] if units is None else units
-        cells = [(layer, unit, None) for layer in LAYERS for unit in chosen]
+        cells = list(zip(LAYERS, units or [at, at, effect.values.shape[2] - 1], [None] * 3))
         plain = by_plain_hooks(model, pairs, site, layer_unit_pos=cells)
         got = torch.stack([effect.values[:, LAYERS.index(i), effect.units.index(j)] for i, j, _ in cells])
         close(got, torch.stack(list(plain.values())))
