@@ -402,7 +402,7 @@ def read_weights(model: ModelOrName) -> Weights | None:
 
     None exactly where `Layer` would not compute what the model's own forward computes: for blocks of another kind
     (experts, ALiBi, ...), for modules that are not TransformerLens' own, and while the model carries hooks of a user's,
-    which only its own forward runs.
+    which only its own forward runs. `why_not_read` says which.
 
     Raises:
         ValueError: no TransformerLens model, an unknown name, a model spread over several devices.
@@ -414,21 +414,9 @@ def read_weights(model: ModelOrName) -> Weights | None:
         (4, None)
     """
     model = as_model(model)
+    if why_not_read(model) is not None:
+        return None
     cfg = model.cfg
-    if any(getattr(cfg, field, allowed[0]) not in allowed for field, allowed in _COVERED.items()):
-        return None
-    if not getattr(cfg, "attn_only", False) and cfg.act_fn not in ACTIVATIONS:
-        return None
-    if cfg.normalization_type not in NORMALIZATIONS:
-        return None
-    if any(type(block).__name__ != "TransformerBlock" for block in model.blocks):  # a TransformerBridge's
-        return None
-    if any(type(module).__module__.split(".")[0] not in ("transformer_lens", "torch") for module in model.modules()):
-        return None
-    if model.training and any(m.p > 0 for m in model.modules() if isinstance(m, torch.nn.Dropout)):
-        return None
-    if own_hooks(model):
-        return None
     with torch.no_grad():
         return Weights(
             layers=tuple(_layer(cfg, block) for block in model.blocks),
@@ -439,6 +427,39 @@ def read_weights(model: ModelOrName) -> Weights | None:
             b_U=model.unembed.b_U,
             ln_embed=norm_of(model.embed.ln, "LN", cfg.eps) if getattr(cfg, "post_embedding_ln", False) else NO_NORM,
         )
+
+
+def why_not_read(model: ModelOrName) -> str | None:
+    """Why `read_weights` is None for a model, in a few words; None where it is not.
+
+    Example:
+        >>> from lnfree_interp import load_model
+        >>> model = load_model("tiny-noLN")
+        >>> print(why_not_read(model))
+        None
+        >>> model.add_hook("blocks.1.hook_mlp_out", lambda x, hook: 2 * x)
+        >>> why_not_read(model)
+        'the model carries a hook at blocks.1.hook_mlp_out, which only its own forward runs'
+    """
+    model = as_model(model)
+    cfg = model.cfg
+    covered = _COVERED | {"normalization_type": NORMALIZATIONS}
+    if not getattr(cfg, "attn_only", False):
+        covered = covered | {"act_fn": tuple(ACTIVATIONS)}
+    for field, allowed in covered.items():
+        if (value := getattr(cfg, field, allowed[0])) not in allowed:
+            return f"cfg.{field} is {value!r}, which this package's own forward does not compute"
+    for block in model.blocks:
+        if type(block).__name__ != "TransformerBlock":  # a TransformerBridge's
+            return f"its blocks are {type(block).__name__}, not TransformerLens' TransformerBlock"
+    for name, module in model.named_modules():
+        if type(module).__module__.split(".")[0] not in ("transformer_lens", "torch"):
+            return f"its {name or 'root'} is a {type(module).__name__}, no module of TransformerLens' own"
+        if model.training and isinstance(module, torch.nn.Dropout) and module.p > 0:
+            return f"it is in training mode, with dropout at {name}"
+    for name in own_hooks(model):
+        return f"the model carries a hook at {name or 'its root'}, which only its own forward runs"
+    return None
 
 
 def _layer(cfg, block) -> Layer:
