@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 OUT = common.FIGURES / "real_model"
 PAGE = common.FIGURES.parent / "docs" / "real_model.md"
 KEPT = common.FIGURES.parent / "out" / "real_model"
-TARGETS = ("next token", "token just read")
+TARGETS = ("next token", "token just read", "next token less the likeliest other")
 TASKS = ("ioi", "induction")
 # resid_post is left out: a layer's is the next one's resid_pre.
 SITES = ("resid_pre", "resid_mid", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern", "neurons")
@@ -77,7 +77,7 @@ def loss(model, tokens) -> pd.DataFrame:
 
 
 def attribution(model, tokens, seed: int) -> pd.DataFrame:
-    """Error of attribution against direct effect, pooled and of each head, with both means; for both targets."""
+    """Error of attribution against direct effect, pooled and of each head, with both means; for each of TARGETS."""
     import pandas as pd
     from dla_vs_direct_effect import joined
 
@@ -88,8 +88,8 @@ def attribution(model, tokens, seed: int) -> pd.DataFrame:
     for target in TARGETS:
         parts, done = [], 0
         with cli.bar(f"attribution, {target}", "sequence") as progress:
-            for batch in tokens.split(max(1, 2048 // tokens.shape[1])):
-                parts.append(logit_attributions(model, batch, None if target == TARGETS[0] else batch, by="head"))
+            for batch in tokens.split(max(1, 1024 // tokens.shape[1])):
+                parts.append(logit_attributions(model, batch, by="head", **logits_of(model, batch, target)))
                 done += len(batch)
                 progress(done, len(tokens))
         linear, exact = (joined(list(results)) for results in zip(*parts))
@@ -98,6 +98,20 @@ def attribution(model, tokens, seed: int) -> pd.DataFrame:
             table[name] = result.table().set_index("component")["mean"]
         tables.append(table.reset_index().assign(target=target))
     return pd.concat(tables, ignore_index=True)
+
+
+def logits_of(model, tokens, target: str) -> dict:
+    """Which logits an attribution is of, as arguments."""
+    import torch
+
+    if target == "next token":
+        return {}
+    if target == "token just read":
+        return {"targets": tokens}
+    following = tokens.roll(-1, 1)
+    with torch.no_grad():
+        others = model(tokens).scatter_(-1, following[..., None], -torch.inf)
+    return {"targets": following, "versus": others.argmax(-1), "positions": slice(0, -1)}
 
 
 def norms(model, tokens) -> pd.DataFrame:

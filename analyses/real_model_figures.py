@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import common
@@ -29,19 +30,19 @@ def attribution(table: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
     titles = ("each head, mean (logits)", "pooled error", "error of each head, by layer")
-    fig = make_subplots(cols=3, column_widths=[0.36, 0.2, 0.44], horizontal_spacing=0.1, subplot_titles=titles)
+    fig = make_subplots(cols=3, column_widths=[0.33, 0.27, 0.4], horizontal_spacing=0.1, subplot_titles=titles)
     heads, pooled = table[table.component != "pooled"], table[table.component == "pooled"]
     most = 1.08 * heads[["attribution", "direct_effect"]].abs().max().max()
     diagonal = {"x": [-most, most], "y": [-most, most], "line": {"color": "#bbbbbb", "dash": "dot"}}
     fig.add_scatter(**diagonal, mode="lines", showlegend=False, row=1, col=1)
     for i, (target, part) in enumerate(heads.groupby("target", sort=False), 1):
-        marker = {"color": COLOURS[i], "size": 6, "symbol": ("circle-open", "diamond-open")[i - 1]}
+        marker = {"color": COLOURS[i], "size": 6, "symbol": f"{SYMBOLS[i]}-open"}
         hover = "%{text}: attribution %{y:.3f}, direct effect %{x:.3f}<extra>" + str(target) + "</extra>"
         dots = {"x": part.direct_effect, "y": part.attribution, "text": part.component, "hovertemplate": hover}
-        fig.add_scatter(**dots, mode="markers", marker=marker, name=f"logit of the {target}", row=1, col=1)
+        fig.add_scatter(**dots, mode="markers", marker=marker, name=str(target), row=1, col=1)
         row = pooled[pooled.target == target]
         bar = {
-            "x": [target.replace(" ", "<br>", 1)],
+            "x": ["<br>".join(wrap(str(target), 12))],
             "y": row.nmae,
             "error_y": common.bars(row.nmae, row.low, row.high),
         }
@@ -49,7 +50,7 @@ def attribution(table: pd.DataFrame) -> go.Figure:
         fig.add_bar(**bar, **text, marker_color=COLOURS[i], showlegend=False, row=1, col=2)
         layer = part.component.str.extract(r"L(\d+)H", expand=False).astype(int)
         hover = "%{text}: %{y:.1%}<extra>" + str(target) + "</extra>"
-        dots = {"x": layer + 0.3 * i - 0.45, "y": part.nmae, "text": part.component, "hovertemplate": hover}
+        dots = {"x": layer + 0.25 * (i - 2), "y": part.nmae, "text": part.component, "hovertemplate": hover}
         fig.add_scatter(**dots, mode="markers", marker=marker, showlegend=False, row=1, col=3)
     fig.update_xaxes(title_text="direct effect", row=1, col=1)
     fig.update_yaxes(title_text="attribution", title_standoff=2, row=1, col=1)

@@ -144,11 +144,14 @@ def claims(t: dict[str, pd.DataFrame]) -> list[Claim]:
 
 def of_attribution(table: pd.DataFrame) -> str:
     pooled = table[table.component == "pooled"]
-    rows = [[f"logit of the {r.target}", percent(r.nmae, r.low, r.high)] for r in pooled.itertuples()]
+    rows = [[r.target, percent(r.nmae, r.low, r.high)] for r in pooled.itertuples()]
     return (
         "How far each head's direct logit attribution is from its direct effect (the head taken out of the final "
         "residual stream and the rest normalised again): mean |difference| / mean |effect| over all heads and "
-        "positions, with a 95% interval over heads and sequences.\n\n" + markdown(["", "pooled error"], rows)
+        "positions, with a 95% interval over heads and sequences. Logits are those of `load_model`, whose mean over "
+        "the vocabulary is 0: what all logits have in common changes no probability, but it has attributions and effects "
+        "of its own, and errors of single logits depend on it. That of a difference of two does not.\n\n"
+        + markdown(["logit of", "pooled error"], rows)
     )
 
 

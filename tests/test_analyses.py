@@ -351,6 +351,7 @@ def test_the_real_models_page_of_a_small_one(tmp_path, monkeypatch, capsys):
     assert (whole.relative_low <= whole.relative).all() and (whole.relative <= whole.relative_high).all()
     attribution = pd.read_csv(out / "attribution.csv")
     assert set(attribution.component) == {"pooled", *(f"L{i}H{j}" for i in range(2) for j in range(4))}
+    assert attribution.target.value_counts().to_dict() == dict.fromkeys(real_model.TARGETS, 9)
     norms = pd.read_csv(out / "norms.csv")
     assert (norms.groupby("layer").tokens.sum() == 512).all() and set(norms.layer) == {-1, 0, 1}
     # What was measured is kept.
