@@ -149,8 +149,8 @@ def of_attribution(table: pd.DataFrame) -> str:
         "How far each head's direct logit attribution is from its direct effect (the head taken out of the final "
         "residual stream and the rest normalised again): mean |difference| / mean |effect| over all heads and "
         "positions, with a 95% interval over heads and sequences. Logits are those of `load_model`, whose mean over "
-        "the vocabulary is 0: what all logits have in common changes no probability, but it has attributions and effects "
-        "of its own, and errors of single logits depend on it. That of a difference of two does not.\n\n"
+        "the vocabulary is 0: what all logits have in common changes no probability, but it has attributions and "
+        "effects of its own, and errors of single logits depend on it. That of a difference of two does not.\n\n"
         + markdown(["logit of", "pooled error"], rows)
     )
 
