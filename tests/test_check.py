@@ -12,7 +12,7 @@ from lnfree_interp import check_model, forward, read_weights, why_not_read
 from lnfree_interp.check import __main__ as command
 from lnfree_interp.check import laws
 from lnfree_interp.neurons import ablate
-from lnfree_interp.patching import activation, gradients
+from lnfree_interp.patching import activation, attribution
 
 slow = pytest.mark.slow
 
@@ -89,7 +89,7 @@ def off(weights):
     [
         (forward, "forward = the model's own"),
         (activation, "patched resid_pre = overwritten by a hook"),
-        (gradients, "gradient estimate of attn_out = autograd's"),
+        (attribution, "gradient estimate of attn_out = autograd's"),
         (ablate, "ablated neurons, the last layer's, stream = set by a hook"),
     ],
     ids=lambda x: getattr(x, "__name__", ""),

@@ -170,7 +170,8 @@ def _patched(case: Case, site: str) -> Outcome:
     """A cell of each of some layers, in both directions."""
     model, pairs = case.model, case.pairs
     layers, units, options = _choice(case, site)
-    tokens, before, hooks, found = [], [], [], []  # all cells in one run, each in a copy of the prompts
+    tokens: list[Tensor] = []  # all cells in one run, each in a copy of the prompts
+    before, hooks, found = [], [], []
     for direction in DIRECTIONS:
         effect = activation_patching(model, pairs, direction=direction, **options)
         runs = (pairs.corrupted, case.corrupted_logits, case.corrupted), (pairs.clean, case.logits, case.clean)
