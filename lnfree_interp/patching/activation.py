@@ -21,19 +21,16 @@ from .cells import (
     MetricLike,
     PairsLike,
     Request,
-    Sample,
     Tally,
-    check_finite,
-    check_rows,
     checked,
     find_cells,
     itemsize,
     memory_budget,
     on_device,
-    read_metric,
     tokens_differ,
 )
 from .effect import PatchingEffect
+from .reading import Sample, check_finite, check_rows, read_metric
 from .runs import numbers_kept
 from .sweep import differs as differs_in
 from .sweep import needs, sweep_cells, sweep_of
