@@ -7,7 +7,7 @@ from test_patching import assert_matches_plain_hooks, make_pairs
 from test_patching_models import steered
 
 from lnfree_interp.metrics import Metric, kl_from_clean, logit_diff, right_log_prob
-from lnfree_interp.patching import activation_patching, attribution_patching, cells
+from lnfree_interp.patching import activation_patching, attribution_patching, reading
 
 BOTH = (activation_patching, attribution_patching)
 
@@ -132,7 +132,7 @@ def test_logits_are_made_some_rows_at_a_time(random_model, fast, monkeypatch):
     ]
     wanted = [call() for call in calls]
     assert max(seen) > 5 * 7 * 61
-    monkeypatch.setitem(cells.LOGITS, "cpu", 5 * 7 * 61)
+    monkeypatch.setitem(reading.LOGITS, "cpu", 5 * 7 * 61)
     seen.clear()
     for call, values in zip(calls, wanted):
         torch.testing.assert_close(call(), values, atol=1e-12, rtol=1e-9)

@@ -21,20 +21,17 @@ from .cells import (
     MetricLike,
     PairsLike,
     Request,
-    Sample,
     Tally,
-    check_finite,
-    check_rows,
     checked,
     find_cells,
     itemsize,
     memory_budget,
     on_device,
-    read_metric,
     tokens_differ,
 )
 from .changes import differs_in, needs, sweep_of
 from .effect import PatchingEffect
+from .reading import Sample, check_finite, check_rows, read_metric
 from .runs import numbers_kept
 from .sweep import sweep_cells
 

@@ -16,9 +16,10 @@ from ..models import as_model
 from ..pairs import as_pairs
 from ..weights import read_weights, widened_norms
 from . import hooked
-from .cells import MetricLike, PairsLike, Request, check_finite, checked, itemsize, memory_budget
+from .cells import MetricLike, PairsLike, Request, checked, itemsize, memory_budget
 from .effect import PatchingEffect
 from .estimates import AtPStar, Estimate, Gradient, Integrated, RelP, SecondOrder
+from .reading import check_finite
 from .sides import both_sides, frozen, numbers_per_prompt
 
 ESTIMATES = {estimate.name: estimate for estimate in (Gradient, Integrated, SecondOrder, AtPStar, RelP)}

@@ -17,7 +17,8 @@ from ..layers import wide
 from ..lens import LensModel
 from ..pairs import PromptPairs
 from ..weights import Norm, Weights, final_norm
-from .cells import Request, Sample, check_rows, may_differ, on_device, read_metric, tokens_differ
+from .cells import Request, may_differ, on_device, tokens_differ
+from .reading import Sample, check_rows, read_metric
 
 Activations = dict[int, Tensor]
 """Layer -> the site's activation of all prompts."""
