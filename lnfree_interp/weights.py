@@ -17,19 +17,7 @@ from typing import Any
 import torch
 
 from . import bridge
-from .layers import (
-    ACTIVATIONS,
-    NO_NORM,
-    Layer,
-    Norm,
-    Positions,
-    Rotary,
-    Weights,
-    of_norms,
-    widened,
-    widened_norm,
-    widened_norms,
-)
+from .layers import ACTIVATIONS, NO_NORM, Layer, Norm, Positions, Rotary, Weights, of_norms, widened_norm, widened_norms
 from .lens import LensModel, ModelOrName, is_bridge
 from .models import as_model
 
@@ -44,7 +32,6 @@ __all__ = [
     "own_hooks",
     "read_weights",
     "why_not_read",
-    "widened",
     "widened_norm",
     "widened_norms",
 ]
