@@ -40,6 +40,7 @@ __all__ = [
     "Weights",
     "block_of",
     "final_norm",
+    "normalises_outputs",
     "of_norms",
     "own_hooks",
     "read_weights",
@@ -222,10 +223,19 @@ def final_norm(model: LensModel) -> Norm:
         where = hooked[0] if hooked else "its root"
         raise ValueError(f"the model carries a hook at {where}, where nothing but its own forward runs it; remove it")
     if is_bridge(model):
-        return bridge.norm_of_bridge(model.ln_final)
+        norm = bridge.norm_of_bridge(model.ln_final)
+        bridge.check_readout(model, norm)
+        return norm
     if kind is not None and getattr(model.cfg, "final_rms", False):
         kind = kind.replace("LN", "RMS")
     return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
+
+
+def normalises_outputs(model: LensModel) -> bool:
+    """Whether a model puts norms, or anything else, on what its heads and neurons write."""
+    if is_bridge(model):
+        return not bridge.writes_plainly(model)
+    return bool(getattr(model.cfg, "use_normalization_before_and_after", False))
 
 
 def block_of(model: LensModel, layer: int) -> Any:

@@ -14,7 +14,7 @@ from ..batching import Places, Progress, Tokens, check_next_token, check_tokens,
 from ..forward import run
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
-from ..weights import block_of, own_hooks, read_weights
+from ..weights import block_of, normalises_outputs, own_hooks, read_weights
 from .choices import ABLATIONS, METHODS
 from .last_layer import Rows, Unembedding, folded_unembedding, make_neurons, make_rows, wide
 from .rank import mlp_of
@@ -169,7 +169,7 @@ def _in_between(model: LensModel, layer: int) -> str | None:
 
     Without that the residual stream after the layer changes by the neuron's change times its row of W_out.
     """
-    if getattr(model.cfg, "use_normalization_before_and_after", False):
+    if normalises_outputs(model):
         return "the model normalises after its MLPs"
     for name in own_hooks(model):
         block, _, point = name.removeprefix("blocks.").partition(".")
