@@ -386,7 +386,7 @@ def test_other_architectures_go_through_their_own_forward(unread, name):
     assert f"it is a {name}ForCausalLM" in why_not_read(model)
     wanted = model(tokens)
     torch.testing.assert_close(forward.unembed(model, forward.run(model, tokens)), wanted, atol=1e-5, rtol=1e-5)
-    linear, exact = logit_attributions(model, tokens, by="head")
+    linear = direct_logit_attribution(model, tokens, by="head")
     targets = wanted[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
     torch.testing.assert_close(linear.values.sum(0) + linear.bias, targets, atol=1e-5, rtol=1e-5)
 
