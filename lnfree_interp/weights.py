@@ -11,6 +11,7 @@ leave no trace (`W.data`), are always followed: each weight is read where it lie
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -255,5 +256,8 @@ def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:
 
 def _carries_hooks(module: LensModel | torch.nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
+    return any(_of_a_users(hooks.values()) for kind in kinds if (hooks := getattr(module, kind)))
+
+
+def _of_a_users(hooks: Iterable[Any]) -> bool:
     return any(not (getattr(hook, "__module__", None) or "").startswith(_WATCHES) for hook in hooks)
