@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .checkpoints import HEAD, Checkpoint, key_heads
+from .checkpoints import Checkpoint
+from .families import HEAD, key_heads
 
 
 def fold(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

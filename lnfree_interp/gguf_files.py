@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoints import HEAD, LLAMA, Checkpoint, checkpoint
+from .checkpoints import Checkpoint, checkpoint
+from .families import HEAD, LLAMA
 
-# Metadata of a Llama model -> LlamaConfig's fields, and what a file without the entry means.
+# Metadata of a Llama model that no file may lack -> LlamaConfig's fields.
 _CONFIG = {
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -39,7 +40,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def open_gguf(file: Path) -> Checkpoint:
-    """The Llama checkpoint in a .gguf file, as if it were one of Hugging Face's; of the weights only norms are read yet.
+    """The Llama checkpoint in a .gguf file, as if it were Hugging Face's; only norms are read yet.
 
     Raises:
         ValueError: the package gguf is not installed; a damaged file, another architecture's, one in a type that gguf
@@ -51,7 +52,9 @@ def open_gguf(file: Path) -> Checkpoint:
         raise ValueError(f"{file}: reading it needs the package gguf: pip install 'lnfree_interp[gguf]'") from None
     try:
         reader = GGUFReader(file)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
+        others = ("general.architecture", "tokenizer.ggml.model")
+        wanted = (name for name in reader.fields if name in others or name.startswith("llama."))
+        metadata = {name: reader.fields[name].contents() for name in wanted}
     except Exception as error:  # the reader of a damaged file fails in many ways
         raise ValueError(f"{file} is no readable .gguf file ({' '.join(str(error).split())})") from None
     architecture = metadata.get("general.architecture")
@@ -62,7 +65,9 @@ def open_gguf(file: Path) -> Checkpoint:
         config = _config(metadata, weights)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-    return checkpoint(LLAMA, config, file, lambda: weights)
+    tokenizer = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    has_tokenizer = "tokenizer.ggml.model" in metadata
+    return checkpoint(LLAMA, config, file, lambda: weights, tokenizer if has_tokenizer else None)
 
 
 def _config(metadata: Mapping[str, Any], weights: Tensors):
@@ -87,14 +92,12 @@ def _config(metadata: Mapping[str, Any], weights: Tensors):
         "attention.causal": True,
         "attention.sliding_window": 0,
         "attention.scale": d_head**-0.5,
+        "embedding_scale": 1.0,
+        "residual_scale": 1.0,
+        "logit_scale": 1.0,
     }.items():
         if of_model.get(name, allowed) != allowed:
             raise ValueError(f"llama.{name} {of_model[name]} is not computed, only {allowed}")
-    unknown = [
-        f"llama.{name}" for name in of_model if name.startswith(("embedding_scale", "residual_scale", "logit_scale"))
-    ]
-    if unknown:
-        raise ValueError(f"{', '.join(unknown)}: scales other than a Llama's are not computed")
     return LlamaConfig(
         **fields,
         vocab_size=weights.shapes["embed_tokens.weight"][0],
@@ -108,22 +111,15 @@ def _config(metadata: Mapping[str, Any], weights: Tensors):
 
 def _rope(of_model: Mapping[str, Any], weights: Tensors, d_head: int) -> dict[str, Any]:
     """transformers' rope_parameters of a file's metadata."""
-    base, kind = of_model.get("rope.freq_base", 10000.0), of_model.get("rope.scaling.type", "none")
-    rope = {"rope_type": "default" if kind == "none" else kind, "rope_theta": base}
-    if weights.factors is not None:
-        if kind != "none":
-            raise ValueError(f"rope_freqs.weight together with llama.rope.scaling.type {kind} is not computed")
+    kind = of_model.get("rope.scaling.type", "none")
+    base = float(of_model.get("rope.freq_base", 10000.0))
+    if weights.factors is not None and kind == "none":
         return _llama3(weights.factors, base, d_head)
-    if "rope.scale_linear" in of_model and of_model["rope.scale_linear"] != 1:
-        return {"rope_type": "linear", "rope_theta": base, "factor": of_model["rope.scale_linear"]}
-    if kind == "none":
-        return rope
-    if "rope.scaling.factor" not in of_model:
-        raise ValueError("lacks llama.rope.scaling.factor")
-    rope["factor"] = of_model["rope.scaling.factor"]
-    if kind == "linear":
-        return rope
-    raise ValueError(f"llama.rope.scaling.type {kind} is not computed, only none and linear")
+    if kind not in ("none", "linear") or weights.factors is not None:
+        raise ValueError(f"llama.rope.scaling.type {kind} (or with it rope_freqs.weight) is not computed")
+    # Entries of older files: a scale instead of a type and a factor.
+    factor = of_model.get("rope.scaling.factor" if kind == "linear" else "rope.scale_linear", 1.0)
+    return {"rope_type": "linear", "rope_theta": base, "factor": float(factor)}
 
 
 def _llama3(factors: Tensor, base: float, d_head: int) -> dict[str, Any]:
@@ -212,8 +208,7 @@ class Tensors(Mapping[str, Tensor]):
 
 def _name(stored: str) -> str:
     """A tensor's name in LlamaForCausalLM, without "model."; as it is, if that has none."""
-    module, _, part = stored.rpartition(".")
-    if module.startswith("blk.") and module.count(".") == 2:
-        _, layer, module_of_block = module.split(".")
-        return f"{LLAMA.block.format(layer)}.{_OF_BLOCK.get(module_of_block, module_of_block)}.{part}"
-    return f"{_MODULES.get(module, module)}.{part}"
+    *block, module, part = ["", *stored.split(".")][-4:]
+    if block[-2:-1] == ["blk"] and module in _OF_BLOCK:
+        return f"{LLAMA.block.format(block[-1])}.{_OF_BLOCK[module]}.{part}"
+    return f"{_MODULES[module]}.{part}" if module in _MODULES else stored

@@ -16,6 +16,7 @@ import torch
 
 from . import lens
 from .checkpoints import Checkpoint, open_checkpoint
+from .families import GPT2
 from .folding import fold
 from .gguf_files import is_gguf, open_gguf
 from .lens import LensModel, ModelOrName
@@ -25,31 +26,34 @@ from .names import TOKENIZER_FILES, dtype_name, known_models, locate_checkpoint
 # Tokenizer
 
 
-def load_tokenizer(path: Path, checkpoint: Checkpoint):
+def load_tokenizer(checkpoint: Checkpoint):
     """The checkpoint's tokenizer, TransformerLens-ready; GPT-2's own for its vocabulary; else None.
 
     Embeddings may be longer than the vocabulary: many are padded to a round number.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model.
+        ValueError: files that make no tokenizer; one with more tokens than the model.
     """
     from transformers import AutoTokenizer
 
-    d_vocab, arguments = checkpoint.fields["d_vocab"], {}
-    if is_gguf(path):
-        path, arguments = path.parent, {"gguf_file": path.name}
-    elif not any((path / file).is_file() for file in ("tokenizer.json", "vocab.json")):
-        if checkpoint.family.model_type != "gpt2" or d_vocab != 50257:
+    d_vocab, arguments = checkpoint.fields["d_vocab"], checkpoint.tokenizer
+    if arguments is None:
+        if checkpoint.family is not GPT2 or d_vocab != 50257:
             return None
         try:
-            path = _tokenizer_of_gpt2()
+            arguments = {"pretrained_model_name_or_path": _tokenizer_of_gpt2()}
         except ValueError:
             return None
-    # add_bos_token spares TransformerLens a second look-up by name, which would go to the hub.
-    tokenizer = AutoTokenizer.from_pretrained(path, add_bos_token=True, local_files_only=True, **arguments)
+    try:
+        # add_bos_token spares TransformerLens a second look-up by name, which would go to the hub.
+        tokenizer = AutoTokenizer.from_pretrained(**arguments, add_bos_token=True, local_files_only=True)
+    except Exception as error:  # of many kinds
+        raise ValueError(
+            f"{checkpoint.where}: its tokenizer is not readable ({' '.join(str(error).split())})"
+        ) from None
     n_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
     if n_tokens > d_vocab:
-        raise ValueError(f"{path}: the tokenizer has {n_tokens} tokens, the model's vocabulary {d_vocab}")
+        raise ValueError(f"{checkpoint.where}: the tokenizer has {n_tokens} tokens, the model's vocabulary {d_vocab}")
     return tokenizer
 
 
@@ -109,7 +113,7 @@ def load_model(
 
     Args:
         name_or_path: a name of `available_models()`, a hub id, a directory with a checkpoint of a family in
-            `checkpoints.FAMILIES` in safetensors format, or a .gguf file of a Llama model (with the package gguf).
+            `families.FAMILIES` in safetensors format, or a .gguf file of a Llama model (with the package gguf).
             Embedded models, directories and files never touch the network.
         device: default a GPU if there is one.
         dtype: of the weights. Folding is done in fp64 whatever it is.
@@ -130,7 +134,7 @@ def load_model(
     path = locate_checkpoint(name_or_path, revision)
     checkpoint = open_gguf(path) if is_gguf(path) else open_checkpoint(path)
     name = str(name_or_path) if str(name_or_path) in known_models() else path.name
-    tokenizer = load_tokenizer(path, checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     model = build_model(checkpoint.fields, tokenizer, device=device, dtype=dtype, name=name)
     lens.fill(model, fold(checkpoint))
     return model.eval().requires_grad_(False)

@@ -24,7 +24,8 @@ from transformers import (
 from transformers.activations import ACT2FN
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..checkpoints import GPT2, HEAD, LLAMA, open_checkpoint, read_config
+from ..checkpoints import open_checkpoint, read_config
+from ..families import GPT2, HEAD, LLAMA
 from ..gguf_files import is_gguf
 from ..layernorm import auxiliary_loss, export_ln_free, make_removable, plain_model
 from ..names import locate_checkpoint
