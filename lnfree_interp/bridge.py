@@ -119,8 +119,8 @@ def norm_of_bridge(component: Any) -> Norm:
         if eps >= HUGE_EPS:
             return Norm("LNFree", 0.0, module.weight / eps**0.5, module.bias)
         return Norm("LN", eps, module.weight, module.bias)
-    if "RMSNorm" in type(module).__name__ and not offset and component.uses_rms_norm:
-        return Norm("RMS", eps, module.weight)
+    if "RMSNorm" in type(module).__name__ and component.uses_rms_norm:
+        return Norm("RMS", eps, 1 + module.weight if offset else module.weight)
     raise ValueError(f"the model has a {type(module).__name__} where layer norm or RMS norm is read")
 
 
@@ -185,6 +185,53 @@ def _act(model: LensModel) -> Any:
     if name not in ACTIVATIONS:
         raise ValueError(f"the activation function {name!r} is not read")
     return ACTIVATIONS[name]
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding, of whatever precision."""
+    return bool((a - b).abs().max() <= 0.03 * b.abs().max())
+
+
+def _probe(model: LensModel, names: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and activations of two tokens."""
+    found: dict[str, Tensor] = {}
+    hooks = [(name, lambda x, hook, name=name: found.__setitem__(name, x)) for name in names if name in model.hook_dict]
+    tokens = torch.arange(2, device=model.unembed.W_U.device)[None] % model.cfg.d_vocab
+    return model.run_with_hooks(tokens, fwd_hooks=hooks), found
+
+
+@torch.no_grad()
+def check_readout(model: LensModel, norm: Norm) -> None:
+    """Whether an architecture that nothing here is written for reads its logits off the residual stream as others do.
+
+    Raises:
+        ValueError: its logits are not W_U and b_U of the norm of its last residual stream.
+    """
+    if model.cfg.architecture in ARCHITECTURES:
+        return
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    logits, found = _probe(model, [last])
+    read = norm(found[last]) @ _linear(model.unembed)[0] + model.unembed.b_U
+    cap = float(getattr(model.cfg, "output_logits_soft_cap", None) or -1)
+    if not _close(cap * torch.tanh(read / cap) if cap > 0 else read, logits):
+        raise ValueError(
+            f"the logits of a {model.cfg.architecture} are not its final norm and W_U of its residual stream"
+        )
+
+
+@torch.no_grad()
+def writes_plainly(model: LensModel) -> bool:
+    """Whether what a Bridge's heads and neurons write is z W_O and post W_out, with nothing after."""
+    if model.cfg.architecture in ARCHITECTURES:
+        return True
+    names = [f"blocks.0.{name}" for name in ("attn.hook_z", "hook_attn_out", "mlp.hook_post", "hook_mlp_out")]
+    _, found = _probe(model, names)
+    if found.keys() != set(names):
+        return False
+    z, attn_out, post, mlp_out = (found[name] for name in names)
+    parts = block_of(model, 0)
+    attn = z.flatten(-2) @ parts.attn.W_O.flatten(0, 1) + parts.attn.b_O
+    return _close(attn, attn_out) and _close(post @ parts.mlp.W_out + parts.mlp.b_out, mlp_out)
 
 
 def read_bridge(model: LensModel) -> Weights:

@@ -151,7 +151,8 @@ def as_model(model: ModelOrName) -> LensModel:
     if isinstance(found, type) or not all(hasattr(found, name) for name in ("cfg", "hook_dict", "blocks")):
         kind = found.__name__ if isinstance(found, type) else type(found).__name__
         raise ValueError(f"model must be a HookedTransformer (see load_model) or a name, not {kind}")
-    adapters = [type(m).__name__ for m in found.modules() if type(m).__module__.startswith("peft.")]
+    inside = found.modules() if lens.is_bridge(found) else ()
+    adapters = [type(m).__name__ for m in inside if type(m).__module__.startswith("peft.")]
     if adapters:
         raise ValueError(f"the model has adapters ({adapters[0]}): merge them first (merge_and_unload)")
     n_devices = getattr(found.cfg, "n_devices", 1) or 1

@@ -11,6 +11,7 @@ leave no trace (`W.data`), are always followed: each weight is read where it lie
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "Weights",
     "block_of",
     "final_norm",
+    "normalises_writes",
     "of_norms",
     "own_hooks",
     "read_weights",
@@ -209,7 +211,9 @@ def final_norm(model: LensModel) -> Norm:
         where = hooked[0] if hooked else "its root"
         raise ValueError(f"the model carries a hook at {where}, where nothing but its own forward runs it; remove it")
     if is_bridge(model):
-        return bridge.norm_of_bridge(model.ln_final)
+        norm = bridge.norm_of_bridge(model.ln_final)
+        bridge.check_readout(model, norm)
+        return norm
     if kind is not None and getattr(model.cfg, "final_rms", False):
         kind = kind.replace("LN", "RMS")
     return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
@@ -226,10 +230,10 @@ def block_of(model: LensModel, layer: int) -> Any:
 
 def normalises_writes(model: LensModel) -> bool:
     """Whether a norm comes after attention and MLP, so that what heads and neurons write is not what is added."""
-    cfg = model.cfg
-    kinds = {getattr(cfg, field, None) for field in ("original_architecture", "architecture")}
-    after = getattr(cfg, "use_normalization_before_and_after", False)
-    return bool(after) or not kinds.isdisjoint(("Olmo2ForCausalLM", "Olmo3ForCausalLM"))
+    if is_bridge(model):
+        return not bridge.writes_plainly(model)
+    after = getattr(model.cfg, "use_normalization_before_and_after", False)
+    return bool(after) or model.cfg.original_architecture in ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
 
 def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:
@@ -240,5 +244,8 @@ def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:
 
 def _carries_hooks(module: LensModel | torch.nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for kind in kinds for hook in getattr(module, kind).values()]
+    return any(_of_a_users(hooks.values()) for kind in kinds if (hooks := getattr(module, kind)))
+
+
+def _of_a_users(hooks: Iterable[Any]) -> bool:
     return any(not (getattr(hook, "__module__", None) or "").startswith(_WATCHES) for hook in hooks)

@@ -361,6 +361,46 @@ def test_modules_of_a_users_are_run_or_refused_where_they_would_be_read():
         direct_logit_attribution(model, tokens, by="head")
 
 
+UNREAD = {
+    "GPTNeo": {"vocab_size": 61, "max_position_embeddings": 32, "hidden_size": 24, "num_layers": 2, "num_heads": 4}
+    | {"attention_types": [[["global", "local"], 1]], "window_size": 3},
+    "Gemma": GROUPED | {"head_dim": 6},
+    "Granite": GROUPED | {"logits_scaling": 3.0},
+    "Olmo2": GROUPED | {"pad_token_id": 0},
+}
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Bridges of architectures that nothing here is written for."""
+    for name, fields in UNREAD.items():
+        monkeypatch.setitem(HF, name, fields)
+    return bridge_of.__wrapped__
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["GPTNeo", "Gemma"])
+def test_other_architectures_go_through_their_own_forward(unread, name):
+    model = unread(name)
+    tokens = random_tokens(model)
+    assert f"it is a {name}ForCausalLM" in why_not_read(model)
+    wanted = model(tokens)
+    torch.testing.assert_close(forward.unembed(model, forward.run(model, tokens)), wanted, atol=1e-5, rtol=1e-5)
+    linear = direct_logit_attribution(model, tokens, by="head")
+    targets = wanted[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(linear.values.sum(0) + linear.bias, targets, atol=1e-5, rtol=1e-5)
+
+
+def test_architectures_that_would_come_out_wrong_are_refused(unread):
+    model = unread("Granite")
+    with pytest.raises(ValueError, match="logits of a GraniteForCausalLM are not its final norm and W_U"):
+        evaluate_loss(model, random_tokens(model))
+    model = unread("Olmo2")
+    for by in ("head", "neuron"):
+        with pytest.raises(ValueError, match=f"by='{by}' is undefined"):
+            direct_logit_attribution(model, random_tokens(model), by=by)
+
+
 def test_ln_free_bridges_have_an_affine_norm():
     norm = final_norm(bridge_of("GPT2 LN-free"))
     assert norm.kind == "LNFree" and norm.linear and norm.centres
