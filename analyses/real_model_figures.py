@@ -29,7 +29,7 @@ def attribution(table: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
     titles = ("each head, mean (logits)", "pooled error", "error of each head, by layer")
-    fig = make_subplots(cols=3, column_widths=[0.36, 0.22, 0.42], horizontal_spacing=0.1, subplot_titles=titles)
+    fig = make_subplots(cols=3, column_widths=[0.34, 0.26, 0.4], horizontal_spacing=0.1, subplot_titles=titles)
     heads, pooled = table[table.component != "pooled"], table[table.component == "pooled"]
     most = 1.08 * heads[["attribution", "direct_effect"]].abs().max().max()
     diagonal = {"x": [-most, most], "y": [-most, most], "line": {"color": "#bbbbbb", "dash": "dot"}}
@@ -41,7 +41,12 @@ def attribution(table: pd.DataFrame) -> go.Figure:
         fig.add_scatter(**dots, mode="markers", marker=marker, name=str(target), row=1, col=1)
         row = pooled[pooled.target == target]
         bar = {"x": [str(target)], "y": row.nmae, "error_y": common.bars(row.nmae, row.low, row.high)}
-        text = {"text": [f"{v:.1%}" for v in row.nmae], "textposition": "inside", "insidetextanchor": "start"}
+        text = {
+            "text": [f"{v:.1%}" for v in row.nmae],
+            "textposition": "inside",
+            "insidetextanchor": "start",
+            "textangle": 0,
+        }
         fig.add_bar(**bar, **text, marker_color=COLOURS[i], showlegend=False, row=1, col=2)
         layer = part.component.str.extract(r"L(\d+)H", expand=False).astype(int)
         hover = "%{text}: %{y:.1%}<extra>" + str(target) + "</extra>"
