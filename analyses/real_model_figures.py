@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import common
@@ -30,7 +29,7 @@ def attribution(table: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
     titles = ("each head, mean (logits)", "pooled error", "error of each head, by layer")
-    fig = make_subplots(cols=3, column_widths=[0.33, 0.27, 0.4], horizontal_spacing=0.1, subplot_titles=titles)
+    fig = make_subplots(cols=3, column_widths=[0.34, 0.26, 0.4], horizontal_spacing=0.1, subplot_titles=titles)
     heads, pooled = table[table.component != "pooled"], table[table.component == "pooled"]
     most = 1.08 * heads[["attribution", "direct_effect"]].abs().max().max()
     diagonal = {"x": [-most, most], "y": [-most, most], "line": {"color": "#bbbbbb", "dash": "dot"}}
@@ -41,12 +40,13 @@ def attribution(table: pd.DataFrame) -> go.Figure:
         dots = {"x": part.direct_effect, "y": part.attribution, "text": part.component, "hovertemplate": hover}
         fig.add_scatter(**dots, mode="markers", marker=marker, name=str(target), row=1, col=1)
         row = pooled[pooled.target == target]
-        bar = {
-            "x": ["<br>".join(wrap(str(target), 12))],
-            "y": row.nmae,
-            "error_y": common.bars(row.nmae, row.low, row.high),
+        bar = {"x": [str(target)], "y": row.nmae, "error_y": common.bars(row.nmae, row.low, row.high)}
+        text = {
+            "text": [f"{v:.1%}" for v in row.nmae],
+            "textposition": "inside",
+            "insidetextanchor": "start",
+            "textangle": 0,
         }
-        text = {"text": [f"{v:.1%}" for v in row.nmae], "textposition": "inside", "insidetextanchor": "start"}
         fig.add_bar(**bar, **text, marker_color=COLOURS[i], showlegend=False, row=1, col=2)
         layer = part.component.str.extract(r"L(\d+)H", expand=False).astype(int)
         hover = "%{text}: %{y:.1%}<extra>" + str(target) + "</extra>"
@@ -54,6 +54,7 @@ def attribution(table: pd.DataFrame) -> go.Figure:
         fig.add_scatter(**dots, mode="markers", marker=marker, showlegend=False, row=1, col=3)
     fig.update_xaxes(title_text="direct effect", row=1, col=1)
     fig.update_yaxes(title_text="attribution", title_standoff=2, row=1, col=1)
+    fig.update_xaxes(showticklabels=False, row=1, col=2)  # the legend says which is which
     fig.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=2)
     fig.update_xaxes(title_text="layer", row=1, col=3)
     fig.update_yaxes(type="log", dtick="D2", tickformat="~%", row=1, col=3)

@@ -496,3 +496,11 @@ def test_committed_figures_are_small_and_current():
     assert sum(f.stat().st_size for f in figures.iterdir()) < 3_000_000
     index = (figures / "index.html").read_text()
     assert all(f"id='{name}'" in index for name in every.SCRIPTS if every.recorded(figures, name))
+
+
+@pytest.mark.skipif(not real_model.PAGE.is_file(), reason="docs/real_model.md is written by a long run")
+def test_the_real_models_page_is_whole_and_small():
+    linked = {part.split(")")[0] for part in real_model.PAGE.read_text().split("](../")[1:]}
+    files = [common.FIGURES.parent / name for name in linked]
+    assert len(files) > 10 and all(file.is_file() for file in files)
+    assert sum(file.stat().st_size for file in files) < 3_000_000
