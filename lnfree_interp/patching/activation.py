@@ -22,7 +22,6 @@ from .cells import (
     PairsLike,
     Request,
     Sample,
-    Tally,
     check_finite,
     check_rows,
     checked,
@@ -37,6 +36,7 @@ from .changes import differs_in, needs, sweep_of
 from .effect import PatchingEffect
 from .runs import numbers_kept
 from .sweep import sweep_cells
+from .tally import Tally
 
 
 @torch.no_grad()
