@@ -21,7 +21,6 @@ from .cells import (
     MetricLike,
     PairsLike,
     Request,
-    Tally,
     checked,
     find_cells,
     itemsize,
@@ -34,6 +33,7 @@ from .effect import PatchingEffect
 from .reading import Sample, check_finite, check_rows, read_metric
 from .runs import numbers_kept
 from .sweep import sweep_cells
+from .tally import Tally
 
 
 @torch.no_grad()

@@ -15,8 +15,7 @@ from ..batching import Places, check_pads, d_vocab_out, indices
 from ..lens import LensModel
 from ..metrics import Metric
 from ..pairs import PromptPairs
-from ..products import Linear
-from ..weights import Layer, Weights, own_hooks
+from ..weights import Weights, own_hooks
 from .sites import DIRECTIONS, SITES, Site
 
 MetricLike = Metric | Callable[[Tensor], Tensor]
@@ -245,38 +244,6 @@ def find_cells(request: Request, differs: Callable[[int], Tensor], differ: Tenso
         start = pos
     unit = pos if request.positional else torch.tensor(request.units)[unit]
     return Cells(prompt, layers[layer], unit, pos, start)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# What it costs
-
-
-class Tally:
-    """Counts floating-point operations."""
-
-    def __init__(self):
-        self.flops = 0.0
-
-    def linear(self, rows: int, n_in: int, n_out: int) -> None:
-        self.flops += 2.0 * rows * n_in * n_out
-
-    def products(self, rows: int, linears: Sequence[Linear]) -> None:
-        self.flops += 2.0 * rows * sum(W.numel() for W, _ in linears)
-
-    def block(self, layer: Layer, rows: int, keys: int, *, of_q: int | None = None, of_kv: int | None = None) -> None:
-        """A block of so many rows that see so many keys; of_q, of_kv: where queries, keys, values of others are new."""
-        self.products(rows if of_q is None else of_q, layer.of_qkv[:1])
-        self.products(rows if of_kv is None else of_kv, layer.of_qkv[1:])
-        self.attention(layer, rows, keys)
-        self.products(rows, layer.of_attn_out)
-        self.mlp(layer, rows)
-
-    def attention(self, layer: Layer, rows: int, keys: int) -> None:
-        self.flops += 4.0 * rows * len(layer.W_O) * keys
-
-    def mlp(self, layer: Layer, rows: int) -> None:
-        if layer.W_in is not None:
-            self.products(rows, (*layer.of_hidden, *layer.of_mlp_out))
 
 
 def itemsize(model: LensModel, weights: Weights | None) -> int:

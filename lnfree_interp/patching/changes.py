@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..forward import KeysAndValues, mlp
 from ..weights import Layer, Weights
-from .cells import Request, Tally, on_device
+from .cells import Request, on_device
 from .runs import Kept, both_runs
+from .tally import Tally
 
 
 @dataclass(frozen=True)

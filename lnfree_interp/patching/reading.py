@@ -13,7 +13,8 @@ from ..lens import LensModel
 from ..metrics import Metric
 from ..pairs import PromptPairs
 from ..weights import Norm
-from .cells import Request, Tally, on_device
+from .cells import Request, on_device
+from .tally import Tally
 
 LOGITS = {"cpu": 2**26, "cuda": 2**28}
 """How many logits, or numbers of gathered columns of W_U, are made at a time; 2^26 on other devices."""

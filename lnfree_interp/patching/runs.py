@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..forward import KeysAndValues, Past, Stream, run_streams
 from ..weights import Weights
-from .cells import Tally, on_device
+from .cells import on_device
+from .tally import Tally
 
 Kept = dict[str, list[Tensor]]
 """Activations of one run by name and layer; "resid_pre" has one more, the final residual stream."""
