@@ -1,3 +1,4 @@
+from .check import Law as Law, ModelCheck as ModelCheck, check_model as check_model
 from .data import token_blocks as token_blocks
 from .dla import (
     AttributionError as AttributionError,
@@ -44,11 +45,16 @@ from .norms import (
 )
 from .pairs import PromptPairs as PromptPairs, induction_pairs as induction_pairs, ioi_pairs as ioi_pairs
 from .patching import (
+    AtPStar as AtPStar,
+    Gradient as Gradient,
+    Integrated as Integrated,
     PatchingEffect as PatchingEffect,
     PatchingError as PatchingError,
+    RelP as RelP,
+    SecondOrder as SecondOrder,
     activation_patching as activation_patching,
     attribution_patching as attribution_patching,
     patching_error as patching_error,
 )
 from .schedule import RemovalSchedule as RemovalSchedule
-from .weights import read_weights as read_weights
+from .weights import read_weights as read_weights, why_not_read as why_not_read

@@ -9,9 +9,9 @@ own, go through TransformerLens' own forward with the same hooks and give the sa
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from . import through_hooks
 from .lens import LensModel
-from .products import Linear, ProductsOfBoth, products
+from .products import joined, parted, products_of
 from .through_hooks import Hook
-from .weights import Norm, Weights, final_norm, read_weights
+from .weights import Layer, Norm, Positions, Weights, final_norm, read_weights
 
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 """Layer -> keys and values as attention reads them, Float[Tensor, "batch pos key_head d_head"]."""
@@ -32,11 +32,46 @@ KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 class Past:
     """Keys and values of positions before, of which the first `length` count.
 
-    A layer's are read when the pass gets there, so that another pass may be filling them in.
+    A layer's are read when the pass gets there, so that another stream may be filling them in.
     """
 
     length: int
     kept: KeysAndValues
+    rows: Int[Tensor, " batch"] | None = None  # which of what is kept each row follows on; None: its own
+
+    def before(self, layer: int) -> list[Tensor]:
+        """The layer's keys and values."""
+        return [x[:, : self.length] if self.rows is None else x[self.rows, : self.length] for x in self.kept[layer]]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A residual stream on its way through the blocks, and what is to be done to it there.
+
+    Attributes:
+        resid: what enters the next block, Float[Tensor, "batch pos d_model"].
+        hooks, positions, past, keep: as for `run`.
+        qkv: what attention reads in the next block, where it is known: queries at the positions that the block
+            computes (where `resid` then is, too), keys and values at all, those of the past before them.
+    """
+
+    resid: Float[Tensor, "batch pos d_model"]
+    hooks: Mapping[str, Hook] = field(default_factory=dict)
+    positions: slice | Tensor | None = None
+    past: Past | None = None
+    keep: KeysAndValues | None = None
+    qkv: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def at(self, name: str, x: Tensor) -> Tensor:
+        """What the hook of this name makes of an activation."""
+        hook = self.hooks.get(name)
+        new = None if hook is None else hook(x)
+        return x if new is None else new
+
+    @property
+    def first(self) -> int:
+        """The position of the first row."""
+        return 0 if self.past is None else self.past.length
 
 
 def run(
@@ -84,7 +119,10 @@ def run(
         return resid if positions is None else resid[:, positions]
     weights = weights or read_weights(model)
     if weights is not None and _served(hooks):
-        return _finish(_steps(weights, tokens, resid, start_layer, hooks, positions, past, keep))
+        if resid is None:
+            assert tokens is not None
+            resid = embed(weights, tokens, hooks, past)
+        return run_streams(weights, [Stream(resid, hooks, positions, past, keep)], start_layer=start_layer)[0]
     if past is not None or keep is not None:
         raise ValueError("past keys and values need a model and hooks that the fast forward serves")
     return through_hooks.run(model, tokens, resid, start_layer, hooks, positions)
@@ -106,6 +144,8 @@ _SERVED = (
     "mlp.hook_pre",
     "mlp.hook_pre_linear",
     "mlp.hook_post",
+    "attn.hook_out",
+    "mlp.hook_out",
     "hook_mlp_out",
     "hook_resid_post",
 )
@@ -115,114 +155,136 @@ def _served(hooks: Mapping[str, Hook]) -> bool:
     return all(name.endswith(_SERVED) for name in hooks)
 
 
-Asked = tuple[Tensor, tuple[Linear, ...]]
-"""What a pass asks for: the products of a tensor with these."""
+AnyStream = TypeVar("AnyStream", bound=Stream)
 
 
-def _steps(
-    weights: Weights, tokens, resid, start_layer: int, hooks: Mapping[str, Hook], positions, past: Past | None, keep
-) -> Generator[Asked, tuple[Tensor, ...], Tensor]:
-    """A pass through the weights that leaves its matrix products to whoever drives it."""
-
-    def at(name: str, x: Tensor) -> Tensor:
-        hook = hooks.get(name)
-        new = hook(x) if hook is not None else None
-        return x if new is None else new
-
-    n_past, n_pos = 0 if past is None else past.length, (tokens if resid is None else resid).shape[1]
-    everywhere = slice(n_past, n_past + n_pos)
-    weights.reach(n_past + n_pos)
-    if resid is None:
-        resid = embed = at("hook_embed", weights.embed(tokens))
-        if weights.W_pos is not None:
-            pos_embed = weights.W_pos[everywhere]
-            if "hook_pos_embed" in hooks:
-                pos_embed = at("hook_pos_embed", pos_embed.expand_as(embed))
-            resid = embed + pos_embed
-    for i in range(start_layer, len(weights.layers)):
-        layer, name = weights.layers[i], f"blocks.{i}."
-        resid = at(name + "hook_resid_pre", resid)
-        x = of_queries = layer.ln1(resid)
-        queries: slice | Tensor = everywhere
-        if i < len(weights.layers) - 1:
-            q, k, v = yield x, layer.of_qkv
-        else:  # queries apart, so that passes that want all positions and passes that want some stay in step
-            if positions is not None:
-                queries = torch.arange(n_past, n_past + n_pos, device=resid.device)[positions]
-                resid, of_queries = resid[:, positions], x[:, positions]
-            (q,) = yield of_queries, layer.of_qkv[:1]
-            k, v = yield x, layer.of_qkv[1:]
-        q, k, v = at(name + "attn.hook_q", q), at(name + "attn.hook_k", k), at(name + "attn.hook_v", v)
-        q, k = layer.place_q(q, queries), layer.place_k(k, everywhere)
-        q, k = at(name + "attn.hook_rot_q", q), at(name + "attn.hook_rot_k", k)
-        if past is not None:
-            k, v = (torch.cat([old[:, :n_past], new], 1) for old, new in zip(past.kept[i], (k, v)))
-        if keep is not None:
-            keep[i] = k, v
-        if name + "attn.hook_pattern" in hooks:
-            z = layer.mix(at(name + "attn.hook_pattern", layer.pattern(q, k, queries)), v)
-        else:
-            z = layer.attend(q, k, v, queries)
-        (attn_sum,) = yield at(name + "attn.hook_z", z).flatten(-2), layer.of_attn_out
-        mid = resid + at(name + "hook_attn_out", layer.ln1_post(attn_sum))
-        if layer.W_in is not None:
-            mid = at(name + "hook_resid_mid", mid)
-            hidden = yield layer.ln2(resid if layer.parallel else mid), layer.of_hidden
-            hidden = tuple(at(name + "mlp." + hook, x) for hook, x in zip(("hook_pre", "hook_pre_linear"), hidden))
-            (mlp_sum,) = yield at(name + "mlp.hook_post", layer.post_of(hidden)), layer.of_mlp_out
-            mid = mid + at(name + "hook_mlp_out", layer.ln2_post(mlp_sum))
-        resid = at(name + "hook_resid_post", mid)
-    return resid
+def embed(
+    weights: Weights,
+    tokens: Int[Tensor, "batch pos"],
+    hooks: Mapping[str, Hook] | None = None,
+    past: Past | None = None,
+) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream that enters the first block."""
+    stream = Stream(weights.embed(tokens), hooks or {}, past=past)
+    resid = stream.at("hook_embed", stream.resid)
+    if weights.W_pos is None:
+        return resid
+    pos_embed = weights.W_pos[stream.first : stream.first + tokens.shape[1]]
+    if "hook_pos_embed" in stream.hooks:
+        pos_embed = stream.at("hook_pos_embed", pos_embed.expand_as(resid))
+    return resid + pos_embed
 
 
-def _finish(steps: Generator[Asked, tuple[Tensor, ...], Tensor]) -> Tensor:
-    try:
-        x, linears = next(steps)
-        while True:
-            x, linears = steps.send(products(x, *linears))
-    except StopIteration as end:
-        return end.value
+def run_streams(weights: Weights, streams: Sequence[Stream], *, start_layer: int = 0) -> list[Tensor]:
+    """The final residual streams, all going up the layers together, each weight read once for all of them.
 
-
-def run_both(
-    model: LensModel, graph: Mapping[str, Any], plain: Mapping[str, Any], *, weights: Weights | None = None
-) -> tuple[Float[Tensor, "batch kept_pos d_model"], Float[Tensor, "other_batch other_kept_pos d_model"]]:
-    """Two passes in step, the first with a graph for gradients and the second without, each weight read once for both.
-
-    In every layer the second goes first, so its keys and values can be the first's `past`. The gradients of both
-    passes' weights are left out.
-
-    Args:
-        graph, plain: what `run` takes by name: tokens or resid, start_layer, hooks, positions, past, keep.
-
-    Raises:
-        ValueError: only TransformerLens' own forward serves the model or the hooks.
+    In every part of a block they are served in their order, so that keys and values of one can be the `past` of a later
+    one. Where there are several, gradients of the weights are left out.
     """
-    weights = weights or read_weights(model)
-    passes = []
-    for options in (plain, graph):
-        hooks = dict(options.get("hooks") or {})
-        if weights is None or not _served(hooks):
-            raise ValueError("two passes in step need a model and hooks that the fast forward serves")
-        start = options.get("start_layer", 0)
-        given = (options.get(name) for name in ("positions", "past", "keep"))
-        passes.append(_steps(weights, options.get("tokens"), options.get("resid"), start, hooks, *given))
-    answers: tuple = (None, None)
-    while True:
-        asked: list[Asked] = []
-        ends = []
-        for steps, answer, with_graph in zip(passes, answers, (False, True)):
-            with torch.set_grad_enabled(with_graph):
-                try:
-                    asked.append(steps.send(answer))
-                except StopIteration as end:
-                    ends.append(end.value)
-        if ends:
-            return ends[1], ends[0]
-        (others, linears), (x, _) = asked
-        with torch.enable_grad():
-            found = ProductsOfBoth.apply(x, others, *(t for linear in linears for t in linear))
-        answers = found[len(linears) :], found[: len(linears)]
+    weights.reach(max(s.first + s.resid.shape[1] for s in streams))
+    for i in range(start_layer, len(weights.layers)):
+        streams = block(weights, i, streams)
+    return [s.resid for s in streams]
+
+
+def block(weights: Weights, i: int, streams: Sequence[AnyStream]) -> list[AnyStream]:
+    """The streams after block i."""
+    if not streams:
+        return []
+    layer, name = weights.layers[i], f"blocks.{i}."
+    resids, mids = _attentions(layer, i, streams, last=i == len(weights.layers) - 1)
+    if layer.W_in is not None:
+        mids = [s.at(name + "hook_resid_mid", mid) for s, mid in zip(streams, mids)]
+        mlp_outs = _mlps(layer, name, streams, resids if layer.parallel else mids)
+        mids = [mid + s.at(name + "hook_mlp_out", x) for s, mid, x in zip(streams, mids, mlp_outs)]
+    return [replace(s, resid=s.at(name + "hook_resid_post", mid), qkv=None) for s, mid in zip(streams, mids)]
+
+
+def _attentions(
+    layer: Layer, i: int, streams: Sequence[Stream], last: bool
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Each stream before and after attention, at the positions that the block computes."""
+    name = f"blocks.{i}."
+    resids = [s.at(name + "hook_resid_pre", s.resid) for s in streams]
+    positions = [s.positions if last else None for s in streams]
+    new = [j for j, s in enumerate(streams) if s.qkv is None]
+    xs = [layer.ln1(resids[j]) for j in new]
+    if last:
+        of_queries = [x if positions[j] is None else x[:, positions[j]] for j, x in zip(new, xs)]
+        made = products_of(of_queries, *layer.of_qkv[:1]) + products_of(xs, *layer.of_qkv[1:])
+        for j in new:
+            resids[j] = resids[j] if positions[j] is None else resids[j][:, positions[j]]
+    else:
+        made = products_of(xs, *layer.of_qkv)
+    qkvs = zip(*made)
+    zs = [_attention(layer, i, s, s.qkv or next(qkvs), where).flatten(-2) for s, where in zip(streams, positions)]
+    (sums,) = products_of(zs, *layer.of_attn_out)
+    attn_outs = [layer.ln1_post(s.at(name + "attn.hook_out", x)) for s, x in zip(streams, sums)]
+    return resids, [resid + s.at(name + "hook_attn_out", x) for s, resid, x in zip(streams, resids, attn_outs)]
+
+
+def _attention(
+    layer: Layer, i: int, s: Stream, qkv: tuple[Tensor, Tensor, Tensor], positions: slice | Tensor | None
+) -> Float[Tensor, "batch query head d_head"]:
+    """z of a stream in block i, of its q, k and v as the products make them, or as it knows them."""
+    name = f"blocks.{i}.attn."
+    q, k, v = qkv
+    end = k.shape[1] if s.qkv else s.first + k.shape[1]
+    queries = _absolute(positions, s.first, end, k.device)
+    if s.qkv is None:
+        q, k, v = s.at(name + "hook_q", q), s.at(name + "hook_k", k), s.at(name + "hook_v", v)
+        q, k = layer.place_q(q, queries), layer.place_k(k, slice(s.first, end))
+        q, k = s.at(name + "hook_rot_q", q), s.at(name + "hook_rot_k", k)
+        if s.past is not None and s.first:
+            k, v = (torch.cat([old, x], 1) for old, x in zip(s.past.before(i), (k, v)))
+    if s.keep is not None:
+        s.keep[i] = k, v
+    if name + "hook_pattern" in s.hooks:
+        z = layer.mix(s.at(name + "hook_pattern", layer.pattern(q, k, queries)), v)
+    else:
+        z = layer.attend(q, k, v, queries)
+    return s.at(name + "hook_z", z)
+
+
+def _absolute(positions: slice | Tensor | None, first: int, end: int, device) -> Positions:
+    """Positions counted from the start of the prompt: a slice where they are the last ones, which attention knows."""
+    if positions is None:
+        return slice(first, end)
+    if isinstance(positions, slice):
+        where = range(first, end)[positions]
+        if where.step == 1 and where.stop == end and len(where):
+            return slice(where.start, end)
+    return torch.arange(first, end, device=device)[positions]
+
+
+_INSIDE_MLP = ("hook_pre", "hook_pre_linear", "hook_post", "hook_out")
+
+
+def _mlps(layer: Layer, name: str, streams: Sequence[Stream], reads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What the MLP adds to each stream, of what it reads."""
+    watched = any(f"{name}mlp.{hook}" in s.hooks for s in streams if s.hooks for hook in _INSIDE_MLP)
+    if watched or any(x.requires_grad for x in reads):
+        pre, pre_linear, post, out = (f"{name}mlp.{hook}" for hook in _INSIDE_MLP)
+        made = products_of([layer.ln2(x) for x in reads], *layer.of_hidden)
+        hidden = [[s.at(at, x) for s, x in zip(streams, xs)] for at, xs in zip((pre, pre_linear), made)]
+        posts = [s.at(post, layer.post_of(x)) for s, x in zip(streams, zip(*hidden))]
+        (sums,) = products_of(posts, *layer.of_mlp_out)
+        return [layer.ln2_post(s.at(out, x)) for s, x in zip(streams, sums)]
+    return parted(mlp(layer, joined(reads)), reads)
+
+
+HIDDEN = {"cpu": 2**21, "cuda": 2**27}
+"""Hidden activations of an MLP at a time, where nobody looks at them: on a CPU, what its caches hold; 2^24 on other
+devices."""
+
+
+def mlp(layer: Layer, x: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
+    """What the MLP adds to the residual stream that it reads, some rows at a time."""
+    assert layer.W_in is not None
+    step = max(1, HIDDEN.get(x.device.type, 2**24) // layer.W_in.shape[1])
+    if x.shape[:-1].numel() <= step:
+        return layer.mlp(x)
+    return torch.cat([layer.mlp(rows) for rows in x.flatten(0, -2).split(step)]).view_as(x)
 
 
 def unembed(

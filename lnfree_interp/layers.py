@@ -332,16 +332,6 @@ class Weights:
         return embed if self.W_pos is None else embed + wide(self.W_pos[positions])
 
 
-def widened(layer: Layer) -> Layer:
-    """A layer's weights in fp32 at least, as stored: the layer itself where they are."""
-    if wide(layer.W_O) is layer.W_O:
-        return layer
-    tensors: dict[str, Any] = {
-        f.name: wide(x) for f in fields(layer) if isinstance(x := getattr(layer, f.name), Tensor)
-    }
-    return replace(layer, **tensors, **of_norms(layer, widened_norm))
-
-
 def widened_norm(norm: Norm) -> Norm:
     return replace(norm, w=None if norm.w is None else wide(norm.w), b=None if norm.b is None else wide(norm.b))
 

@@ -122,13 +122,14 @@ def js_divergence(
 class Metric:
     """One number per prompt from its logits, and which of them it reads: nothing else is computed.
 
-    A plain function of the full logits [prompt, pos, d_vocab] that returns [prompt] is a metric too, only
-    slower, since all positions and all tokens must be computed for it.
+    A plain function of full logits [row, pos, d_vocab] that returns [row] is a metric too, only slower, since all
+    positions and all tokens must be computed for it: it is one with positions and tokens None. As of every metric its
+    rows are prompts, each on its own: the same prompt may come several times, or not at all, in any order and any
+    number. What must be known of each prompt, its answers say, `tokens` and `context` tell the function.
 
     Attributes:
         name: for tables and figures.
-        function: (logits [row, read position, read token], *context rows) -> [row]. Rows are prompts, each on
-            its own: the same prompt may come several times, or not at all, in any order.
+        function: (logits [row, read position, read token], *context rows) -> [row].
         positions: positions read, negative ones from the end; None: all.
         tokens: "answers": the pairs' (right, wrong); or Int[Tensor, "prompt k"]; or None: the whole vocabulary.
         context: tensors with one row per prompt that the function needs besides.
@@ -155,18 +156,23 @@ class Metric:
                 tokens or context of another number of prompts.
         """
         pairs = as_pairs(pairs)
+        self.check(pairs)
         if logits.ndim != 3 or logits.shape[:2] != pairs.clean.shape:
             wanted = [*pairs.clean.shape, "d_vocab"]
             raise ValueError(f"logits have shape {list(logits.shape)}, these pairs want {wanted}".replace("'", ""))
         logits = logits[:, list(self.reads(logits.shape[1]))]
         tokens = self.columns(pairs)
-        for rows in (() if tokens is None else (tokens,)) + self.context:
-            if len(rows) != len(pairs):
-                raise ValueError(f"metric {self.name} is made for {len(rows)} prompts, there are {len(pairs)} pairs")
         if tokens is not None:
             index = tokens[:, None].expand(-1, logits.shape[1], -1).to(logits.device)
             logits = logits.gather(-1, index)
         return self.function(logits, *(c.to(logits.device) for c in self.context))
+
+    def check(self, pairs) -> None:
+        """Raise ValueError unless tokens and context are of as many prompts as there are pairs."""
+        own = (self.tokens, *self.context) if isinstance(self.tokens, Tensor) else self.context
+        for rows in own:
+            if len(rows) != len(pairs):
+                raise ValueError(f"metric {self.name} is made for {len(rows)} prompts, there are {len(pairs)} pairs")
 
     def reads(self, n_pos: int) -> tuple[int, ...]:
         """The positions read, counted from 0, of prompts with n_pos tokens.
@@ -227,10 +233,17 @@ def kl_from_clean(model: ModelOrName, pairs) -> Metric:
         (True, True)
     """
     from .forward import run, unembed
+    from .weights import final_norm, read_weights, widened_norms
 
     model = as_model(model)
-    clean = check_tokens(model, as_pairs(pairs).clean)
+    clean, weights = check_tokens(model, as_pairs(pairs).clean), read_weights(model)
+    last, norm = slice(clean.shape[1] - 1, clean.shape[1]), final_norm(model)
     with torch.no_grad():
-        final = run(model, clean, positions=[clean.shape[1] - 1])
-        reference = unembed(model, final)[:, -1]
+        if weights is None:
+            final = run(model, clean, positions=last)
+        else:  # as patching runs it: in fp32 at least, on the weights as stored
+            weights = widened_norms(weights)
+            norm, entered = weights.ln_final, weights.enter(clean, slice(clean.shape[1]))
+            final = run(model, resid=entered, positions=last, weights=weights)
+        reference = unembed(model, final, norm=norm)[:, -1]
     return Metric("kl_from_clean", _kl_from, tokens=None, context=(reference,))

@@ -14,37 +14,76 @@ Linear = tuple[Tensor, Tensor | None]
 """W and b of a product x W + b: a matrix [d_in, d_out] and its bias or none, or one of each for every head."""
 
 
-def products(x: Float[Tensor, "*rows d_in"], *linears: Linear) -> tuple[Tensor, ...]:
+def products(x: Float[Tensor, "*rows d_in"], *linears: Linear) -> Sequence[Tensor]:
     """x W + b for each W and b: [*rows, d_out] of a matrix, [*rows, head, d_out] of a matrix per head.
 
     In the precision of x: weights that are stored in less are made wide one at a time, and never kept so for gradients.
     """
     if all(W.ndim == 2 and W.dtype == x.dtype for W, _ in linears):
-        return tuple(F.linear(x, W.T, b) for W, b in linears)
-    return _HeadProducts.apply(x, *(t for linear in linears for t in linear))
+        return [F.linear(x, W.T, b) for W, b in linears]
+    return _products([x], linears)
 
 
-def _product(rows: Float[Tensor, "row d_in"], W: Tensor, b: Tensor | None) -> Tensor:
+def products_of(xs: Sequence[Tensor], *linears: Linear) -> list[Sequence[Tensor]]:
+    """`products` of several tensors at once, each weight read once for all: for each W and b, one product of each x.
+
+    Of several tensors, those that want gradients get them; what the others make has none.
+    """
+    if not xs:
+        return [() for _ in linears]
+    found = products(xs[0], *linears) if len(xs) == 1 else _products(xs, linears)
+    return [found[j : j + len(xs)] for j in range(0, len(found), len(xs))]
+
+
+def _products(xs: Sequence[Tensor], linears: Sequence[Linear]) -> Sequence[Tensor]:
+    """Of the first linear one product of each tensor, then of the next."""
+    if torch.is_grad_enabled():
+        return _Products.apply(len(xs), *xs, *(t for linear in linears for t in linear))
+    rows = joined(xs)
+    return [y for W, b in linears for y in parted(_product(rows, W, b), xs)]
+
+
+def joined(xs: Sequence[Tensor]) -> Tensor:
+    """The rows of tensors [*rows, d], one after another, [row, d]; one tensor as it is."""
+    return xs[0] if len(xs) == 1 else torch.cat([x.flatten(0, -2) for x in xs])
+
+
+def parted(rows: Tensor, xs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What was made of `joined` tensors, as [*rows, *more] of each."""
+    if len(xs) == 1:
+        return [rows]
+    parts = rows.split([x.shape[:-1].numel() for x in xs])
+    return [part.unflatten(0, x.shape[:-1]) for part, x in zip(parts, xs)]
+
+
+def _product(x: Float[Tensor, "*rows d_in"], W: Tensor, b: Tensor | None) -> Tensor:
     """One product, a weight per head read where it lies."""
-    W, b = W.to(rows.dtype), None if b is None else b.to(rows.dtype)
+    W, b = W.to(x.dtype), None if b is None else b.to(x.dtype)
     if W.ndim == 2:
-        return F.linear(rows, W.T, b)
+        return F.linear(x, W.T, b)
     assert b is not None
-    return torch.baddbmm(b[:, None], rows.expand(len(W), -1, -1), W).transpose(0, 1)
+    rows = x.flatten(0, -2).expand(len(W), -1, -1)
+    return torch.baddbmm(b[:, None], rows, W).transpose(0, 1).unflatten(0, x.shape[:-1])
 
 
-class _HeadProducts(torch.autograd.Function):
-    """`products`, the weights read where they lie, with a gradient for x alone that never has an axis head."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, *linears: Any) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*linears[::2])
-        rows = x.reshape(-1, x.shape[-1])
-        return tuple(_product(rows, W, b).unflatten(0, x.shape[:-1]) for W, b in zip(linears[::2], linears[1::2]))
+class _Products(torch.autograd.Function):
+    """`products` of n tensors, the weights read where they lie: with gradients for the tensors alone, that never have
+    an axis head."""
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx.saved_tensors, grads), *(None for _ in range(2 * len(grads)))
+    def forward(ctx, n: int, *tensors: Any) -> tuple[Tensor, ...]:
+        found = _products(tensors[:n], list(zip(tensors[n::2], tensors[n + 1 :: 2])))  # no gradients are on in here
+        wanted = ctx.needs_input_grad[1 : n + 1]
+        ctx.save_for_backward(*tensors[n::2])
+        ctx.mark_non_differentiable(*(y for j, y in enumerate(found) if not wanted[j % n]))
+        ctx.set_materialize_grads(False)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = len(grads) // len(ctx.saved_tensors)
+        of_xs = [_gradient(ctx.saved_tensors, grads[j::n]) for j in range(n)]
+        return None, *of_xs, *(None for _ in range(2 * len(ctx.saved_tensors)))
 
 
 def _gradient(weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor | None:
@@ -61,23 +100,3 @@ def _gradient(weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tens
         before = heads.new_zeros(heads.shape[1], W.shape[1]) if total is None else total.flatten(0, -2)
         total = torch.addbmm(before, heads, W.transpose(1, 2), beta=0 if total is None else 1).unflatten(0, shape)
     return total
-
-
-class ProductsOfBoth(torch.autograd.Function):
-    """`products` of two tensors at once, with a gradient for the first alone."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, others: Tensor, *linears: Any) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*linears[::2])
-        rows, sizes = torch.cat([x.flatten(0, -2), others.flatten(0, -2)]), [x[..., 0].numel(), others[..., 0].numel()]
-        found = [_product(rows, W, b).split(sizes) for W, b in zip(linears[::2], linears[1::2])]
-        of_x = [part.unflatten(0, x.shape[:-1]) for part, _ in found]
-        of_others = [part.unflatten(0, others.shape[:-1]) for _, part in found]
-        ctx.mark_non_differentiable(*of_others)
-        ctx.set_materialize_grads(False)
-        return *of_x, *of_others
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        n = len(ctx.saved_tensors)
-        return _gradient(ctx.saved_tensors, grads[:n]), *(None for _ in range(2 * n + 1))

@@ -18,19 +18,7 @@ from typing import Any
 import torch
 
 from . import bridge
-from .layers import (
-    ACTIVATIONS,
-    NO_NORM,
-    Layer,
-    Norm,
-    Positions,
-    Rotary,
-    Weights,
-    of_norms,
-    widened,
-    widened_norm,
-    widened_norms,
-)
+from .layers import ACTIVATIONS, NO_NORM, Layer, Norm, Positions, Rotary, Weights, of_norms, widened_norm, widened_norms
 from .lens import LensModel, ModelOrName, is_bridge
 from .models import as_model
 
@@ -41,12 +29,11 @@ __all__ = [
     "Weights",
     "block_of",
     "final_norm",
-    "normalises_outputs",
+    "normalises_writes",
     "of_norms",
     "own_hooks",
     "read_weights",
     "why_not_read",
-    "widened",
     "widened_norm",
     "widened_norms",
 ]
@@ -232,13 +219,6 @@ def final_norm(model: LensModel) -> Norm:
     return norm_of(getattr(model, "ln_final", None), kind, model.cfg.eps)
 
 
-def normalises_outputs(model: LensModel) -> bool:
-    """Whether a model puts norms, or anything else, on what its heads and neurons write."""
-    if is_bridge(model):
-        return not bridge.writes_plainly(model)
-    return bool(getattr(model.cfg, "use_normalization_before_and_after", False))
-
-
 def block_of(model: LensModel, layer: int) -> Any:
     """A block's weights by HookedTransformer's names: attn.W_O, attn.b_O, mlp.W_out, mlp.b_out, ...
 
@@ -246,6 +226,14 @@ def block_of(model: LensModel, layer: int) -> Any:
         ValueError: a Bridge's whose maps are more than a matrix and a bias.
     """
     return bridge.block_of(model, layer) if is_bridge(model) else model.blocks[layer]
+
+
+def normalises_writes(model: LensModel) -> bool:
+    """Whether a norm comes after attention and MLP, so that what heads and neurons write is not what is added."""
+    if is_bridge(model):
+        return not bridge.writes_plainly(model)
+    after = getattr(model.cfg, "use_normalization_before_and_after", False)
+    return bool(after) or model.cfg.original_architecture in ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 
 
 def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:

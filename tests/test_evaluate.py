@@ -8,6 +8,7 @@ from conftest import NORMALIZATIONS, make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lnfree_interp import forward
 from lnfree_interp.evaluate import (
     compare_models,
     evaluate_loss,
@@ -17,7 +18,6 @@ from lnfree_interp.evaluate import (
     loss_table,
 )
 from lnfree_interp.evaluate.__main__ import main
-from lnfree_interp.evaluate.cached import extend
 from lnfree_interp.evaluate.command import baselines
 from lnfree_interp.statistics import mean_interval
 from lnfree_interp.weights import read_weights
@@ -270,18 +270,23 @@ def test_hellaswag_names_what_is_wrong(tmp_path):
         hellaswag(make_model(None), ITEMS)
 
 
+def going_on(model, tokens, cut):
+    """The end of prompts that begin by twos alike, from keys and values of two of the beginnings; and all of them."""
+    keep, kept = {}, {}
+    forward.run(model, tokens[[0, 2], :cut], keep=keep)
+    past = forward.Past(cut, keep, torch.tensor([0, 0, 1, 1]))
+    return forward.run(model, tokens[:, cut:], past=past, keep=kept), kept
+
+
 @settings(max_examples=8, deadline=None)
 @given(kind=st.sampled_from(NORMALIZATIONS), cut=st.integers(1, 8), attn_only=st.booleans(), seed=st.integers(0, 2))
 def test_going_on_from_kept_keys_is_the_whole_pass(kind, cut, attn_only, seed):
     model = make_model(kind, attn_only=attn_only, seed=seed)
     tokens = random_tokens(model, batch=4, pos=9, seed=seed)
     tokens[:, :cut] = tokens[[0, 0, 2, 2], :cut]
-    weights = read_weights(model)
-    whole, _ = extend(model, weights, tokens)
-    _, past = extend(model, weights, tokens[[0, 2], :cut])
-    rest, cache = extend(model, weights, tokens[:, cut:], past)
+    whole, rest, kept = forward.run(model, tokens), *going_on(model, tokens, cut)
     torch.testing.assert_close(rest, whole[:, cut:])
-    assert cache.kept[0][0].shape[:2] == (4, 9)
+    assert kept[0][0].shape[:2] == (4, 9)
     expected = model.run_with_cache(tokens, names_filter=f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")[1]
     torch.testing.assert_close(whole, next(iter(expected.values())))
 

@@ -5,7 +5,7 @@ import torch
 import virtual_device
 from conftest import KINDS, NEW_KINDS, make_model, random_tokens
 from test_dla import BY, component_outputs, target_logits
-from test_evaluate import ITEMS, uncovered, with_letters
+from test_evaluate import ITEMS, going_on, uncovered, with_letters
 from test_neurons import assert_is_by_hook
 from test_patching import make_pairs
 
@@ -15,13 +15,13 @@ from lnfree_interp import (
     attention_sinks,
     attribution_patching,
     evaluate_loss,
+    forward,
     generate_samples,
     hellaswag,
     logit_attributions,
     read_weights,
     residual_norms,
 )
-from lnfree_interp.evaluate.cached import extend
 from lnfree_interp.patching import SITES
 
 UNCAPPED = {"output_logits_soft_cap": -1.0}
@@ -86,12 +86,9 @@ def test_loss_is_transformer_lens_own(any_kind):
 def test_going_on_from_kept_keys_is_the_whole_pass(any_kind, cut):
     tokens = random_tokens(any_kind, batch=4, pos=9)
     tokens[:, :cut] = tokens[[0, 0, 2, 2], :cut]
-    weights = read_weights(any_kind)
-    whole, _ = extend(any_kind, weights, tokens)
-    _, past = extend(any_kind, weights, tokens[[0, 2], :cut])
-    rest, past = extend(any_kind, weights, tokens[:, cut:], past)
-    close(rest, whole[:, cut:])
-    assert past.length == 9 and past.kept[0][0].shape[:2] == (4, 9)
+    rest, kept = going_on(any_kind, tokens, cut)
+    close(rest, forward.run(any_kind, tokens)[:, cut:])
+    assert kept[0][0].shape[:2] == (4, 9)
 
 
 @pytest.mark.parametrize("kind", NEW_KINDS)

@@ -157,7 +157,6 @@ METRICS = {
     "middle": Metric("middle", lambda x: x[:, 0, 0] * x[:, 1, 1], positions=(4, -5)),
     "own tokens": Metric("own", lambda x: x[:, 0].sum(-1), tokens=torch.tensor([[1, 2, 3], [4, 5, 6], [7, 8, 9]])),
     "plain function": first_and_third,
-    "prompts by place": lambda logits: logits[:, -1].gather(-1, torch.tensor([[3], [9], [20]]))[:, 0],
 }
 
 

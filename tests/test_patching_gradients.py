@@ -9,7 +9,19 @@ from test_patching import make_pairs
 
 from lnfree_interp.lens import is_bridge
 from lnfree_interp.metrics import Metric, logit_diff
-from lnfree_interp.patching import METHODS, SITES, activation_patching, attribution_patching, total_effect
+from lnfree_interp.patching import (
+    METHODS,
+    SITES,
+    AtPStar,
+    Gradient,
+    Integrated,
+    RelP,
+    SecondOrder,
+    activation_patching,
+    attribution_patching,
+    total_effect,
+)
+from lnfree_interp.patching.attribution import ESTIMATES
 
 quadratic = Metric("quadratic", lambda x: x[..., 0].pow(2).sum(1) - x[:, 0, 1] * x[:, 1, 1], positions=(-1, -2))
 
@@ -85,15 +97,15 @@ def test_prompts_do_not_mix_and_memory_changes_nothing(random_model, kind, metho
     model = random_model(kind)
     pairs = make_pairs(model, changed=((2, 4), (5,), (6,)))
     for site in ("q", "k") if method == "atp_star" else ("resid_mid", "z", "pattern"):
-        whole = attribution_patching(model, pairs, site=site, method=method, by_position=True, steps=2)
-        parts = attribution_patching(model, pairs, site=site, method=method, by_position=True, steps=2, max_memory=1)
+        whole = attribution_patching(model, pairs, site=site, method=method, by_position=True)
+        parts = attribution_patching(model, pairs, site=site, method=method, by_position=True, max_memory=1)
         alone = [
-            attribution_patching(model, pairs[i : i + 1], site=site, method=method, by_position=True, steps=2)
+            attribution_patching(model, pairs[i : i + 1], site=site, method=method, by_position=True)
             for i in range(len(pairs))
         ]
         torch.testing.assert_close(parts.values, whole.values, atol=1e-11, rtol=1e-9)
         torch.testing.assert_close(torch.cat([a.values for a in alone]), whole.values, atol=1e-11, rtol=1e-9)
-        summed = attribution_patching(model, pairs, site=site, method=method, steps=2)
+        summed = attribution_patching(model, pairs, site=site, method=method)
         if SITES[site].unit == "head" and method in ("gradient", "relp", "integrated"):
             torch.testing.assert_close(whole.values.sum(-1), summed.values, atol=1e-11, rtol=1e-9)
 
@@ -235,3 +247,38 @@ def test_relp_is_the_gradient_of_the_model_with_frozen_norms(random_model):
     columns = model.W_U.T[pairs.answers]
     wanted = ((columns[:, 0] - columns[:, 1]) * d).sum(-1)
     torch.testing.assert_close(got[:, 0, -1], wanted, atol=1e-9, rtol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Estimates by name and as themselves
+
+
+NAMED = [
+    (Gradient(), {"method": "gradient"}),
+    (Integrated(), {"method": "integrated"}),
+    (Integrated(steps=3, path="layer"), {"method": "integrated", "steps": 3, "path": "layer"}),
+    (SecondOrder(), {"method": "second_order"}),
+    (SecondOrder(joint=True), {"method": "second_order", "joint": True}),
+    (AtPStar(), {"method": "atp_star"}),
+    (RelP(), {"method": "relp"}),
+    (RelP(linear_gelu=False), {"method": "relp", "linear_gelu": False}),
+]
+
+
+@pytest.mark.parametrize("estimate, options", NAMED, ids=lambda x: str(x))
+@pytest.mark.parametrize("kind", [None, "LNPre"])
+def test_an_estimate_is_its_name(random_model, kind, estimate, options):
+    model = random_model(kind)
+    pairs = make_pairs(model)
+    itself = attribution_patching(model, pairs, site="k", method=estimate)
+    named = attribution_patching(model, pairs, site="k", **options)
+    assert torch.equal(itself.values, named.values) and itself.method == named.method == options["method"]
+    if len(options) > 1:
+        default = attribution_patching(model, pairs, site="k", method=options["method"])
+        assert not torch.equal(named.values, default.values)
+
+
+def test_every_estimate_has_a_name_and_a_reference():
+    assert tuple(ESTIMATES) == METHODS and set(ESTIMATES) == {options["method"] for _, options in NAMED}
+    for name, estimate in ESTIMATES.items():
+        assert estimate.name == name and "arXiv" in estimate.__doc__

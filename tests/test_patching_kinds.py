@@ -92,7 +92,7 @@ def test_a_group_of_heads_is_patched_through_its_key(model_of):
     pairs = make_pairs(model, changed=CHANGED)
     keys = activation_patching(model, pairs, site="k")
     assert keys.units == (0, 1) and keys.values.shape == (3, 1, 2)
-    with pytest.raises(ValueError, match="head 2 is not there; layer has 2 heads"):
+    with pytest.raises(ValueError, match="head 2 is out of range: a layer's heads reach from 0 to 1"):
         activation_patching(model, pairs, site="v", units=[2])
     ungrouped = make_model("RMSPre", **KINDS["Llama"][1], ungroup_grouped_query_attention=True)
     assert activation_patching(ungrouped, make_pairs(ungrouped), site="k").units == (0, 1, 2, 3)

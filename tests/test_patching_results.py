@@ -17,7 +17,11 @@ from lnfree_interp.metrics import Metric, logit_diff
 from lnfree_interp.models import load_model
 from lnfree_interp.pairs import PromptPairs, induction_pairs, ioi_pairs
 from lnfree_interp.patching import (
+    AtPStar,
+    Integrated,
     PatchingEffect,
+    RelP,
+    SecondOrder,
     activation_patching,
     attribution_patching,
     moved,
@@ -127,14 +131,15 @@ def infinite_metric(logits):
     [
         ({"site": "resid"}, "unknown site 'resid'; known are resid_pre, resid_mid"),
         ({"direction": "up"}, "unknown direction 'up'; known are denoising, noising"),
-        ({"layers": [2]}, "layer 2 is not there; the model has 2 layers"),
+        ({"layers": [2]}, "layer 2 is out of range: the model's layers reach from 0 to 1"),
         ({"layers": [1, -1]}, "name a layer twice"),
-        ({"layers": []}, "layers is empty"),
-        ({"site": "z", "units": [3]}, "head 3 is not there; layer has 3"),
+        ({"layers": []}, "the layers given name none of 0 to 1"),
+        ({"site": "z", "units": [3]}, "head 3 is out of range: a layer's heads reach from 0 to 2"),
         ({"units": [0]}, "neither heads nor neurons"),
         ({"site": "neurons"}, "site 'neurons' needs layers="),
-        ({"metric": wrong_metric}, r"metric wrong_metric returned \[3, 61\], wanted is one number per prompt, \[3\]"),
+        ({"metric": wrong_metric}, r"metric wrong_metric returned \[3, 61\] for 3 rows, wanted is one number each"),
         ({"metric": infinite_metric}, "metric infinite_metric is -?inf for prompt"),
+        ({"metric": Metric("few", lambda x, y: y, context=(torch.zeros(2),))}, "made for 2 prompts, there are 3 pairs"),
         ({"metric": Metric("far", lambda x: x[:, 0, 0], positions=(9,))}, r"metric far reads position \[9\]"),
         ({"max_memory": 0}, "max_memory is 0 bytes"),
     ],
@@ -177,12 +182,42 @@ def test_prompts_padded_on_the_left_are_refused():
         ({"method": "atp_star"}, "method 'atp_star' is for sites q and k, not 'resid_pre'"),
         ({"method": "integrated", "path": "zigzag"}, "unknown path 'zigzag'"),
         ({"method": "integrated", "steps": 0}, "steps is 0"),
+        ({"method": "integrated", "joint": True}, "method 'integrated' has no option 'joint'; it has steps, path"),
+        ({"method": "gradient", "steps": 5}, "method 'gradient' has no option 'steps'; it has none"),
+        ({"method": Integrated(steps=3), "steps": 5}, r"steps stand beside Integrated\(steps=3, path='input'\)"),
+        ({"method": "relp", "half_gate": 1}, "half_gate must be True or False, not 1"),
+        ({"method": AtPStar(), "site": "v"}, "method 'atp_star' is for sites q and k, not 'v'"),
     ],
 )
-def test_bad_methods(random_model, options, message):
+def test_bad_methods(random_model, options, message, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # the functions' own checks, not the tests'
     model = random_model(None)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         attribution_patching(model, make_pairs(model), **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: Integrated(steps=0), "steps is 0"),
+        (lambda: Integrated(steps=2.0), "steps must be a whole number from 1 up, not float"),
+        (lambda: Integrated(path="zigzag"), "unknown path 'zigzag'; known are input, layer"),
+        (lambda: SecondOrder(joint=1), "joint must be True or False, not 1"),
+        (lambda: RelP(detach_norm=None), "detach_norm must be True or False, not None"),
+    ],
+)
+def test_estimates_check_their_options(make, message, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("method", [Integrated, 3, None, ["gradient"]], ids=str)
+def test_what_is_no_method(random_model, method, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"unknown method .*; known are gradient, integrated"):
+        attribution_patching(random_model(None), make_pairs(random_model(None)), method=method)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from ..batching import Places, Targets, Tokens, check_next_token, check_tokens, 
 from ..forward import run
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
-from ..weights import block_of, final_norm, normalises_outputs, own_hooks
+from ..weights import block_of, final_norm, normalises_writes, own_hooks
 
 DECOMPOSITIONS = ("component", "head", "neuron")
 # Tokens per pass: what bounds the memory held for z, whatever the number of sequences.
@@ -210,7 +210,7 @@ def check_model(model: LensModel, by: str) -> None:
         raise ValueError(f"by={by!r} is unknown; allowed are {', '.join(DECOMPOSITIONS)}")
     if (getattr(cfg, "output_logits_soft_cap", -1.0) or -1.0) > 0:
         raise ValueError("this model caps its logits with tanh, so they are not a sum over components")
-    if by != "component" and normalises_outputs(model):
+    if by != "component" and normalises_writes(model):
         raise ValueError(f"this model normalises what its blocks write, so by={by!r} is undefined")
     if by == "neuron" and (getattr(cfg, "attn_only", False) or getattr(cfg, "num_experts", None)):
         raise ValueError("by='neuron' wants a model with plain MLPs")

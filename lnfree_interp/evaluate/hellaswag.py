@@ -15,13 +15,12 @@ from torch import Tensor
 
 from ..batching import Progress, check_next_token
 from ..documents import read_json_lines
-from ..forward import run, unembed
+from ..forward import KeysAndValues, Past, Stream, embed, run, run_streams, unembed
 from ..lens import LensModel, ModelOrName
 from ..metrics import log_probs
 from ..models import as_model
 from ..names import HELLASWAG
 from ..weights import read_weights
-from .cached import extend
 
 
 @dataclass(frozen=True)
@@ -216,9 +215,15 @@ def ending_log_probs(
     padded, index, times = padded.to(contexts.device), there.to(contexts.device), len(endings) // n_items
     weights = read_weights(model)
     if weights is not None:
-        before, past = extend(model, weights, contexts)
-        after, _ = extend(model, weights, padded[:, :-1], past)
-        resid = torch.cat([before[:, -1:].repeat_interleave(times, 0), after], 1)
+        item = torch.arange(n_items, device=contexts.device).repeat_interleave(times)
+        keep: KeysAndValues = {}
+        past = Past(n_context, keep, item)
+        streams = [
+            Stream(embed(weights, contexts), positions=slice(-1, None), keep=keep),
+            Stream(embed(weights, padded[:, :-1], past=past), past=past),
+        ]
+        before, after = run_streams(weights, streams)
+        resid = torch.cat([before[item], after], 1)
     else:
         whole = torch.cat([contexts.repeat_interleave(times, 0), padded], 1)
         resid = run(model, whole)[:, n_context - 1 : -1]

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from ..batching import check_next_token, check_tokens
-from ..forward import run, unembed
+from ..forward import KeysAndValues, Past, run, unembed
 from ..lens import LensModel, ModelOrName
 from ..metrics import log_probs
 from ..models import as_models
 from ..weights import read_weights
-from .cached import extend
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,16 @@ def generate_samples(
 
 
 def _continue(model: LensModel, ids: Tensor, n_new: int, temperature: float, top_k: int | None, seed: int) -> Tensor:
-    weights, past = read_weights(model), None
+    weights = read_weights(model)
+    past: Past | None = None
     new: list[Tensor] = []
     generator = torch.Generator().manual_seed(seed)
     step = ids
     for _ in range(n_new):
         if weights is not None:
-            resid, past = extend(model, weights, step, past)
+            keep: KeysAndValues = {}
+            resid = run(model, step, past=past, keep=keep, positions=slice(-1, None), weights=weights)
+            past = Past(ids.shape[1] + len(new), keep)
         else:
             resid = run(model, torch.cat([ids, *new], 1))
         log_p = log_probs(unembed(model, resid[:, -1])).cpu()

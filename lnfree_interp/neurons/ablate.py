@@ -14,7 +14,7 @@ from ..batching import Places, Progress, Tokens, check_next_token, check_tokens,
 from ..forward import run
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
-from ..weights import block_of, normalises_outputs, own_hooks, read_weights
+from ..weights import block_of, normalises_writes, own_hooks, read_weights
 from .choices import ABLATIONS, METHODS
 from .last_layer import Rows, Unembedding, folded_unembedding, make_neurons, make_rows, wide
 from .rank import mlp_of
@@ -151,12 +151,7 @@ def _check_ablation(ablation: str, tolerance: float) -> None:
 def _method(model: LensModel, layer: int, method: str, n_neurons: int) -> str:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; allowed are {', '.join(METHODS)}")
-    cfg = model.cfg
-    why = _in_between(model, layer)
-    if (getattr(cfg, "output_logits_soft_cap", -1.0) or -1.0) > 0:
-        why = "logits are capped"
-    if layer != cfg.n_layers - 1:
-        why = f"layer {layer} is not the last of {cfg.n_layers}"
+    why = why_no_closed_form(model, layer)
     if method in ("moments", "stream") and why:
         raise ValueError(f"method {method!r} does not serve: {why}; use 'rerun' or 'auto'")
     if method != "auto":
@@ -164,12 +159,22 @@ def _method(model: LensModel, layer: int, method: str, n_neurons: int) -> str:
     return "rerun" if why else "stream" if n_neurons < FEW_NEURONS else "moments"
 
 
+def why_no_closed_form(model: LensModel, layer: int) -> str | None:
+    """Why an ablation in a layer, counted from 0, is no rank-1 update of the logits; None where it is."""
+    cfg = model.cfg
+    if layer != cfg.n_layers - 1:
+        return f"layer {layer} is not the last of {cfg.n_layers}"
+    if (getattr(cfg, "output_logits_soft_cap", -1.0) or -1.0) > 0:
+        return "logits are capped"
+    return _in_between(model, layer)
+
+
 def _in_between(model: LensModel, layer: int) -> str | None:
     """What else than W_out comes between a layer's neurons and what a later layer or the final norm reads, if anything.
 
     Without that the residual stream after the layer changes by the neuron's change times its row of W_out.
     """
-    if normalises_outputs(model):
+    if normalises_writes(model):
         return "the model normalises after its MLPs"
     for name in own_hooks(model):
         block, _, point = name.removeprefix("blocks.").partition(".")

@@ -157,6 +157,8 @@ def _points(model: LensModel) -> dict[str, str]:
     for i in range(model.cfg.n_layers):
         points[f"blocks.{i}.hook_resid_mid"] = f"L{i}.resid_mid"
         points[f"blocks.{i}.hook_resid_post"] = f"L{i}.resid_post"
+    if model.cfg.positional_embedding_type == "alibi":  # its hook point is there, and nothing passes it
+        del points["hook_pos_embed"]
     return {name: label for name, label in points.items() if name in model.hook_dict}
 
 

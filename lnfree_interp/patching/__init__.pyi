@@ -1,4 +1,5 @@
 from .activation import activation_patching as activation_patching
+from .attribution import attribution_patching as attribution_patching
 from .effect import (
     PatchingEffect as PatchingEffect,
     PatchingError as PatchingError,
@@ -8,5 +9,12 @@ from .effect import (
     solved as solved,
     total_effect as total_effect,
 )
-from .gradients import attribution_patching as attribution_patching
+from .estimates import (
+    AtPStar as AtPStar,
+    Estimate as Estimate,
+    Gradient as Gradient,
+    Integrated as Integrated,
+    RelP as RelP,
+    SecondOrder as SecondOrder,
+)
 from .sites import DIRECTIONS as DIRECTIONS, METHODS as METHODS, SITES as SITES

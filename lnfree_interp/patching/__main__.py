@@ -52,7 +52,7 @@ def _check(args) -> None:
         read_text(args.pairs, "pairs file")
     if not args.least > 0:
         raise ValueError(f"--least {args.least} is not a number above 0")
-    if "atp_star" in args.method and args.site not in ("q", "k"):
+    if "atp_star" in args.method and not SITES[args.site].scores:
         raise ValueError(f"--method atp_star is for sites q and k, not {args.site}")
 
 

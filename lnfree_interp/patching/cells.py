@@ -1,32 +1,28 @@
-"""What to run: activations of both prompts, the cells in which they differ, the metric read off the final residual."""
+"""What to run: the checked request, the cells in which the prompts differ, and what that may cost."""
 
 from __future__ import annotations
 
-import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..batching import check_pads, d_vocab_out
-from ..forward import unembed
+from ..batching import Places, check_pads, d_vocab_out, indices
 from ..lens import LensModel
 from ..metrics import Metric
 from ..pairs import PromptPairs
-from ..weights import Norm, Weights, own_hooks
-from .sites import DIRECTIONS, SITES
+from ..products import Linear
+from ..weights import Layer, Weights, own_hooks
+from .sites import DIRECTIONS, SITES, Site
 
 MetricLike = Metric | Callable[[Tensor], Tensor]
-PairsLike = PromptPairs | Sequence[Any]
-Indices = SupportsIndex | Iterable[Any]
-"""Which layers or units: one, several (a range, a list, a tensor), or a mask; negative ones count from the end."""
+"""A metric, or a function of full logits [row, pos, d_vocab] that returns [row]: see `Metric`."""
 
-LOGITS = {"cpu": 2**26, "cuda": 2**28}
-"""How many logits, or numbers of gathered columns of W_U, are made at a time; 2^26 on other devices."""
+PairsLike = PromptPairs | Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -69,22 +65,23 @@ class Request:
     units: tuple[int, ...]
     by_position: bool
     direction: str
-    metric: MetricLike
+    metric: Metric
     n_pos: int
     causal: bool  # whether a position is known to depend on itself and on earlier ones alone
 
     @property
-    def unit_axis(self) -> str:
-        return SITES[self.site].unit
+    def row(self) -> Site:
+        """The site's row of the table."""
+        return SITES[self.site]
 
     @property
     def positional(self) -> bool:
-        return self.unit_axis == "pos"
+        return self.row.positional
 
     @property
     def axes(self) -> tuple[str, ...]:
         more = ("pos",) if self.by_position and not self.positional else ()
-        return ("prompt", "layer", self.unit_axis, *more)
+        return ("prompt", "layer", self.row.unit, *more)
 
     def shape(self, n_prompts: int) -> tuple[int, ...]:
         more = (self.n_pos,) if self.by_position and not self.positional else ()
@@ -105,19 +102,39 @@ class Request:
             return x
         return x.index_select(axis, on_device(torch.tensor(self.units), x.device))
 
+    def by_place(self, x: Tensor, reduce: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Tensor:
+        """[prompt, pos], or [prompt, pos, unit] of the units asked for, of a whole activation of the site.
+
+        Args:
+            reduce: makes one number of those along the axes that it is told.
+        """
+        row = self.row
+        x = x if row.positional else self.of_units(x, row.unit_axis)
+        x = reduce(x, row.inner_axes) if row.inner_axes else x
+        return x.movedim(row.pos_axis, 1)
+
+    def index(self, cells: Cells) -> tuple[Any, ...]:
+        """Where the site's activation is overwritten for cells, one in each of its rows."""
+        rows = torch.arange(len(cells), device=cells.unit.device)
+        at = {"prompt": rows, "pos": cells.pos if self.by_position else slice(None), self.row.unit: cells.unit}
+        return tuple(at.get(axis, slice(None)) for axis in self.row.axes)
+
     @property
     def reads(self) -> tuple[int, ...]:
         """The positions whose logits the metric reads, in its order."""
-        return self.metric.reads(self.n_pos) if isinstance(self.metric, Metric) else tuple(range(self.n_pos))
+        return self.metric.reads(self.n_pos)
 
     @property
     def n_read(self) -> int:
         """Positions up to the last one that the metric reads; causal models need no more."""
         return max(self.reads) + 1 if self.causal else self.n_pos
 
-    @property
-    def metric_name(self) -> str:
-        return self.metric.name if isinstance(self.metric, Metric) else getattr(self.metric, "__name__", "metric")
+    def of_prompts(self, rows: slice, device) -> Request:
+        """The request with what the metric knows of each prompt cut to some of them."""
+        metric = self.metric
+        tokens = metric.tokens[rows].to(device) if isinstance(metric.tokens, Tensor) else metric.tokens
+        context = tuple(c[rows].to(device) for c in metric.context)
+        return replace(self, metric=replace(metric, tokens=tokens, context=context))
 
 
 def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layers, units, by_position) -> Request:
@@ -127,8 +144,11 @@ def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layer
         raise ValueError(f"unknown site {site!r}; known are {', '.join(SITES)}")
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; known are {', '.join(DIRECTIONS)}")
-    if not callable(metric):
-        raise ValueError(f"metric {metric!r} is neither a Metric nor a function of the logits")
+    if not isinstance(metric, Metric):
+        if not callable(metric):
+            raise ValueError(f"metric {metric!r} is neither a Metric nor a function of the logits")
+        metric = Metric(getattr(metric, "__name__", "metric"), metric, positions=None, tokens=None)
+    metric.check(pairs)
     n_pos = pairs.clean.shape[1]
     if n_pos > cfg.n_ctx:
         raise ValueError(f"prompts have {n_pos} tokens, the model's context is {cfg.n_ctx}")
@@ -140,56 +160,37 @@ def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layer
             raise ValueError(f"{what} {int(outside[0])} is outside the model's vocabulary of {d_vocab}")
     for prompts in (pairs.clean, pairs.corrupted):
         check_pads(model, prompts)
-    if site == "neurons" and layers is None:
-        raise ValueError("site 'neurons' needs layers=, for example layers=[-1]: every neuron is a cell")
-    layers = chosen("layers", layers, cfg.n_layers, "the model", "layer")
-    hook = f"blocks.{layers[0]}.{SITES[site].hook}"
+    row = SITES[site]
+    if row.unit == "neuron" and layers is None:
+        raise ValueError(f"site {site!r} needs layers=, for example layers=[-1]: every neuron is a cell")
+    layers = _named("layers", layers, cfg.n_layers, "layer", "the model's layers")
+    hook = row.name(layers[0])
     # An attention-only block has a hook point for the MLP it lacks.
-    absent = site == "mlp_out" and getattr(cfg, "attn_only", False)
+    absent = row.of_mlp and getattr(cfg, "attn_only", False)
     if absent or hook not in model.hook_dict:
         raise ValueError(f"site {site!r} is not in this model: it has no {hook}")
-    what = SITES[site].unit
-    grouped = site in "kv" and not getattr(cfg, "ungroup_grouped_query_attention", False)
+    grouped = row.of_keys and not getattr(cfg, "ungroup_grouped_query_attention", False)
     available = {
         "pos": n_pos,
         "head": getattr(cfg, "n_key_value_heads", None) if grouped else None,
         "neuron": cfg.d_mlp,
-    }[what] or cfg.n_heads
-    if units is not None and what == "pos":
+    }[row.unit] or cfg.n_heads
+    if units is not None and row.positional:
         raise ValueError(f"site {site!r} has positions, neither heads nor neurons to choose from")
-    units = chosen("units", units, available, "layer", what)
+    units = _named("units", units, available, row.unit, f"a layer's {row.unit}s")
     # What hooks of a user's do is not known: they may mix positions.
     causal = getattr(cfg, "attention_dir", "causal") == "causal" and not own_hooks(model)
     return Request(site, layers, units, by_position, direction, metric, n_pos, causal)
 
 
-def chosen(argument: str, value: Indices | None, available: int, holder: str, what: str) -> tuple[int, ...]:
-    """The indices that an argument names; None: all.
-
-    Raises:
-        ValueError: something else than whole numbers or a mask of `available` entries, indices that are not there,
-            none, or one of them twice.
-    """
-    if value is None:
-        return tuple(range(available))
-    plain: Any = value.tolist() if hasattr(value, "tolist") else value
-    many = isinstance(plain, Iterable) and not isinstance(plain, (str, bytes))
-    items = [x.item() if hasattr(x, "item") else x for x in plain] if many else [plain]
-    if many and items and all(isinstance(x, bool) for x in items):
-        if len(items) != available:
-            raise ValueError(f"{argument} is a mask of {len(items)}; {holder} has {available} {what}s")
-        items = [i for i, x in enumerate(items) if x]
-    for x in items:
-        if isinstance(x, bool) or not hasattr(x, "__index__"):
-            raise ValueError(f"{argument} must be whole numbers or a mask, not {x!r}")
-        if not -available <= operator.index(x) < available:
-            raise ValueError(f"{what} {x} is not there; {holder} has {available} {what}s")
-    indices = tuple(operator.index(x) % available for x in items)
-    if not indices:
-        raise ValueError(f"{argument} is empty")
-    if len(set(indices)) < len(indices):
-        raise ValueError(f"{argument} {items} name a {what} twice")
-    return indices
+def _named(argument: str, which: Places | None, n: int, what: str, those: str) -> tuple[int, ...]:
+    """The layers or units that an argument names; None: all."""
+    if which is None:
+        return tuple(range(n))
+    found = indices(which, n, what, range(n), those)
+    if len(set(found)) < len(found):
+        raise ValueError(f"{argument} {found} name a {what} twice")
+    return tuple(found)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -208,8 +209,8 @@ def may_differ(request: Request, differ: Bool[Tensor, "prompt pos"], layer: int)
     differ = differ[:, : request.n_read]
     if not request.causal:
         return torch.ones_like(differ)
-    if layer == 0 and request.site in ("resid_pre", "q", "k", "v"):
-        return differ  # row by row the same function of the same token
+    if layer == 0 and request.row.of_token:
+        return differ
     return differ.cumsum(1) > 0
 
 
@@ -223,10 +224,10 @@ def find_cells(request: Request, differs: Callable[[int], Tensor], differ: Tenso
     """
     n_pos = request.n_read
     allowed = torch.stack([may_differ(request, differ, layer) for layer in request.layers])
-    if request.causal and n_layers - 1 in request.layers and request.site not in ("resid_pre", "k", "v"):
+    if request.causal and n_layers - 1 in request.layers and not request.row.spreads:
         read = torch.zeros(n_pos, dtype=torch.bool)
         read[list(request.reads)] = True
-        allowed[request.layers.index(n_layers - 1)] &= read  # nothing above carries a change to other positions
+        allowed[request.layers.index(n_layers - 1)] &= read
     by_unit = not (request.positional or request.by_position)
     found = []
     for i, mask in zip(request.layers, on_device(allowed, device)):
@@ -247,7 +248,7 @@ def find_cells(request: Request, differs: Callable[[int], Tensor], differ: Tenso
 
 
 # ---------------------------------------------------------------------------------------------------------
-# The metric
+# What it costs
 
 
 class Tally:
@@ -259,64 +260,28 @@ class Tally:
     def linear(self, rows: int, n_in: int, n_out: int) -> None:
         self.flops += 2.0 * rows * n_in * n_out
 
+    def products(self, rows: int, linears: Sequence[Linear]) -> None:
+        self.flops += 2.0 * rows * sum(W.numel() for W, _ in linears)
 
-def read_metric(
-    model: LensModel,
-    request: Request,
-    pairs: PromptPairs,
-    final: Tensor,
-    prompt: Tensor,
-    norm: Norm,
-    tally: Tally | None = None,
-) -> Tensor:
-    """The metric of final residual streams [row, read position, d_model] of the prompts named, one number a row.
+    def block(self, layer: Layer, rows: int, keys: int, *, of_q: int | None = None, of_kv: int | None = None) -> None:
+        """A block of so many rows that see so many keys; of_q, of_kv: where queries, keys, values of others are new."""
+        self.products(rows if of_q is None else of_q, layer.of_qkv[:1])
+        self.products(rows if of_kv is None else of_kv, layer.of_qkv[1:])
+        self.attention(layer, rows, keys)
+        self.products(rows, layer.of_attn_out)
+        self.mlp(layer, rows)
 
-    Raises:
-        ValueError: the metric's value has the wrong shape. Whether it is finite, `check_finite` says.
-    """
-    metric = request.metric
-    n_rows, n_reads = final.shape[:2]
-    d_model, d_vocab = model.unembed.W_U.shape
-    if not isinstance(metric, Metric):
-        logits = unembed(model, final, norm=norm)
-        if tally:
-            tally.linear(n_rows * n_reads, d_model, d_vocab)
-        return _valid(metric(logits), n_rows, request)
-    columns = metric.columns(pairs)
-    width = d_vocab if columns is None else columns.shape[1]
-    if tally:
-        tally.linear(n_rows * n_reads, d_model, width)
-    step = max(1, LOGITS.get(final.device.type, 2**26) // (n_reads * width * (1 if columns is None else d_model)))
-    values = []
-    for i in range(0, n_rows, step):
-        p = prompt[i : i + step]
-        tokens = None if columns is None else columns[p][:, None].expand(-1, n_reads, -1)
-        logits = unembed(model, final[i : i + step], tokens, norm=norm)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        values.append(_valid(metric.function(logits, *(c[p] for c in metric.context)), len(p), request))
-    return torch.cat(values)
+    def attention(self, layer: Layer, rows: int, keys: int) -> None:
+        self.flops += 4.0 * rows * len(layer.W_O) * keys
+
+    def mlp(self, layer: Layer, rows: int) -> None:
+        if layer.W_in is not None:
+            self.products(rows, (*layer.of_hidden, *layer.of_mlp_out))
 
 
-def _valid(value, n_rows: int, request: Request) -> Tensor:
-    if not isinstance(value, Tensor) or tuple(value.shape) != (n_rows,):
-        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"metric {request.metric_name} returned {got}, wanted is one number per prompt, [{n_rows}]")
-    return value.to(torch.promote_types(value.dtype, torch.float32))
-
-
-def check_finite(request: Request, values: Tensor, what: str = "", first: int = 0) -> None:
-    """Raise ValueError unless the metric's values [prompt, ...] are finite.
-
-    Args:
-        what: what of the metric they are.
-        first: the number of the first prompt.
-    """
-    bad = ~torch.isfinite(values)
-    if bad.any():
-        prompt = int(bad.flatten(1).any(1).int().argmax()) if bad.ndim > 1 else int(bad.int().argmax())
-        value = values[bad][0].item()
-        name = f"{what} metric {request.metric_name}".lstrip()
-        raise ValueError(f"{name} is {value} for prompt {first + prompt}, it must be finite")
+def itemsize(model: LensModel, weights: Weights | None) -> int:
+    """Bytes of one number of the activations."""
+    return model.cfg.dtype.itemsize if weights is None else max(4, model.cfg.dtype.itemsize)
 
 
 def memory_budget(model: LensModel, max_memory: int | None) -> int:

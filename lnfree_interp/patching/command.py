@@ -12,8 +12,8 @@ from ..figures.patching import effect_heatmaps
 from ..lens import LensModel
 from ..pairs import PromptPairs, groups_from_file, induction_pairs, ioi_pairs
 from .activation import activation_patching
+from .attribution import attribution_patching
 from .effect import PatchingEffect, moved, normalized, patching_error, solved
-from .gradients import attribution_patching
 from .sites import METRICS
 
 
@@ -30,6 +30,7 @@ def _pairs(args, model: LensModel) -> dict[int, PromptPairs]:
 
 def run(args) -> None:
     methods = list(dict.fromkeys(args.method))
+    options = {"integrated": {"steps": args.steps, "path": args.path}, "second_order": {"joint": args.joint}}
     errors, effects, panels, labels, notes = [], [], {}, [], []
     for name, model in cli.models(args):
         groups = _pairs(args, model)
@@ -53,14 +54,7 @@ def run(args) -> None:
             for method in methods:
                 with cli.bar(f"{name}: {method}", "prompt") as progress:
                     found[method] = attribution_patching(
-                        model,
-                        pairs,
-                        method=method,
-                        steps=args.steps,
-                        path=args.path,
-                        joint=args.joint,
-                        **common,
-                        progress=progress,
+                        model, pairs, method=method, **options.get(method, {}), **common, progress=progress
                     )
                 error = patching_error(found[method], exact, normalize=not args.raw, least=args.least, seed=args.seed)
                 errors.append(error.table().assign(model=name, tokens=n_pos))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -45,8 +44,7 @@ def check_model(model: LensModel, tokens: Int[Tensor, "prompt pos"]) -> None:
 
 def names(site: str, layer: int) -> dict[str, str]:
     """Name -> hook of what a site needs recorded in a layer, the residual stream before it included."""
-    block = f"blocks.{layer}."
-    return {"resid_pre": block + SITES["resid_pre"].hook, site: block + SITES[site].hook}
+    return {name: SITES[name].name(layer) for name in ("resid_pre", site)}
 
 
 def record(model: LensModel, tokens: Tensor, site: str, weights: Weights | None) -> Recorded:
@@ -68,26 +66,12 @@ def record(model: LensModel, tokens: Tensor, site: str, weights: Weights | None)
 
 def differs(request: Request, base: Tensor, source: Tensor) -> Tensor:
     """Where a layer's activation differs between the runs: Bool[Tensor, "prompt pos"], or "prompt pos unit"."""
-    different = base != source
-    if request.positional:
-        return different.any(-1)
-    if request.site == "pattern":
-        return request.of_units(different, 1).any(-1).transpose(1, 2)
-    different = request.of_units(different, 2)
-    return different if request.site == "neurons" else different.any(-1)
+    return request.by_place(base != source, torch.any)
 
 
 def overwritten(x: Tensor, values: Tensor, request: Request, cells: Cells) -> Tensor:
     """x [cell, ...] with each cell's activation replaced by that of `values`, shaped alike; cells on the device."""
-    new = x.clone()
-    row = torch.arange(len(x), device=x.device)
-    at: tuple[Any, ...]
-    if request.positional:
-        at = (row, cells.start)
-    elif request.site == "pattern":  # [cell, head, query, key]
-        at = (row, cells.unit, cells.pos) if request.by_position else (row, cells.unit)
-    else:  # [cell, pos, head or neuron, ...]
-        at = (row, cells.pos, cells.unit) if request.by_position else (row, slice(None), cells.unit)
+    new, at = x.clone(), request.index(cells)
     new[at] = values[at]
     return new
 
@@ -96,10 +80,10 @@ def patch_hooks(
     request: Request, base: Recorded, source: Recorded, layer: int, cells: Cells, own: tuple[str, ...]
 ) -> dict[str, Callable]:
     """The hook that overwrites the activation of each cell of a layer; `own` are the model's own hooks."""
-    name, values = f"blocks.{layer}.{SITES[request.site].hook}", source[request.site][layer][cells.prompt]
-    if request.site == "resid_mid" and name not in own:
-        # Where resid_mid is only what the MLP reads (TransformerBridge), an edit of it must be one of attn_out.
-        name = f"blocks.{layer}.{SITES['attn_out'].hook}"
+    name, values = request.row.name(layer), source[request.site][layer][cells.prompt]
+    if request.row.edited_through is not None and name not in own:
+        # On a TransformerBridge resid_mid is only what the MLP reads.
+        name = SITES[request.row.edited_through].name(layer)
         values = values - base["resid_pre"][layer][cells.prompt]
     return {name: lambda x: overwritten(x, values, request, cells)}
 

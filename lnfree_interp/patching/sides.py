@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..forward import Past, run, run_both
+from ..batching import d_vocab_out
+from ..forward import Past, Stream, run, run_streams
+from ..layers import wide
 from ..lens import LensModel
 from ..pairs import PromptPairs
 from ..weights import Norm, Weights, final_norm
-from .cells import Request, may_differ, on_device, read_metric, tokens_differ
-from .sites import SITES
+from .cells import Request, may_differ, on_device, tokens_differ
+from .reading import Sample, check_rows, read_metric
 
 Activations = dict[int, Tensor]
 """Layer -> the site's activation of all prompts."""
@@ -28,7 +29,8 @@ def numbers_per_prompt(model: LensModel, request: Request) -> int:
     cfg = model.cfg
     of_mlp = (5 if getattr(cfg, "gated_mlp", False) else 3) * (cfg.d_mlp or 0)
     per_position = 14 * cfg.d_model + of_mlp + 2 * cfg.n_heads * request.n_read
-    return request.n_read * cfg.n_layers * per_position
+    logits = 0 if request.metric.tokens is not None else len(request.reads) * d_vocab_out(cfg)
+    return request.n_read * cfg.n_layers * per_position + 3 * logits
 
 
 @contextmanager
@@ -60,17 +62,16 @@ class Window:
         return final_norm(self.model) if self.weights is None else self.weights.ln_final
 
     @property
-    def reads(self) -> list[int] | slice:
+    def reads(self) -> Tensor | slice:
         reads = [position - self.first for position in self.request.reads]
-        # A slice where it is one: a list has to be sent to the device.
+        # A slice where it is one: nothing has to be sent to the device.
         together = reads == list(range(reads[0], reads[-1] + 1))
-        return slice(reads[0], reads[-1] + 1) if together else reads
+        return slice(reads[0], reads[-1] + 1) if together else on_device(torch.tensor(reads), self.model.cfg.device)
 
     @property
     def only_reads(self) -> bool:
         """Whether the last layer computes only the positions read: where the site is seen at all positions."""
-        last = self.model.cfg.n_layers - 1
-        return self.request.site in ("resid_pre", "k", "v") or last not in self.request.layers
+        return self.request.row.spreads or self.model.cfg.n_layers - 1 not in self.request.layers
 
     def options(self, hooks: Mapping[str, Callable]) -> dict:
         """What `forward.run` takes by name."""
@@ -126,8 +127,7 @@ class Case:
 
 def site_hooks(request: Request, hook: Callable[[Tensor, int], Tensor | None]) -> dict[str, Callable]:
     """The hook on the site's activation in the layers asked for; it is told the layer."""
-    name = SITES[request.site].hook
-    return {f"blocks.{i}.{name}": lambda x, i=i: hook(x, i) for i in request.layers}
+    return {request.row.name(i): lambda x, i=i: hook(x, i) for i in request.layers}
 
 
 def gradients(value: Tensor, nodes: Activations, *, create_graph: bool = False) -> Activations:
@@ -179,28 +179,29 @@ def both_sides(
     _note(hooks_of_source, "blocks.0.hook_resid_pre", partial(resid.__setitem__, -1))
     for i in layers:
         _note(hooks, f"blocks.{i}.hook_resid_pre", partial(resid.__setitem__, i))
-    inputs: dict[str, Any]
-    inputs_of_source: dict[str, Any]
-    if weights is None:
-        inputs, inputs_of_source = {"tokens": base_tokens}, {"tokens": source_tokens}
-    else:
-        inputs = {"resid": weights.enter(base_tokens[:, start:], slice(start, request.n_read))}
-        inputs_of_source = {"resid": weights.enter(source_tokens, slice(request.n_read))}
-    options = of_source.options(hooks_of_source) | ({"keep": past.kept} if start else {})
-    if graph and weights is not None:
-        options_of_base = window.options(hooks)
-        final, final_of_source = run_both(model, inputs | options_of_base, inputs_of_source | options, weights=weights)
-        final, final_of_source = window.at_reads(final), of_source.at_reads(final_of_source)
+    options, options_of_base = of_source.options(hooks_of_source), window.options(hooks)
+    if weights is not None:
+        # The source's keys and values before the window are the base's, too.
+        streams = [
+            Stream(weights.enter(source_tokens, slice(request.n_read)), **options, keep=past.kept),
+            Stream(weights.enter(base_tokens[:, start:], slice(start, request.n_read)), **options_of_base),
+        ]
+        with torch.set_grad_enabled(graph):
+            final_of_source, final = run_streams(weights, streams)
     else:
         with torch.no_grad():
-            final_of_source = of_source.at_reads(run(model, **inputs_of_source, **options, weights=weights))
+            final_of_source = run(model, source_tokens, **options)
         with torch.set_grad_enabled(graph):
-            final = window.run(**inputs, hooks=hooks)
+            final = run(model, base_tokens, **options_of_base)
+    final, final_of_source = window.at_reads(final), of_source.at_reads(final_of_source)
+    sample: list[Sample] = []
     with torch.no_grad():
-        at_source = read_metric(model, request, pairs, final_of_source, everyone, window.norm)
+        at_source = read_metric(model, request, pairs, final_of_source, everyone, window.norm, sample=sample)
     with torch.set_grad_enabled(graph):
-        value = read_metric(model, request, pairs, final, everyone, window.norm)
-    source = {i: x[:, :, start:] if request.site == "pattern" else x[:, start:] for i, x in source.items()}
+        value = read_metric(model, request, pairs, final, everyone, window.norm, sample=sample)
+    check_rows(request.metric, sample)
+    axis = request.row.pos_axis
+    source = {i: x.narrow(axis, start, x.shape[axis] - start) for i, x in source.items()}
     resid[-1] = resid[-1][:, start:]
     base = {i: x.detach() for i, x in nodes.items()}
     allowed = on_device(torch.stack([may_differ(request, differ, i)[:, start:] for i in base]), device)
@@ -224,15 +225,16 @@ def _note(hooks: dict[str, Callable], name: str, note: Callable[[Tensor], None])
 
 
 def _over_positions(mask: Tensor, request: Request, like: Tensor) -> Tensor:
-    """Bool [prompt, pos] shaped to broadcast over an activation; a pattern's position is its query's."""
-    axis = 2 if request.site == "pattern" else 1
+    """Bool [prompt, pos] shaped to broadcast over an activation."""
     shape = [1] * like.ndim
-    shape[0], shape[axis] = mask.shape
+    shape[0], shape[request.row.pos_axis] = mask.shape
     return mask.view(shape)
 
 
-def products(delta: Activations, grads: Activations) -> Activations:
-    return {i: delta[i] * grads[i] for i in delta}
+def first_order(case: Case, grads: Activations) -> Tensor:
+    """d times a gradient, one number per cell, 0 at the positions before the window."""
+    values = contract(case.request, {i: case.delta[i] * grads[i] for i in case.delta})
+    return torch.nn.functional.pad(values, (case.window.first, 0)) if "pos" in case.request.axes else values
 
 
 def contract(request: Request, terms: Activations) -> Tensor:
@@ -241,11 +243,7 @@ def contract(request: Request, terms: Activations) -> Tensor:
 
 
 def _contract(request: Request, x: Tensor) -> Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = request.by_place(wide(x), torch.sum)
     if request.positional:
-        return x.sum(-1)
-    if request.site == "pattern":
-        x = request.of_units(x.sum(-1), 1)  # [prompt, head, query]
-    else:
-        x = request.of_units(x if request.site == "neurons" else x.sum(-1), 2).transpose(1, 2)
-    return x if request.by_position else x.sum(-1)
+        return x
+    return x.transpose(1, 2) if request.by_position else x.sum(1)

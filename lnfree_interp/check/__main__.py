@@ -1,0 +1,32 @@
+"""python -m lnfree_interp.check"""
+
+from __future__ import annotations
+
+from .. import cli
+from ..names import DTYPES, dtype_name, locate_checkpoint
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Which of this package's laws hold for a model, and what of it is fast. Exit status 1 if one fails."""
+    parser = cli.OneLineParser(prog="python -m lnfree_interp.check", description=main.__doc__)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="a name of available_models(), a hub id or a directory")
+    add("--device", help="cpu, cuda, cuda:N or mps (default: a GPU if there is one)")
+    add("--dtype", default="float32", help=f"{', '.join(DTYPES)} (float32); float64 is sharper")
+    add("--seed", type=int, default=0, help="of the cells and components that are tried (0)")
+    return cli.guard(_run, parser.parse_args(argv), parser.prog, check=_check)
+
+
+def _check(args) -> None:
+    dtype_name(args.dtype)
+    locate_checkpoint(args.model)
+
+
+def _run(args) -> int:
+    from .command import run
+
+    return run(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
