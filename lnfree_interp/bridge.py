@@ -22,12 +22,8 @@ from .lens import LensModel
 NATIVE = "TransformerLensNative"
 # Architectures whose blocks `Layer` computes, by the class of the module inside.
 ARCHITECTURES = {
+    **{f"{name}ForCausalLM": f"{name}ForCausalLM" for name in ("GPTNeoX", "Llama", "Mistral", "Qwen2", "Qwen3")},
     "GPT2LMHeadModel": "GPT2LMHeadModel",
-    "GPTNeoXForCausalLM": "GPTNeoXForCausalLM",
-    "LlamaForCausalLM": "LlamaForCausalLM",
-    "MistralForCausalLM": "MistralForCausalLM",
-    "Qwen2ForCausalLM": "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM": "Qwen3ForCausalLM",
     NATIVE: "NativeModel",
 }
 # Ways to scale the frequencies of rotary positions that do not depend on the prompt's length.
@@ -72,9 +68,12 @@ def block_of(model: LensModel, layer: int) -> Any:
     """A Bridge's block under HookedTransformer's names: attn.W_Q, attn.b_O, mlp.W_out, ..., views; absent biases are 0.
 
     Raises:
-        ValueError: as `_linear`.
+        ValueError: as `_linear`; a block that has no such parts.
     """
     block, cfg = model.blocks[layer], model.cfg
+    attn = getattr(block, "attn", None)
+    if any(getattr(attn, part, None) is None for part in "qkvo"):
+        raise ValueError(f"a {cfg.architecture}'s block has no queries, keys, values and output to be read")
     n_heads, n_key_heads = cfg.n_heads, getattr(cfg, "n_key_value_heads", None) or cfg.n_heads
     W_Q, b_Q = _heads(block.attn.q, n_heads)
     W_K, b_K = _heads(block.attn.k, n_key_heads)
@@ -249,6 +248,8 @@ def read_bridge(model: LensModel) -> Weights:
             raise ValueError(f"cfg.{flag} is {getattr(cfg, flag)!r}, which this package's own forward does not compute")
     if cfg.attention_dir != "causal":
         raise ValueError("its attention is not causal")
+    if model.training and getattr(model.blocks[0].attn.original_component, "attention_dropout", None):
+        raise ValueError("it is in training mode, with dropout in its attention")
     rotary, act = _rotary(model), None if cfg.attn_only else _act(model)
     cap = float(getattr(cfg, "attn_scores_soft_cap", None) or -1)
     layers = []

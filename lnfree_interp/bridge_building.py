@@ -45,6 +45,15 @@ _OTHER = (
     *("use_local_attn", "window_size", "attn_types", "use_attn_scale", "scale_attn_by_inverse_layer_idx"),
 )
 _OFF = (None, False, -1, -1.0)
+# What a Bridge's cfg says only if it is told.
+_KEPT = (
+    "default_prepend_bos",
+    "use_attn_scale",
+    "original_architecture",
+    "use_local_attn",
+    "window_size",
+    "attn_types",
+)
 
 
 def build_bridge(fields: Mapping[str, Any], tokenizer: Any = None) -> LensModel:
@@ -83,8 +92,9 @@ def build_bridge(fields: Mapping[str, Any], tokenizer: Any = None) -> LensModel:
         model_name=fields.get("model_name", "custom"),
         post_adapter_hook=plan,
     )
-    bridge.cfg.default_prepend_bos = fields.get("default_prepend_bos", True)
-    bridge.cfg.use_attn_scale = fields.get("use_attn_scale", True)
+    for name in (*_KEPT, *_ROTARY):
+        if name in fields:
+            setattr(bridge.cfg, name, fields[name])
     for block in bridge.blocks:
         _one_copy(block.attn)
         for part in (block.attn.q, block.attn.k, block.attn.v, block.attn.o, block.mlp.out):
