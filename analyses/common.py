@@ -184,8 +184,8 @@ class Analysis:
 
 def model_fingerprint(name: str) -> str:
     """A hash of a model's name and files."""
-    directory = locate_checkpoint(name)
-    files = sorted([*directory.glob("*.json"), *directory.glob("*.safetensors")])
+    path = locate_checkpoint(name)
+    files = [path] if path.is_file() else sorted([*path.glob("*.json"), *path.glob("*.safetensors")])
     return ":".join([cli.display_name(name), *(file_fingerprint(file) for file in files)])
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import weakref
+from importlib.metadata import version
 from unittest.mock import patch
 
 import pytest
@@ -20,6 +21,8 @@ from lnfree_interp.folding import fold
 from lnfree_interp.names import CHECKPOINTS
 
 TRAINED_FOR, CONTEXT = 8, 24
+# From TransformerLens 4 on a model's positions are transformers' own, in fp32 whatever its dtype.
+POSITIONS_IN_FP32 = int(version("transformer_lens").split(".")[0]) >= 4
 # Scalings of rotary positions, and how far fp64 log-probabilities may be off: TransformerLens computes the frequencies
 # of Llama 3's scaling in fp32, whatever the model's dtype.
 ROPES = {
@@ -28,7 +31,7 @@ ROPES = {
     "llama3": (
         {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         | {"original_max_position_embeddings": TRAINED_FOR},
-        1e-6,
+        1e-5,
     ),
     "yarn": ({"factor": 3.0, "original_max_position_embeddings": TRAINED_FOR}, 1e-9),
     "yarn with all options": (
@@ -101,7 +104,7 @@ def assert_loads_as_transformers_does(directory, expected=None, *, ln_free=False
         ours = model(tokens_of()).double().log_softmax(-1)
         assert read_weights(model) is not None
         if dtype == torch.float64:
-            assert (ours - expected).abs().max() < within
+            assert (ours - expected).abs().max() < (1e-5 if POSITIONS_IN_FP32 else within)
         assert (ours - expected).norm() / expected.norm() <= 1e-5
     return model
 
@@ -178,8 +181,8 @@ def test_coordinates(model_type, tmp_path):
     for writer in (model.W_E, model.W_O, model.b_O, model.W_out):
         assert (writer.mean(-1).abs().max() < 1e-12) == (model_type == "gpt_neox")
     assert model.W_U.mean(-1).abs().max() < 1e-12 and not model.b_V.any() and model.b_O.any()
-    names = dict(model.named_parameters())
-    assert any(name.endswith("q_norm.w") for name in names) == (model_type == "qwen3")
+    weights = read_weights(model)
+    assert (weights.layers[0].q_norm.kind is not None) == (model_type == "qwen3")
 
 
 def test_norms_that_are_constant_need_not_be_neutral(tmp_path):
@@ -222,7 +225,7 @@ def test_old_pythia_files(tmp_path):
 
     edit(tmp_path, old)
     model = assert_loads_as_transformers_does(tmp_path, expected)
-    assert model.cfg.rotary_dim == 2 and not model.cfg.default_prepend_bos
+    assert open_checkpoint(tmp_path).fields["rotary_dim"] == 2 and not model.cfg.default_prepend_bos
 
 
 def test_a_head_that_is_stored_is_read_though_the_config_ties_it(tmp_path):
@@ -431,7 +434,7 @@ def test_llama_3s_factors_in_a_gguf_file(tmp_path):
     file = write_gguf(
         tmp_path / "model.gguf", tmp_path, change=lambda state: state.update({"rope_freqs.weight": factors})
     )
-    assert_loads_as_transformers_does(file, reference(tmp_path), within=1e-6)
+    assert_loads_as_transformers_does(file, reference(tmp_path), within=1e-5)
     other = factors.clone()
     other[3] += 0.1
     file = write_gguf(
