@@ -96,11 +96,13 @@ def test_attributions_sum_to_the_logit_and_direct_effects_are_removals(model, to
     assert (linear.values - exact.values).abs().mean() > 0.05 * exact.values.abs().mean()
 
 
-@pytest.mark.parametrize("task", [ioi_pairs, induction_pairs])
-def test_a_patched_cell_is_a_plain_hook(model, task):
+@pytest.mark.parametrize(
+    "task, sites", [(ioi_pairs, SITES), (induction_pairs, ("resid_pre", "q", "pattern"))], ids=["IOI", "induction"]
+)
+def test_a_patched_cell_is_a_plain_hook(model, task, sites):
     pairs = task(model, 2, seed=1)
     at = int(pairs.differ[0].nonzero()[0])  # where the prompts differ
-    for site in SITES:
+    for site in sites:
         units = {"pos": None, "head": [0, 1, 2], "neuron": [5, 700, 1359]}[SITES[site].unit]
         effect = activation_patching(model, pairs, site=site, layers=LAYERS, units=units)
         assert solved(effect, 2.0).all()  # the model does the task
@@ -129,7 +131,7 @@ def test_attribution_patching_is_the_gradient_of_plain_hooks(model):
 
 
 def test_scanning_the_last_layer_is_ablating_by_plain_hooks(model, tokens):
-    tokens, last = tokens[:1], model.cfg.n_layers - 1
+    tokens, last = tokens[:1, :12], model.cfg.n_layers - 1
     scan = ablate_neurons(model, tokens, tolerance=1e-6)
     ranking = rank_confidence_neurons(model)
     for i in (*ranking.neuron[:2], int(scan.loss.abs().sum((1, 2)).argmax()), int(ranking.neuron.iloc[-1])):
