@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import common
+from real_model_page import TITLES
 
 from lnfree_interp.figures.style import COLOURS, styled
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 WIDTH = 800
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
-TITLES = {"ioi": "IOI", "induction": "induction"}
 LEGEND = {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0}
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import common
-import real_model_figures as figures
 from common import Claim
 
 from lnfree_interp import cli
@@ -17,6 +16,7 @@ from lnfree_interp import cli
 if TYPE_CHECKING:
     import pandas as pd
 
+TITLES = {"ioi": "IOI", "induction": "induction"}
 MASSIVE = 3.0
 """A token is massive where the root mean square of its residual stream is so many times the median of its layer."""
 
@@ -171,7 +171,7 @@ def of_patching(t: dict[str, pd.DataFrame], about: About) -> str:
         moved = (
             f"{part.solved.iloc[0]} of {about.pairs} pairs answered the right way, errors over {part.prompts.iloc[0]}"
         )
-        text += f"\n**{figures.TITLES[task]}** ({moved}), relative error:\n\n"
+        text += f"\n**{TITLES[task]}** ({moved}), relative error:\n\n"
         rows = []
         for site, of_site in part.groupby("site", sort=False):
             cells = {r.method: number(r.relative, r.relative_low, r.relative_high) for r in of_site.itertuples()}
@@ -262,6 +262,7 @@ def of_norms(norms: pd.DataFrame, sinks: pd.DataFrame) -> str:
 def write(t: dict[str, pd.DataFrame], about: About, out: Path, where: Path) -> None:
     """Figures and tables into `out`, the page to `where`."""
     import pandas as pd
+    import real_model_figures as figures
 
     patched = pd.concat([table for name, table in t.items() if name.startswith("patching-")], ignore_index=True)
     drawn = {
@@ -296,7 +297,7 @@ def body(t: dict[str, pd.DataFrame], about: About, folder: str) -> str:
     loss = t["loss"].iloc[0]
     verdicts = [[c.statement, c.paper, c.ours, c.agrees] for c in claims(t)]
     layers = "".join(
-        shown(f"patching_layers_{task}", f"Errors by layer, {figures.TITLES[task]}") + "\n"
+        shown(f"patching_layers_{task}", f"Errors by layer, {TITLES[task]}") + "\n"
         for task in dict.fromkeys(n.split("-")[1] for n in t if n.startswith("patching-"))
     )
     return f"""# A real model

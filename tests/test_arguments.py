@@ -24,6 +24,7 @@ from lnfree_interp import (
     activation_patching,
     attention_sinks,
     attribution_patching,
+    check_model,
     compare_models,
     direct_effect,
     direct_logit_attribution,
@@ -40,6 +41,7 @@ from lnfree_interp import (
     read_documents,
     read_weights,
     residual_norms,
+    why_not_read,
 )
 from lnfree_interp.batching import check_ids, check_tokens, token_batches
 from lnfree_interp.metrics import kl_from_clean
@@ -117,6 +119,7 @@ OF_TOKENS = {
     "attention_sinks": attention_sinks,
     "evaluate_loss": evaluate_loss,
     "compare_models": lambda model, tokens: compare_models({"m": model}, tokens),
+    "check_model": lambda model, tokens: check_model(model, tokens).holds,
 }
 
 
@@ -134,6 +137,7 @@ def of_model(folder, pairs):
         "kl_from_clean": lambda m: kl_from_clean(m, pairs).context,
         "rank_confidence_neurons": rank_confidence_neurons,
         "read_weights": lambda m: read_weights(m).layers[-1].W_O,
+        "why_not_read": why_not_read,
         "hellaswag": lambda m: hellaswag(m, [ITEM]),
         "generate_samples": lambda m: generate_samples({"m": m}, TEXT, max_new_tokens=2),
         "ioi_pairs": lambda m: ioi_pairs(m, 2),

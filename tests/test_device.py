@@ -23,6 +23,7 @@ from lnfree_interp import (
     attention_sinks,
     attribution_error,
     attribution_patching,
+    check_model,
     compare_models,
     cross_entropy,
     direct_effect,
@@ -241,6 +242,8 @@ ONLY_FAST |= {f"activation_patching:{site}" for site in ("resid_mid", "resid_pos
 NO_DEVICE = {
     "load_model": "chooses the device",
     "read_weights": "views of the model's own",
+    "why_not_read": "words",
+    "check_model": "waits for every number; its law is below",
     "available_models": "a table of names",
     "read_documents": "text",
     "token_blocks": "text to token ids, on the CPU",
@@ -362,3 +365,8 @@ def test_pairs_are_made_where_they_are_read_from(make):
     here, there = (make(m, 3) for m in (model, on_device(model)))
     for a, b in zip(numbers(here).values(), numbers(there).values()):
         torch.testing.assert_close(a, b)
+
+
+def test_a_model_is_checked_where_it_is():
+    check = check_model(on_device(load_model("tiny-noLN", device="cpu")), [[1, 2, 3, 4]])
+    assert check.holds, check.failed

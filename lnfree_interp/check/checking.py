@@ -68,7 +68,7 @@ def check_model(
 
 def _measured(name: str, outcome: Outcome, tolerance: float, case: Case) -> Law:
     found, wanted, *size = outcome
-    found, wanted = (x.detach().double().cpu() for x in (found, wanted))
+    found, wanted = (x.detach().cpu().double() for x in (found, wanted))
     largest = size[0] if size else case.logits.abs().max().item()
     error, reach = ((x.abs().max() / largest).item() for x in (found - wanted, wanted))
     return Law(name, error, reach, tolerance)

@@ -248,7 +248,7 @@ def _entropy(logits: Tensor) -> Tensor:
 def _norms(case: Case) -> Outcome:
     found = residual_norms(case.model, case.tokens, per_position=True)
     streams = [case.clean[_hook_of(point)].expand(len(case.tokens), -1, -1) for point in found.points]
-    wanted = torch.stack([x.double().norm(dim=-1).mean(0) for x in streams])
+    wanted = torch.stack([x.cpu().double().norm(dim=-1).mean(0) for x in streams])
     return found.norm[..., found.statistics.index("mean")], wanted, wanted.max().item()
 
 
