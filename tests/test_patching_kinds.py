@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import KINDS, NEW_KINDS, copy_weights, make_model
+from conftest import HOOKED, KINDS, NEW_KINDS, copy_weights, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_patching import assert_matches_plain_hooks, make_pairs
@@ -107,7 +107,8 @@ def test_a_group_of_heads_is_patched_through_its_key(model_of):
 def test_estimates_are_those_of_plain_derivatives(any_kind, options):
     pairs = make_pairs(any_kind, n=2, pos=4, changed=((1,), (2,)))
     for site in every_site(any_kind):
-        if site != "neurons":
+        # A Bridge's own resid_mid is what ln2 reads, beside the skip path.
+        if site != "neurons" and not (site == "resid_mid" and lens.is_bridge(any_kind)):
             assert_estimates_match(any_kind, pairs, site, 0, options, tol=10 * tolerance(any_kind))
 
 
@@ -179,6 +180,7 @@ def test_with_all_rules_a_gated_mlp_conserves_relevance(model_of):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", NEW_KINDS)
+@pytest.mark.skipif(not HOOKED, reason="a Bridge makes its rotary tables anew: its precise copy's are not rounded")
 def test_half_precision_is_that_of_the_weights_alone(kind):
     normalization, fields = KINDS[kind]
     model, exact = make_model(normalization, dtype=torch.bfloat16, **fields), make_model(normalization, **fields)
