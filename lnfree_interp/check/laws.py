@@ -24,7 +24,7 @@ from ..names import locate_checkpoint, weight_files
 from ..neurons import ablate_neurons
 from ..norms import residual_norms
 from ..patching import DIRECTIONS, SITES, activation_patching, attribution_patching
-from ..weights import own_hooks
+from ..weights import block_of, own_hooks
 from .case import SAMPLE, Case
 from .result import TOLERANCES
 
@@ -129,7 +129,7 @@ def _component(case: Case, label: str) -> Float[Tensor, "#batch #pos d_model"]:
     if not (parts := re.fullmatch(r"L(\d+)(?:\.(\w+)|([HN])(\d+))", label)):
         return case.clean[f"hook_{label}"]
     layer, name, kind, unit = parts.groups()
-    block, hook = case.model.blocks[int(layer)], f"blocks.{layer}."
+    block, hook = block_of(case.model, int(layer)), f"blocks.{layer}."
     if name in ("attn", "mlp"):
         return case.clean[hook + f"hook_{name}_out"]
     if name is not None:
