@@ -46,7 +46,7 @@ def by_prompt_loop(model, pairs) -> torch.Tensor:
 
 def run(args) -> pd.DataFrame:
     """Median seconds of each method, as multiples of the loop and of one forward with all logits."""
-    model = random_model(args.shape, "LNPre", args.device)
+    model = random_model(args.shape, True, args.device)
     pairs = shaped_pairs(model, (3, 5))
     results = {}
 
