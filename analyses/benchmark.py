@@ -2,6 +2,7 @@
 
 python analyses/benchmark.py dla
 python analyses/benchmark.py dla --device cuda --shape xl
+python analyses/benchmark.py patching --quick --shape smollm2
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import argparse
 import importlib
 import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import NAMES, SHAPES
 
 from lnfree_interp import cli
 
@@ -32,12 +34,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small part, to see that it runs")
     parser.add_argument("--csv", type=Path, help="also write the table here")
     args = parser.parse_args()
+    if args.benchmark == "neurons" and args.shape == "smollm2":
+        parser.error("--shape smollm2 is not for neurons, which are measured on GPT-2's MLPs and LayerNorm")
     cli.say("loading PyTorch ...")
     import torch
 
     where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else cpu_name()
     threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
-    print(f"{args.benchmark}, GPT-2 {args.shape}'s shape, {where}{threads}, torch {torch.__version__}")
+    versions = f"torch {torch.__version__}, TransformerLens {version('transformer_lens')}"
+    print(f"{args.benchmark}, {NAMES[args.shape]}, {where}{threads}, {versions}")
     table = importlib.import_module(f"benchmarks.{args.benchmark}").run(args)
     print(table.to_string(index=False, float_format=lambda x: f"{x:.3g}"))
     if args.csv:

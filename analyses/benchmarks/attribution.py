@@ -6,6 +6,8 @@ of the corrupted prompt with hooks that keep every activation and its gradient, 
 
 from __future__ import annotations
 
+from functools import partial
+
 import pandas as pd
 import torch
 
@@ -25,28 +27,28 @@ def by_prompt_loop(model, pairs) -> torch.Tensor:
             _, clean_cache = model.run_with_cache(clean[None])
         values, grads = {}, {}
 
-        def keep(x, hook, values=values):
-            values[hook.name] = x.detach()
+        def keep(x, hook, name, values=values):
+            values[name] = x.detach()
 
-        def keep_gradient(g, hook, grads=grads):
-            grads[hook.name] = g.detach()
+        def keep_gradient(g, hook, name, grads=grads):
+            grads[name] = g.detach()
 
         model.reset_hooks()
-        for name in clean_cache:
-            model.add_hook(name, keep, "fwd")
-            model.add_hook(name, keep_gradient, "bwd")
+        names = [f"blocks.{i}.hook_resid_pre" for i in range(model.cfg.n_layers)]
+        for name in {*clean_cache, *names}:  # a TransformerBridge knows some hooks by several names
+            model.add_hook(name, partial(keep, name=name), "fwd")
+            model.add_hook(name, partial(keep_gradient, name=name), "bwd")
         logits = model(corrupted[None])[0, -1]
         (logits[answers[0]] - logits[answers[1]]).backward()
         model.reset_hooks()
         model.zero_grad()
-        names = [f"blocks.{i}.hook_resid_pre" for i in range(model.cfg.n_layers)]
         effects.append(torch.stack([((clean_cache[n] - values[n]) * grads[n]).sum(-1)[0] for n in names]))
     return torch.stack(effects)
 
 
 def run(args) -> pd.DataFrame:
     """Median seconds of each method, as multiples of the loop and of one forward with all logits."""
-    model = random_model(args.shape, "LNPre", args.device)
+    model = random_model(args.shape, True, args.device)
     pairs = shaped_pairs(model, (3, 5))
     results = {}
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of GPT-2's shapes with random weights, interleaved timing, peak memory."""
+"""What the benchmarks share: models of real shapes with random weights, interleaved timing, peak memory."""
 
 from __future__ import annotations
 
@@ -12,38 +12,49 @@ import torch
 
 from .shapes import SHAPES
 
+LOGITS = 2.5  # standard deviation of the logits, about a trained model's
+WRITERS = (".W_O", ".W_out", ".o._original_component.weight", "out._original_component.weight")
 
-def random_model(shape: str, normalization_type: str | None = "LNPre", device="cpu", dtype=torch.float32, seed=0):
-    """A HookedTransformer of a GPT-2's shape (50,257 tokens, context 1,024), weights normal with std 0.02."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    n_layers, d_model, n_heads = SHAPES[shape]
-    cfg = HookedTransformerConfig(
-        n_layers=n_layers,
-        d_model=d_model,
-        n_heads=n_heads,
-        d_head=d_model // n_heads,
-        d_mlp=4 * d_model,
-        n_ctx=1024,
-        d_vocab=50257,
-        act_fn="gelu_new",
-        normalization_type=normalization_type,
-        init_weights=False,
-        device=str(device),
-        dtype=dtype,
-        seed=seed,
-    )
+@torch.no_grad()
+def random_model(shape: str, normalised: bool = True, device="cpu", dtype=torch.float32, seed=0):
+    """A model of a shape with random weights: a HookedTransformer or, where there is none, a native TransformerBridge.
+
+    Every block adds the same share to the stream, activations are of the size of 1 and logits of `LOGITS`, with norms
+    and without, so that nothing is denormal and nothing overflows.
+    """
+    fields = SHAPES[shape] | {"device": str(device), "dtype": dtype, "seed": seed}
+    if not normalised:
+        fields |= {"normalization_type": None, "final_rms": False}
+    model, generator = _empty(fields), torch.Generator(device=device).manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.ndim == 1 and name.endswith((".w", ".weight")):
+            p.fill_(1.0)
+            continue
+        first = name.split(".")[0] in ("embed", "pos_embed", "tok_embed", "pos")
+        std = 1.0 if first else fields["d_model"] ** -0.5
+        if name.endswith(WRITERS):
+            std /= (2 * fields["n_layers"]) ** 0.5
+        p.normal_(0.0, std, generator=generator) if p.ndim > 1 else p.normal_(0.0, 0.02, generator=generator)
+    tokens = torch.randint(fields["d_vocab"], (2, 16), generator=generator, device=device)
+    model.eval().requires_grad_(False)
+    model.unembed.W_U.mul_(LOGITS / model(tokens).float().std())
+    return model
+
+
+def _empty(fields: dict):
+    try:
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+    except ImportError:
+        from transformer_lens.config import TransformerBridgeConfig
+        from transformer_lens.model_bridge import TransformerBridge
+
+        kind = fields["normalization_type"]  # a native model has the whole norms alone
+        fields = fields | {"normalization_type": kind and kind.removesuffix("Pre")}
+        return TransformerBridge.boot_native(TransformerBridgeConfig(**fields))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        model = HookedTransformer(cfg)
-    generator = torch.Generator(device=device).manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith(("ln1.w", "ln2.w", "ln_final.w")):
-                p.fill_(1.0)
-            else:
-                p.normal_(0.0, 0.02, generator=generator)
-    return model.eval().requires_grad_(False)
+        return HookedTransformer(HookedTransformerConfig(**fields, init_weights=False))
 
 
 def synchronise(device) -> None:

@@ -23,14 +23,14 @@ def transformer_lens_way(model, tokens, targets) -> torch.Tensor:
 
 def run(args) -> pd.DataFrame:
     """Seconds, ratios and peak memory, 8 x 128 tokens, all positions, LN and LN-free."""
-    return pd.DataFrame([row for normalization in ("LNPre", None) for row in _rows(args, normalization)])
+    return pd.DataFrame([row for normalised in (True, False) for row in _rows(args, normalised)])
 
 
 @torch.no_grad()
-def _rows(args, normalization: str | None) -> list[dict]:
-    model = random_model(args.shape, normalization, args.device)
+def _rows(args, normalised: bool) -> list[dict]:
+    model = random_model(args.shape, normalised, args.device)
     generator = torch.Generator().manual_seed(0)
-    tokens, targets = torch.randint(50257, (2, BATCH, POS), generator=generator).to(args.device)
+    tokens, targets = torch.randint(model.cfg.d_vocab, (2, BATCH, POS), generator=generator).to(args.device)
     ways = {
         "transformer_lens": lambda: transformer_lens_way(model, tokens, targets),
         "bare forward": lambda: model(tokens),
@@ -46,7 +46,7 @@ def _rows(args, normalization: str | None) -> list[dict]:
     memory = {name: peak_memory(way, args.device) for name, way in ways.items()}
     return [
         {
-            "normalization": str(normalization),
+            "normalization": str(model.cfg.normalization_type),
             "way": name,
             "seconds": seconds[name],
             "times faster than transformer_lens": seconds["transformer_lens"] / seconds[name],

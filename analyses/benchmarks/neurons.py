@@ -15,15 +15,14 @@ from lnfree_interp.forward import unembed
 from lnfree_interp.metrics import cross_entropy, entropy
 from lnfree_interp.neurons import ablate_neurons
 
-from .common import interleaved, median, random_model
+from .common import LOGITS, interleaved, median, random_model
 
-LOGITS = 2.5  # standard deviation of the logits
 EFFECT = 0.03  # mean effect of a neuron on the logits: 3,072 of them write two thirds of the logits' deviation
 
 
 def benchmark_model(shape: str, kind: str | None, device):
     """A model of GPT-2's shape whose predictions and neurons have a trained model's strength."""
-    model = random_model(shape, kind, device)
+    model = random_model(shape, kind is not None, device)
     with torch.no_grad():
         tokens = torch.randint(model.cfg.d_vocab, (1, 64), device=device)
         # Activations of a trained last layer are sparse and heavy-tailed: a negative bias, inputs that vary.
