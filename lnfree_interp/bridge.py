@@ -6,7 +6,7 @@ TransformerLens' own (`boot_native`). The weights are that module's, in that mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +35,19 @@ def names_of(model: Any, modules: Sequence[tuple[str, nn.Module]]) -> tuple[str,
     named = sorted(model.hook_dict.items(), key=lambda item: not item[0].endswith(("hook_in", "hook_out")))
     points = {id(point): name for name, point in named} if modules else {}  # HookedTransformer's name is a point's last
     return tuple(points.get(id(module), name.replace("_original_component.", "")) for name, module in modules)
+
+
+def modules_around(model: Any) -> list[tuple[str, nn.Module]]:
+    """The modules that a Bridge runs and does not list: the one inside, its trunk, the dropout of its embeddings."""
+    listed = {id(child) for child in model.children()}
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) not in listed:
+            yield name, module
+            for child_name, child in module.named_children():
+                yield from walk(f"{name}.{child_name}", child)
+
+    return list(walk("original_model", model.original_model))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -68,7 +81,7 @@ def block_of(model: LensModel, layer: int) -> Any:
     """A Bridge's block under HookedTransformer's names: attn.W_Q, attn.b_O, mlp.W_out, ..., views; absent biases are 0.
 
     Raises:
-        ValueError: as `_linear`; a block that has no such parts.
+        ValueError: as `_linear`; a block that has no such parts, or that runs others.
     """
     block, cfg = model.blocks[layer], model.cfg
     attn = getattr(block, "attn", None)
@@ -87,6 +100,10 @@ def block_of(model: LensModel, layer: int) -> Any:
     W_out, b_out = _linear(block.mlp.out)
     mlp = SimpleNamespace(W_in=W_in, b_in=b_in, W_out=W_out, b_out=b_out, W_gate=None, b_gate=None, b_linear=None)
     if "gate" in block.mlp.submodules:
+        for part in ("gate", "in", "out"):  # TransformerLens 3.9 runs what processing made, whatever took its place
+            weight, run = getattr(block.mlp, part).weight, getattr(block.mlp, f"_processed_W_{part}", None)
+            if run is not None and run.data_ptr() != weight.data_ptr():
+                raise ValueError(f"W_{part} of block {layer} was replaced, and the model runs the one before")
         mlp.W_gate, mlp.b_gate = _linear(block.mlp.gate)
         mlp.b_in, mlp.b_linear = None, b_in  # HookedTransformer's b_in comes after the product
     mlp.b_in = W_in.new_zeros(W_in.shape[1]) if mlp.b_in is None else mlp.b_in
@@ -178,12 +195,30 @@ def _window(model: LensModel, layer: int) -> int | None:
 
 
 def _act(model: LensModel) -> Any:
+    """The activation function of all blocks, by its config's name."""
     config = model.cfg if model.cfg.architecture == NATIVE else model.original_model.config  # type: ignore[attr-defined]
     names = [getattr(config, name, None) for name in ("activation_function", "hidden_act", "act_fn")]
     name = next((name for name in names if name is not None), None)
     if name not in ACTIVATIONS:
         raise ValueError(f"the activation function {name!r} is not read")
+    x = torch.linspace(-4, 4, 9, device="cpu")
+    wanted = ACTIVATIONS[name](x)
+    for i, block in enumerate(model.blocks):
+        own = _own_act(block.mlp)
+        learnt = isinstance(own, nn.Module) and any(True for _ in own.parameters())
+        if learnt or (own(x) - wanted).abs().max() > 1e-5:  # on the host: nothing waits for the device
+            raise ValueError(f"the activation function of block {i} is not its config's {name!r}")
     return ACTIVATIONS[name]
+
+
+def _own_act(mlp: Any) -> Any:
+    """The activation function that a Bridge's MLP runs."""
+    if "gate" in mlp.submodules and getattr(mlp, "_use_processed_weights", False):
+        from transformer_lens.model_bridge.generalized_components.gated_mlp import resolve_activation_fn
+
+        return resolve_activation_fn(mlp.config)
+    inner = mlp.original_component
+    return inner.act if hasattr(inner, "act") else inner.act_fn
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
@@ -201,16 +236,21 @@ def _probe(model: LensModel, names: Sequence[str]) -> tuple[Tensor, dict[str, Te
 
 @torch.no_grad()
 def check_readout(model: LensModel, norm: Norm) -> None:
-    """Whether an architecture that nothing here is written for reads its logits off the residual stream as others do.
+    """Whether a Bridge reads its logits off the residual stream with its final norm and one map.
 
     Raises:
-        ValueError: its logits are not W_U and b_U of the norm of its last residual stream.
+        ValueError: it has another head, or something around it; or its architecture is one that nothing here is
+            written for, and its logits are not W_U and b_U of the norm of its last residual stream.
     """
+    W_U = _linear(model.unembed)[0]
+    for name, module in modules_around(model):
+        if "forward" in vars(module) and list(module.children()):
+            raise ValueError(f"{name} has a forward of its own around the final norm, which nothing else knows of")
     if model.cfg.architecture in ARCHITECTURES:
         return
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     logits, found = _probe(model, [last])
-    read = norm(found[last]) @ _linear(model.unembed)[0] + model.unembed.b_U
+    read = norm(found[last]) @ W_U + model.unembed.b_U
     cap = float(getattr(model.cfg, "output_logits_soft_cap", None) or -1)
     if not _close(cap * torch.tanh(read / cap) if cap > 0 else read, logits):
         raise ValueError(
@@ -248,13 +288,13 @@ def read_bridge(model: LensModel) -> Weights:
             raise ValueError(f"cfg.{flag} is {getattr(cfg, flag)!r}, which this package's own forward does not compute")
     if cfg.attention_dir != "causal":
         raise ValueError("its attention is not causal")
-    if model.training and getattr(model.blocks[0].attn.original_component, "attention_dropout", None):
-        raise ValueError("it is in training mode, with dropout in its attention")
     rotary, act = _rotary(model), None if cfg.attn_only else _act(model)
     cap = float(getattr(cfg, "attn_scores_soft_cap", None) or -1)
     layers = []
     for i, block in enumerate(model.blocks):
-        parts = block_of(model, i)
+        parts, inner = block_of(model, i), block.attn.original_component
+        if (block.attn.training or inner.training) and getattr(inner, "attention_dropout", None):
+            raise ValueError(f"block {i} is in training mode, with dropout in its attention")
         attn = vars(parts.attn) | {"W_O": parts.attn.W_O.flatten(0, 1)}
         normed = "q_norm" in block.attn.submodules
         layer = Layer(

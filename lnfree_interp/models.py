@@ -105,7 +105,7 @@ def load_model(
     dtype: torch.dtype | str = torch.float32,
     revision: str | None = None,
 ):
-    """A checkpoint as a HookedTransformer in eval mode, parameters frozen.
+    """A checkpoint as a HookedTransformer (a TransformerBridge with TransformerLens 4) in eval mode, parameters frozen.
 
     LN-free checkpoints (see `layernorm.are_constant`) get `cfg.normalization_type = None`; the others "LNPre" or
     "RMSPre". log-probabilities are the HF model's; logits differ from it by a constant per position, the unembedding
@@ -150,7 +150,9 @@ def as_model(model: ModelOrName) -> LensModel:
     found = load_model(model) if isinstance(model, (str, Path)) else model
     if isinstance(found, type) or not all(hasattr(found, name) for name in ("cfg", "hook_dict", "blocks")):
         kind = found.__name__ if isinstance(found, type) else type(found).__name__
-        raise ValueError(f"model must be a HookedTransformer (see load_model) or a name, not {kind}")
+        raise ValueError(
+            f"model must be a HookedTransformer or TransformerBridge (see load_model) or a name, not {kind}"
+        )
     inside = found.modules() if lens.is_bridge(found) else ()
     adapters = [type(m).__name__ for m in inside if type(m).__module__.startswith("peft.")]
     if adapters:

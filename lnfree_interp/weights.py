@@ -120,10 +120,10 @@ def why_not_read(model: ModelOrName) -> str | None:
 def _read(model: LensModel) -> Weights | str:
     """The weights, or why they are not read."""
     known = ("transformer_lens", "torch", "transformers") if is_bridge(model) else ("transformer_lens", "torch")
-    for name, module in model.named_modules():
+    for name, module in _modules(model):
         if type(module).__module__.split(".")[0] not in known or "forward" in vars(module):
             return f"its {name or 'root'} is a {type(module).__name__}, no module of TransformerLens' own"
-        if model.training and isinstance(module, torch.nn.Dropout) and module.p > 0:
+        if module.training and isinstance(module, torch.nn.Dropout) and module.p > 0:
             return f"it is in training mode, with dropout at {name}"
     for name in own_hooks(model):
         return f"the model carries a hook at {name or 'its root'}, which only its own forward runs"
@@ -207,6 +207,8 @@ def final_norm(model: LensModel) -> Norm:
         raise ValueError(f"normalization_type {kind!r} is unknown; known are {known}")
     parts = {"ln_final": getattr(model, "ln_final", None), "unembed": model.unembed}
     hooked = [f"{part}.{name}".rstrip(".") for part, module in parts.items() for name in own_hooks(module)]
+    around = bridge.modules_around(model) if is_bridge(model) else ()
+    hooked += [name for name, module in around if list(module.children()) and _carries_hooks(module)]
     if hooked or _carries_hooks(model):
         where = hooked[0] if hooked else "its root"
         raise ValueError(f"the model carries a hook at {where}, where nothing but its own forward runs it; remove it")
@@ -238,8 +240,13 @@ def normalises_writes(model: LensModel) -> bool:
 
 def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:
     """The names of a model's modules that carry hooks: a user's own, since ours never outlive a call."""
-    found = [] if model is None else [(name, m) for name, m in model.named_modules() if _carries_hooks(m)]
+    found = [] if model is None else [(name, m) for name, m in _modules(model) if _carries_hooks(m)]
     return bridge.names_of(model, found) if is_bridge(model) else tuple(name for name, _ in found)
+
+
+def _modules(model: LensModel | torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """All modules that run, by name."""
+    return [*model.named_modules(), *(bridge.modules_around(model) if is_bridge(model) else ())]
 
 
 def _carries_hooks(module: LensModel | torch.nn.Module) -> bool:

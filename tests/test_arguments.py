@@ -189,7 +189,8 @@ def test_what_is_no_model(model, pairs, tokens, tmp_path, as_users_have_it):
             (hf, "GPT2LMHeadModel"),
             (type(model), type(model).__name__),
         ):
-            refused(f"model must be a HookedTransformer .see load_model. or a name, not {kind}", function, wrong)
+            message = f"model must be a HookedTransformer or TransformerBridge .see load_model. or a name, not {kind}"
+            refused(message, function, wrong)
         refused("unknown model 'tinny'; nearest known: tiny", function, "tinny")
         refused("the model is spread over 2 devices", function, spread)
     refused("models must be a mapping of names to models, not list", compare_models, ["tiny"], tokens)

@@ -3,6 +3,7 @@
 Each is compared with the Bridge's own forward and hooks, in its own coordinates.
 """
 
+import re
 from functools import cache
 
 import pytest
@@ -359,6 +360,89 @@ def test_modules_of_a_users_are_run_or_refused_where_they_would_be_read():
     close("GPT2", linear.values.sum(0) + linear.bias, wanted[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0])
     with pytest.raises(ValueError, match="a Doubled where a plain linear map is read"):
         direct_logit_attribution(model, tokens, by="head")
+
+
+def set_act(model):
+    model.blocks[1].mlp.original_component.act = torch.nn.ReLU()
+
+
+def set_config(model):
+    model.original_model.config.hidden_act = "gelu"
+
+
+def hook_dropout(model):
+    model.original_model.transformer.drop.register_forward_hook(lambda module, given, made: 2 * made)
+
+
+def replace_gated(model):
+    for part in ("gate", "in", "out"):
+        inner = getattr(model.blocks[1].mlp, part).original_component
+        inner.weight = torch.nn.Parameter(inner.weight * 1.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        ("GPT2", set_act, "activation function of block 1 is not its config's 'gelu_new'"),
+        ("Llama", set_config, "activation function of block 0 is not its config's 'gelu'"),
+        ("GPT2", hook_dropout, r"a hook at original_model\.transformer\.drop"),
+        ("Llama processed", replace_gated, None if not HOOKED else "W_gate of block 1 was replaced"),
+    ],
+)
+def test_what_is_run_is_what_counts(name, change, why):
+    model = changed(name, change)
+    tokens = random_tokens(model)
+    assert why_not_read(model) is None if why is None else re.search(why, why_not_read(model))
+    close(name, forward.unembed(model, forward.run(model, tokens)), model(tokens))
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Llama"])
+def test_modules_in_training_mode_drop_out_whatever_the_bridge_says(name, monkeypatch):
+    for dropout in ("embd_pdrop", "resid_pdrop", "attn_pdrop") if name == "GPT2" else ("attention_dropout",):
+        off = {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0} if name == "GPT2" else {}
+        monkeypatch.setitem(HF, name, HF[name] | off | {dropout: 0.5})
+        model = changed(name, lambda model: model.original_model.train())
+        assert "in training mode, with dropout" in why_not_read(model)
+        model.eval()
+        assert why_not_read(model) is None
+
+
+def hook_trunk(model):
+    model.original_model.transformer.register_forward_hook(lambda module, given, made: None)
+
+
+def hook_inside(model):
+    model.original_model.register_forward_hook(lambda module, given, made: None)
+
+
+def own_forward(model):
+    inside = model.original_model
+    forward = inside.forward
+    inside.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+
+
+def own_head(model):
+    head = Doubled(24, 61).double()
+    head.weight, head.bias = model.unembed.original_component.weight, None
+    model.unembed.add_module("_original_component", head)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (hook_trunk, r"carries a hook at original_model\.transformer, where nothing but its own"),
+        (hook_inside, "carries a hook at original_model, where nothing but its own"),
+        (own_forward, "original_model has a forward of its own"),
+        (own_head, "a Doubled where a plain linear map is read"),
+    ],
+)
+def test_what_comes_after_the_final_norm_is_refused(change, message):
+    model = changed("GPT2", change)
+    assert why_not_read(model) is not None
+    for function in (direct_logit_attribution, evaluate_loss):
+        with pytest.raises(ValueError, match=message):
+            function(model, random_tokens(model))
 
 
 UNREAD = {

@@ -85,7 +85,7 @@ def direct_logit_attribution(
     """Each component's part in a logit with the final norm's scale as it is: <c, u> / scale.
 
     Args:
-        model: any HookedTransformer, or a name; normalization_type None, "LN", "LNPre", "RMS" or "RMSPre".
+        model: any HookedTransformer or TransformerBridge, or a name; with layer norm, RMS norm or none.
         tokens: Int[Tensor, "batch pos"], an array or lists of such, a text or a list of texts of one token length.
         targets: None: at every position that has one, the next token; [batch]: at the last position;
             [batch pos]: at every position. Token ids; at the last position also one id or one text of a single token,

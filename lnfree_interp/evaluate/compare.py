@@ -83,7 +83,7 @@ def compare_models(
     """Divergence, top-token agreement, entropy and calibration of models on the same tokens (P2, calibration).
 
     Args:
-        models: name -> HookedTransformer, all of one vocabulary.
+        models: name -> HookedTransformer or TransformerBridge, all of one vocabulary.
         tokens: Int[Tensor, "batch pos"], or an iterable of such.
         n_bins: bins of the calibration error and the reliability plot.
         draws: bootstrap draws of sequences.

@@ -121,7 +121,7 @@ def hellaswag(
     context that leaves no room for the endings loses its beginning.
 
     Args:
-        model: a HookedTransformer with a tokenizer.
+        model: a HookedTransformer or TransformerBridge with a tokenizer, or a name.
         items: dicts with "ctx", "endings", "label", all with as many endings: see `hellaswag_items`.
         per_pass: tokens in memory at a time.
         progress: told of the items done.

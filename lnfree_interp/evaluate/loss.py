@@ -136,7 +136,7 @@ def evaluate_loss(
     """Cross-entropy per token with median, ranges, an interval, and the worst sequences named.
 
     Args:
-        model: any HookedTransformer.
+        model: any HookedTransformer or TransformerBridge, or a name.
         tokens: Int[Tensor, "batch pos"], or an iterable of such, all of one length.
         worst: how many sequences to name.
         draws: bootstrap draws of sequences.

@@ -50,7 +50,7 @@ def generate_samples(
     """Continuations by each model, all with the same random numbers, so that they differ only where models do.
 
     Args:
-        models: name -> HookedTransformer with a tokenizer.
+        models: name -> HookedTransformer or TransformerBridge with a tokenizer.
         temperature: 0 takes the likeliest token throughout.
         top_k: draw from so many likeliest tokens; None: from all.
 

@@ -86,7 +86,8 @@ def residual_norms(
     some ten thousand sequences (a few hundred with per_position) and from a uniform sample of as many beyond.
 
     Args:
-        model: any HookedTransformer. `load_model`'s are centred: norms are those of the stream less its mean.
+        model: any HookedTransformer or TransformerBridge, or a name. `load_model`'s are centred: norms are those of
+            the stream less its mean.
         tokens: Int[Tensor, "batch pos"], or an iterable of such.
         per_position: one group per position, in place of position 0, EOT and the rest.
         eot_token: the end-of-text token; default the tokenizer's, no such group if there is none.
