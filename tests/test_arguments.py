@@ -119,7 +119,6 @@ OF_TOKENS = {
     "attention_sinks": attention_sinks,
     "evaluate_loss": evaluate_loss,
     "compare_models": lambda model, tokens: compare_models({"m": model}, tokens),
-    "check_model": lambda model, tokens: check_model(model, tokens).holds,
 }
 
 
@@ -138,6 +137,7 @@ def of_model(folder, pairs):
         "rank_confidence_neurons": rank_confidence_neurons,
         "read_weights": lambda m: read_weights(m).layers[-1].W_O,
         "why_not_read": why_not_read,
+        "check_model": lambda m: check_model(m, [[1, 2, 3]]).holds,
         "hellaswag": lambda m: hellaswag(m, [ITEM]),
         "generate_samples": lambda m: generate_samples({"m": m}, TEXT, max_new_tokens=2),
         "ioi_pairs": lambda m: ioi_pairs(m, 2),
