@@ -246,7 +246,8 @@ def check_readout(model: LensModel, norm: Norm) -> None:
     for name, module in modules_around(model):
         if "forward" in vars(module) and list(module.children()):
             raise ValueError(f"{name} has a forward of its own around the final norm, which nothing else knows of")
-    if model.cfg.architecture in ARCHITECTURES:
+    package = type(model.original_model).__module__.split(".")[0]  # type: ignore[attr-defined]
+    if model.cfg.architecture in ARCHITECTURES and package in ("transformers", "transformer_lens"):
         return
     last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     logits, found = _probe(model, [last])

@@ -422,6 +422,18 @@ def own_forward(model):
     inside.forward = lambda *args, **kwargs: forward(*args, **kwargs)
 
 
+def own_kind(model):
+    kind = type(model.original_model)
+
+    class Odd(kind):
+        def forward(self, *args, **kwargs):
+            made = super().forward(*args, **kwargs)
+            made.logits = made.logits * 3
+            return made
+
+    model.original_model.__class__ = Odd
+
+
 def own_head(model):
     head = Doubled(24, 61).double()
     head.weight, head.bias = model.unembed.original_component.weight, None
@@ -434,6 +446,7 @@ def own_head(model):
         (hook_trunk, r"carries a hook at original_model\.transformer, where nothing but its own"),
         (hook_inside, "carries a hook at original_model, where nothing but its own"),
         (own_forward, "original_model has a forward of its own"),
+        (own_kind, "the logits of a GPT2LMHeadModel are not its final norm and W_U"),
         (own_head, "a Doubled where a plain linear map is read"),
     ],
 )
