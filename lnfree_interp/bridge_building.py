@@ -46,14 +46,7 @@ _OTHER = (
 )
 _OFF = (None, False, -1, -1.0)
 # What a Bridge's cfg says only if it is told.
-_KEPT = (
-    "default_prepend_bos",
-    "use_attn_scale",
-    "original_architecture",
-    "use_local_attn",
-    "window_size",
-    "attn_types",
-)
+_KEPT = ("use_attn_scale", "original_architecture", "use_local_attn", "window_size", "attn_types")
 
 
 def build_bridge(fields: Mapping[str, Any], tokenizer: Any = None) -> LensModel:
@@ -95,6 +88,7 @@ def build_bridge(fields: Mapping[str, Any], tokenizer: Any = None) -> LensModel:
     for name in (*_KEPT, *_ROTARY):
         if name in fields:
             setattr(bridge.cfg, name, fields[name])
+    bridge.cfg.default_prepend_bos = fields.get("default_prepend_bos", True)  # an architecture's own is another's
     for block in bridge.blocks:
         _one_copy(block.attn)
         for part in (block.attn.q, block.attn.k, block.attn.v, block.attn.o, block.mlp.out):

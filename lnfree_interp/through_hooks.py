@@ -94,9 +94,15 @@ def _run_bridge(model: LensModel, tokens, resid, start_layer: int, fwd_hooks: li
 
         def change(x: Tensor, hook: Any) -> Tensor | None:
             never.discard(name)
-            mid = pre.pop() + x
+            before = pre.pop()
+            mid = before + x
             new = call(mid, hook=hook)
-            return None if new is None else x + (new - mid)
+            if new is None:
+                return None
+            # Its gradient is that of what is left of the new stream without the skip path, so that all of it goes
+            # through `new`; its value changes nothing where `new` does not.
+            left = new - before
+            return left + (x + (new - mid) - left).detach()
 
         after.append((block + "hook_resid_pre", lambda x, hook: pre.append(x)))
         after.append((block + "hook_attn_out", change))

@@ -41,6 +41,8 @@ def steered(x, hook):
 def by_autograd(model, pairs, site, layer, unit, method, path="input", steps=5):
     """An estimate for one cell, from derivatives along it with TransformerLens' hooks alone."""
     name = f"blocks.{layer}.{SITES[site].hook}"
+    # A Bridge's own resid_mid is what ln2 reads, beside the skip path: what attention writes is moved in its place.
+    moved_at = name.replace("resid_mid", "attn_out") if is_bridge(model) else name
     names = (name, "blocks.0.hook_resid_pre")
     (_, clean), (_, base) = (
         model.run_with_cache(t, names_filter=lambda n: n in names) for t in (pairs.clean, pairs.corrupted)
@@ -53,7 +55,7 @@ def by_autograd(model, pairs, site, layer, unit, method, path="input", steps=5):
     def derivatives(moved):
         """Of the metric along the cell, at the activation that `moved` makes of the run's own."""
         t = torch.zeros(len(pairs), dtype=delta.dtype, requires_grad=True)
-        hooks = [*moved, (name, lambda x, hook: x + t.view(-1, *[1] * (x.ndim - 1)) * cell)]
+        hooks = [*moved, (moved_at, lambda x, hook: x + t.view(-1, *[1] * (x.ndim - 1)) * cell)]
         value = logit_diff(model.run_with_hooks(pairs.corrupted, fwd_hooks=hooks), pairs).sum()
         (first,) = torch.autograd.grad(value, t, create_graph=True)
         if not first.requires_grad:
@@ -66,9 +68,12 @@ def by_autograd(model, pairs, site, layer, unit, method, path="input", steps=5):
     total = torch.zeros(len(pairs), dtype=delta.dtype)
     for step in range(steps):
         share = (step + 0.5) / steps
-        at = "blocks.0.hook_resid_pre" if path == "input" else name
-        between = torch.lerp(base[at], clean[at], share)
-        total += derivatives([(at, lambda x, hook, between=between: between)])[0] / steps
+        if path == "input":
+            between = torch.lerp(base[names[1]], clean[names[1]], share)
+            moved = (names[1], lambda x, hook, between=between: between)
+        else:
+            moved = (moved_at, lambda x, hook, share=share: x + share * delta)
+        total += derivatives([moved])[0] / steps
     return total
 
 
@@ -250,7 +255,7 @@ def test_noise_is_refused():
             function(model, pairs)
         assert "\n" not in str(caught.value)
     model.reset_hooks(including_permanent=True)
-    model.blocks[1].mlp = torch.nn.Sequential(model.blocks[1].mlp, torch.nn.Dropout(0.5))
+    model.blocks[1].mlp = torch.nn.Sequential(model.blocks[1].mlp, torch.nn.Dropout(0.5)).eval()
     effect = activation_patching(model, pairs)
     with pytest.raises(ValueError, match="draws random numbers as it runs"):
         activation_patching(model.train(), pairs)
