@@ -192,7 +192,9 @@ def _hf_config(fields: Mapping[str, Any]) -> tuple[str, Any]:
             **shape,
             n_inner=fields["d_mlp"],
             activation_function=fields["act_fn"],
-            **dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.0),  # a HookedTransformer has no dropout
+            embd_pdrop=0.0,  # a HookedTransformer has no dropout
+            resid_pdrop=0.0,
+            attn_pdrop=0.0,
             scale_attn_by_inverse_layer_idx=bool(fields.get("scale_attn_by_inverse_layer_idx")),
         )
     shape |= {"intermediate_size": fields["d_mlp"], "hidden_act": fields["act_fn"], "rope_parameters": _rope(fields)}
