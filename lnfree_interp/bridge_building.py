@@ -221,28 +221,25 @@ def _rope(fields: Mapping[str, Any]) -> dict[str, Any]:
     """HookedTransformerConfig's fields of rotary positions as Hugging Face's rope_parameters."""
     share = (fields.get("rotary_dim") or fields["d_head"]) / fields["d_head"]
     base = {"rope_theta": float(fields.get("rotary_base", 10000)), "partial_rotary_factor": share}
-
-    number = fields.get
-
     if fields.get("use_NTK_by_parts_rope"):
         return base | {
             "rope_type": "llama3",
-            "factor": float(number("NTK_by_parts_factor", 8.0)),
-            "low_freq_factor": float(number("NTK_by_parts_low_freq_factor", 1.0)),
-            "high_freq_factor": float(number("NTK_by_parts_high_freq_factor", 4.0)),
-            "original_max_position_embeddings": int(number("NTK_original_ctx_len", 8192)),
+            "factor": float(fields.get("NTK_by_parts_factor", 8.0)),
+            "low_freq_factor": float(fields.get("NTK_by_parts_low_freq_factor", 1.0)),
+            "high_freq_factor": float(fields.get("NTK_by_parts_high_freq_factor", 4.0)),
+            "original_max_position_embeddings": int(fields.get("NTK_original_ctx_len", 8192)),
         }
     if fields.get("use_yarn_rope"):
         return base | {
             "rope_type": "yarn",
-            "factor": float(number("yarn_factor", 1.0)),
-            "attention_factor": float(number("yarn_attention_factor", 1.0)),
-            "beta_fast": float(number("yarn_beta_fast", 32.0)),
-            "beta_slow": float(number("yarn_beta_slow", 1.0)),
-            "original_max_position_embeddings": int(number("yarn_original_max_position_embeddings", 4096)),
-            "truncate": bool(number("yarn_truncate", True)),
+            "factor": float(fields.get("yarn_factor", 1.0)),
+            "attention_factor": float(fields.get("yarn_attention_factor", 1.0)),
+            "beta_fast": float(fields.get("yarn_beta_fast", 32.0)),
+            "beta_slow": float(fields.get("yarn_beta_slow", 1.0)),
+            "original_max_position_embeddings": int(fields.get("yarn_original_max_position_embeddings", 4096)),
+            "truncate": bool(fields.get("yarn_truncate", True)),
         }
-    if number("rotary_scaling_factor", 1.0) != 1.0:
+    if fields.get("rotary_scaling_factor", 1.0) != 1.0:
         return base | {"rope_type": "linear", "factor": float(fields["rotary_scaling_factor"])}
     return base | {"rope_type": "default"}
 

@@ -152,14 +152,13 @@ def residual_norms(
 def _points(model: LensModel) -> dict[str, str]:
     """Hook name -> label, in the order in which a forward passes them."""
     points = {"hook_embed": "embed"}
-    if model.cfg.positional_embedding_type != "rotary":  # a TransformerBridge names that hook all the same
+    # Others' hook point may be there all the same, and nothing passes it.
+    if model.cfg.positional_embedding_type not in ("rotary", "alibi"):
         points["hook_pos_embed"] = "pos_embed"
     points["blocks.0.hook_resid_pre"] = "L0.resid_pre"
     for i in range(model.cfg.n_layers):
         points[f"blocks.{i}.hook_resid_mid"] = f"L{i}.resid_mid"
         points[f"blocks.{i}.hook_resid_post"] = f"L{i}.resid_post"
-    if model.cfg.positional_embedding_type == "alibi":  # its hook point is there, and nothing passes it
-        del points["hook_pos_embed"]
     return {name: label for name, label in points.items() if name in model.hook_dict}
 
 
