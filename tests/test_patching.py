@@ -6,10 +6,11 @@ from conftest import make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lnfree_interp.forward import run_streams
 from lnfree_interp.lens import is_bridge
 from lnfree_interp.metrics import Metric, kl_from_clean, logit_diff, right_log_prob
 from lnfree_interp.pairs import PromptPairs
-from lnfree_interp.patching import SITES, activation_patching
+from lnfree_interp.patching import SITES, activation_patching, runs
 
 POSITIONAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 HEADS = ("z", "q", "k", "v", "pattern")
@@ -93,6 +94,21 @@ def test_patched_cell_is_plain_hook(random_model, kind, site):
     model = random_model(kind)
     pairs = make_pairs(model, changed=((2, 4), (5,), (6,)))
     assert_matches_plain_hooks(model, pairs, activation_patching(model, pairs, site=site), site)
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "z"])
+@pytest.mark.parametrize("kind", [None, "LNPre"])
+def test_prompts_that_differ_from_many_places_on_share_streams(random_model, kind, site, monkeypatch):
+    model, n_streams = random_model(kind), []
+    monkeypatch.setattr(runs, "run_streams", lambda w, s: [n_streams.append(len(s)), run_streams(w, s)][1])
+    pairs = make_pairs(model, n=13, pos=15, changed=tuple((p,) for p in range(13)))
+    effect = activation_patching(model, pairs, site=site)
+    assert n_streams[0] <= 1 + runs.STREAMS < 13
+    plain = activation_patching(model, pairs, site=site, fast=False)
+    assert torch.allclose(effect.values, plain.values, atol=1e-9) and effect.values.abs().max() > 1e-3
+    if site == "resid_pre":  # up to its own first difference a prompt's is the base's, and so its effect nothing
+        before = torch.arange(15) < torch.arange(13)[:, None]
+        assert (effect.values.transpose(0, 1)[:, before] == 0).all()
 
 
 @pytest.mark.parametrize("site", ["attn_out", "v"])

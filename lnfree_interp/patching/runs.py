@@ -16,6 +16,9 @@ from .tally import Tally
 Kept = dict[str, list[Tensor]]
 """Activations of one run by name and layer; "resid_pre" has one more, the final residual stream."""
 
+# Streams in which the source prompts run, at most: prompts with nearby first differences share one.
+STREAMS = 8
+
 # Name of what can be kept -> its hook. Queries and keys are kept as attention compares them.
 HOOKS = {
     "resid_pre": "hook_resid_pre",
@@ -66,10 +69,13 @@ def both_runs(
         of_base[name].append(x.clone(memory_format=torch.contiguous_format))
         return of_base[name][-1]
 
-    def note_over(x: Tensor, name: str, i: int, rows: Tensor, start: int) -> None:
+    def note_over(x: Tensor, name: str, i: int, rows: Tensor, start: int, new: Tensor | None) -> None:
         if len(of_source[name]) == i:
             of_source[name].append(of_base[name][i].clone())
-        of_source[name][i][rows, start:] = x
+        kept = of_source[name][i]
+        if new is not None:  # before its own first difference a prompt's are the base's, to the bit
+            x = torch.where(new.view(*new.shape, *[1] * (x.ndim - 2)), x, kept[rows, start:])
+        kept[rows, start:] = x
 
     def hooks(hook) -> dict:
         return {f"blocks.{i}.{HOOKS[name]}": hook(name, i) for i in range(n_layers) for name in needs}
@@ -77,10 +83,15 @@ def both_runs(
     noted = hooks(lambda name, i: partial(note, name=name))
     streams = [Stream(weights.enter(base, slice(0, n_pos)), noted, keep=keep)]
     first = torch.where(differ.any(1), differ.int().argmax(1), n_pos)
+    starts = first[first < n_pos].unique()
+    starts = starts[:: -(-len(starts) // STREAMS) or 1].contiguous()
+    of_start = torch.searchsorted(starts, first, right=True) - 1
     over = []
-    for start in first[first < n_pos].unique().tolist():
-        rows = on_device((first == start).nonzero().flatten(), base.device)
-        over.append(partial(note_over, rows=rows, start=start))
+    for j, start in enumerate(starts.tolist()):
+        here = ((of_start == j) & (first < n_pos)).nonzero().flatten()
+        rows, own = on_device(here, base.device), first[here]
+        new = None if (own == start).all() else on_device(torch.arange(start, n_pos) >= own[:, None], base.device)
+        over.append(partial(note_over, rows=rows, start=start, new=new))
         noted = hooks(lambda name, i: partial(over[-1], name=name, i=i))
         resid = weights.enter(source[rows, start:], slice(start, n_pos))
         streams.append(Stream(resid, noted, past=Past(start, keep, rows)))
