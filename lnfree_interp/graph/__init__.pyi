@@ -1,0 +1,1 @@
+from .result import AttributionGraph as AttributionGraph, GraphNode as GraphNode
