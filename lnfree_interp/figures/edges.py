@@ -61,9 +61,9 @@ def edge_heatmaps(panels: Mapping[tuple[str, str], EdgeEffect], *, unit: str, ti
             col=col,
         )
         figure.update_xaxes(title_text="sender" if row == len(methods) else None, tickangle=-90, row=row, col=col)
-        figure.update_yaxes(
-            title_text="receiver" if col == 1 else None, showticklabels=col == 1, autorange=True, row=row, col=col
-        )
+        same = effect.receivers == panels[method, models[0]].receivers
+        title_text = "receiver" if col == 1 else None
+        figure.update_yaxes(title_text=title_text, showticklabels=col == 1 or not same, row=row, col=col)
     bar = {"title": f"{unit}<br>(beyond: darkest)" if beyond else unit}
     figure.update_layout(
         coloraxis={"colorscale": DIVERGING, "cmid": 0, "cmin": -most, "cmax": most, "colorbar": bar},

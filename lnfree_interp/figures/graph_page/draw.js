@@ -194,11 +194,12 @@ function curves(edges, width) {
 
 function thick(edge) { return 0.6 + 6 * edge.share; }
 
+// On the slider's own scale, by equal factors; at its beginning all edges.
 function smallest() {
-  const { edges } = state.graph;
-  if (!edges.length) return 0;
+  const { edges } = state.graph, at = $("least").value / 100;
+  if (!edges.length || at === 0) return 0;
   const most = edges[0].influence, least = Math.max(most * 1e-5, edges[edges.length - 1].influence);
-  return most * (least / most) ** (1 - $("least").value / 100);
+  return most * (least / most) ** (1 - at);
 }
 
 function drawAll() {

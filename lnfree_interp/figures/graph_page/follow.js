@@ -209,12 +209,10 @@ graphs.forEach((graph, i) => {
 $("tabs").hidden = graphs.length < 2;
 
 // At first about as many edges as can be told apart.
-function firstEdges() {
-  const edges = state.graph.edges, at = edges[Math.min(edges.length, 250) - 1];
-  for (let value = 0; at && value <= 100; value++) {
-    $("least").value = value;
-    if (smallest() >= at.influence) break;
-  }
+function firstEdges(most) {
+  const edges = state.graph.edges, slider = $("least");
+  slider.value = 0;
+  while (edges.length > most && slider.value < 100 && smallest() < edges[most].influence) slider.value++;
 }
 
 const SHAPES = [
@@ -240,5 +238,5 @@ for (const [name, of] of [["raises", "plus"], ["lowers", "minus"]]) {
 $("legend").append(
   html("span", `size of a node: its influence, over all paths to the logit; width of an edge, share: ${SHARE}`),
 );
-firstEdges();
+firstEdges(250);
 choose(graphs[0]);
