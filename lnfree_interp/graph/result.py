@@ -17,7 +17,7 @@ class GraphNode:
 
     Attributes:
         kind: one of KINDS.
-        layer: the block of a head, a neuron or an MLP; n_layers of the logit; -1 of a token, the biases, what is left out.
+        layer: the block of a head, a neuron or an MLP; n_layers of the logit; -1 of tokens, biases, what is left out.
         pos: position in the prompt, the logit's too; -1 of the biases and of what is left out, one node each.
         unit: number of the head or neuron, token id of a token or the logit; else None.
         label: "'Mary' @3", "L3H7 @5", "L2N1021 @5", "L2.mlp @5", "bias", "left out", "logit ' his' - ' her'".
@@ -52,7 +52,7 @@ class AttributionGraph:
         influence: each node's share in the logit, in [0, 1], over all paths of absolute entries, each receiver's
             divided by their sum; 1 of the logit.
         effects: by how many logits the logit falls, over all paths, when the node's vector is taken out while
-            patterns, scales and ratios stay; of the logit its value. 0 of what is left out: its vectors are many.
+            patterns, scales and ratios stay; of what is left out, all of it. Of the logit its value.
         discrepancy: with norms, sum |entry - exact| / sum |exact| over the entries that are kept, exact being what
             the input loses when the sender's vector is taken out of the stream and the norm computed again.
         kept: the share of the influence that the nodes here hold.
