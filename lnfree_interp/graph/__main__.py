@@ -56,9 +56,11 @@ def _check(args: argparse.Namespace, foreign: list[str]) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from .command import run_edges, run_graphs
-
-    (run_edges if args.edges else run_graphs)(args)
+    if args.edges:
+        from .edge_command import run
+    else:
+        from .command import run
+    run(args)
 
 
 if __name__ == "__main__":

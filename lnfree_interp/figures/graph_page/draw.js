@@ -26,7 +26,8 @@ function prepared(graph) {
     node.into.sort((a, b) => b.share - a.share);
     node.outof.sort((a, b) => b.influence - a.influence);
   }
-  graph.most = Math.max(1e-9, ...nodes.filter((n) => n.kind !== "logit" && !isRest(n)).map((n) => n.influence));
+  const inner = nodes.filter(({ kind }) => kind === "head" || kind === "neuron" || kind === "mlp");
+  graph.most = Math.max(1e-9, ...inner.map((node) => node.influence));
   return graph;
 }
 
@@ -116,14 +117,14 @@ function radius(graph, node) {
 function drawGraph() {
   const { graph } = state, at = laidOut(graph);
   graph.at = at;
-  const logit = graph.nodes[graph.nodes.length - 1];
+  const [leftOut, logit] = graph.nodes.slice(-2);
   $("title").textContent = `Where ${logit.label} comes from`;
   const said = graph.prompt === null ? graph.tokens.join("") : graph.prompt;
   $("prompt").textContent = `${graph.model} on “${said}”`;
   $("facts").textContent =
     `${number(logit.input)} logits${graph.probability ? ` (p = ${number(graph.probability)})` : ""} · ` +
-    `${graph.nodes.length} nodes, ${graph.edges.length} edges, which hold ${percent(graph.kept)} of the influence · ` +
-    `${discrepancy(graph)}`;
+    `${graph.nodes.length} nodes that hold ${percent(graph.kept)} of the influence, ${graph.edges.length} edges; ` +
+    `${percent(leftOut.influence)} comes from what is left out · ${discrepancy(graph)}`;
   plot.setAttribute("width", at.right);
   plot.setAttribute("height", at.total);
   plot.setAttribute("viewBox", `0 0 ${at.right} ${at.total}`);
@@ -188,11 +189,12 @@ function curves(edges, width) {
   return edges.map((edge) => {
     const { x: x1, y: y1 } = edge.from, { x: x2, y: y2 } = edge.to, middle = (y1 + y2) / 2;
     const d = `M${x1} ${y1}C${x1} ${middle} ${x2} ${middle} ${x2} ${y2}`;
-    return `<path class="edge ${sign(edge.entry)}" d="${d}" stroke-width="${width(edge).toFixed(2)}"/>`;
+    const clear = (0.2 + 0.8 * Math.sqrt(edge.share)).toFixed(2);
+    return `<path class="edge ${sign(edge.entry)}" d="${d}" stroke-width="${width(edge)}" stroke-opacity="${clear}"/>`;
   }).join("");
 }
 
-function thick(edge) { return 0.6 + 6 * edge.share; }
+function thick(edge) { return (0.7 + 6 * edge.share).toFixed(2); }
 
 // On the slider's own scale, by equal factors; at its beginning all edges.
 function smallest() {
@@ -203,17 +205,17 @@ function smallest() {
 }
 
 function drawAll() {
-  const { edges } = state.graph, least = smallest() * (1 - 1e-9);
+  const { edges } = state.graph, least = smallest() * (1 - 1e-9), all = `${edges.length} edges`;
   const shown = edges.filter((edge) => edge.influence >= least && ($("rest").checked || !edge.rest));
   $("all").innerHTML = curves(shown, thick);
-  $("shown").textContent = `${percent(least)} of the influence or more: ${shown.length} of ${edges.length} edges`;
+  $("shown").textContent = `${least ? `${percent(least)} of the influence` : "any"}: ${shown.length} of ${all}`;
   drawFocus();
 }
 
 // What is pointed at, or else pinned, with all its edges; and the path followed.
 function drawFocus() {
   const { graph } = state, node = state.pointed || pinned();
-  const edges = node ? [...node.into, ...node.outof].filter((edge) => $("rest").checked || !edge.rest) : [];
+  const edges = node ? [...node.into, ...node.outof] : [];
   const near = new Set([...(node ? [node] : []), ...state.path, ...edges.flatMap((edge) => [edge.from, edge.to])]);
   plot.classList.toggle("some", Boolean(node));
   $("hot").innerHTML = curves(edges, thick);

@@ -4,7 +4,7 @@
 // Card, panel, path
 
 const SHARE = "|entry|, of the sum of all |entries| that the reader reads";
-const READS = { neuron: "reads (pre-activation)", head: "output's length", mlp: "output's length", logit: "logits" };
+const READS = { neuron: "reads (pre-activation)", logit: "logits" };
 const WRITES = { neuron: "activation", head: "length it adds", mlp: "length it adds", token: "length it adds" };
 
 function describe(node, most, follow) {
