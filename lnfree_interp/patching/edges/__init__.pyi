@@ -1,0 +1,2 @@
+from .attribution import edge_attribution as edge_attribution
+from .result import EdgeEffect as EdgeEffect
