@@ -60,7 +60,9 @@ def edge_heatmaps(panels: Mapping[tuple[str, str], EdgeEffect], *, unit: str, ti
             row=row,
             col=col,
         )
-        figure.update_xaxes(title_text="sender" if row == len(methods) else None, tickangle=-90, row=row, col=col)
+        last = row == len(methods)
+        title_text = "sender" if last else None
+        figure.update_xaxes(title_text=title_text, tickangle=-90, showticklabels=last, row=row, col=col)
         same = effect.receivers == panels[method, models[0]].receivers
         title_text = "receiver" if col == 1 else None
         figure.update_yaxes(title_text=title_text, showticklabels=col == 1 or not same, row=row, col=col)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .. import cli
-from ..patching.sites import METRICS
-
-METHODS = ("gradient", "integrated", "second_order", "relp")
+from ..patching.sites import DIRECTIONS, METHODS, METRICS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
         *cli.add_pairs(parser),
         add("--method", nargs="+", default=["gradient"], choices=METHODS, help="estimates (gradient)"),
         add("--metric", default="logit_diff", choices=METRICS, help="what the effect is on (logit_diff)"),
+        add("--direction", default="denoising", choices=DIRECTIONS),
         add("--exact", type=cli.positive_int, metavar="K", help="run the K strongest edges exactly too (none)"),
     ]
     add("--top", type=cli.positive_int, default=10, metavar="K", help="nodes and edges that are printed (10)")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -12,55 +13,61 @@ import torch
 from .. import cli, metrics
 from ..figures.edges import edge_heatmaps
 from ..lens import LensModel
-from ..pairs import PromptPairs
 from ..patching.edges import EdgeEffect, edge_attribution, edge_patching
 from ..patching.sites import METRICS
 
 
 def run(args) -> None:
-    tables, shown, panels, notes = [], [], {}, []
+    tables, panels, notes = [], {}, []
     for name, model in cli.models(args):
-        groups = cli.load_pairs(args, model)
-        found = {m: _attributed(args, model, groups.values(), m) for m in dict.fromkeys(args.method)}
-        checked = _checked(args, model, groups.values(), next(iter(found.values())), name) if args.exact else None
+        found = {}
+        for method in dict.fromkeys(args.method):
+            measure = partial(edge_attribution, method=method)
+            found[method] = _measured(args, model, measure, f"{name}: {method}", "prompt")
+        exact = None
+        if args.exact:
+            measure = partial(edge_patching, edges=_strongest(next(iter(found.values())), args.exact))
+            exact = _measured(args, model, measure, f"{name}: exact", "edge").table(seed=args.seed)
+            exact = exact.rename(columns={c: f"exact_{c}" for c in ("effect", "low", "high")})
         for method, effect in found.items():
             panels[method, name] = effect
             table = effect.table(seed=args.seed)
-            if checked is not None:
-                exact = checked.table(seed=args.seed).drop(columns="reliability", errors="ignore")
-                exact = exact.rename(columns={c: f"exact_{c}" for c in ("effect", "low", "high")})
+            if exact is not None:
                 table = table.merge(exact, on=["sender", "receiver"], how="left")
-            tables.append(table.assign(model=name, method=method))
-            shown.append((name, method, table.head(args.top)))
-        clean, corrupted = (float(x.double().mean()) for x in (effect.clean, effect.corrupted))
-        notes.append(f"{name}: {args.metric} {clean:.3f} clean, {corrupted:.3f} corrupted, {len(effect.clean)} pairs")
+            table.insert(0, "model", name)
+            table.insert(1, "method", method)
+            tables.append(table)
+        notes.append(f"{name}: {_of_the_task(effect)}")
     print("\n".join(notes))
-    for name, method, table in shown:
-        cli.show(_readable(table), f"{name}: edges with the largest effects on {args.metric}, {method} [95% interval]")
+    for (method, name), table in zip(panels, tables):
+        title = f"{name}: edges with the largest effects on {args.metric}, {method} [95% interval]"
+        cli.show(_readable(table.head(args.top)), title)
     pairs = args.pairs if args.pairs in ("induction", "ioi") else Path(args.pairs).name
     title = f"Effects of edges, {pairs} pairs, mean over prompts"
     cli.save(args.out, "edges", pd.concat(tables), edge_heatmaps(panels, unit=args.metric, title=title))
 
 
-def _attributed(args, model: LensModel, groups: Iterable[PromptPairs], method: str) -> EdgeEffect:
-    return _joined(
-        [
-            edge_attribution(model, pairs, metric=METRICS[args.metric](metrics, model, pairs), method=method)
-            for pairs in groups
-        ]
-    )
+def _of_the_task(effect: EdgeEffect) -> str:
+    """Where the metric goes from and to: edges of a task that a model does not do are edges of something else."""
+    clean, corrupted = effect.clean.double(), effect.corrupted.double()
+    higher, n = int((clean > corrupted).sum()), len(clean)
+    return f"{effect.metric} {clean.mean():.3f} clean, {corrupted.mean():.3f} corrupted; clean higher on {higher} of {n}"
 
 
-def _checked(args, model: LensModel, groups: Iterable[PromptPairs], effect: EdgeEffect, name: str) -> EdgeEffect:
-    """The exact effects of the edges whose estimates are largest."""
-    strongest = effect.table(args.exact, draws=1)
-    edges = list(zip(strongest["sender"], strongest["receiver"]))
-    results = []
-    for pairs in groups:
-        with cli.bar(f"{name}: exact", "edge") as progress:
-            metric = METRICS[args.metric](metrics, model, pairs)
-            results.append(edge_patching(model, pairs, edges=edges, metric=metric, progress=progress))
-    return _joined(results)
+def _measured(args, model: LensModel, measure: Callable[..., EdgeEffect], label: str, unit: str) -> EdgeEffect:
+    """Effects on all pairs, those of each token length by themselves."""
+    parts = []
+    for pairs in cli.load_pairs(args, model).values():
+        metric = METRICS[args.metric](metrics, model, pairs)
+        with cli.bar(label, unit) as progress:
+            parts.append(measure(model, pairs, metric=metric, direction=args.direction, progress=progress))
+    return _joined(parts)
+
+
+def _strongest(effect: EdgeEffect, k: int) -> list[tuple[str, str]]:
+    """The edges whose mean effects are largest."""
+    table = effect.table(k, draws=1)
+    return list(zip(table["sender"], table["receiver"]))
 
 
 def _joined(parts: list[EdgeEffect]) -> EdgeEffect:
