@@ -61,6 +61,7 @@ from .patching import (
     activation_patching as activation_patching,
     attribution_patching as attribution_patching,
     edge_attribution as edge_attribution,
+    edge_patching as edge_patching,
     patching_error as patching_error,
 )
 from .schedule import RemovalSchedule as RemovalSchedule

@@ -88,6 +88,15 @@ class Wiring:
         return tuple(labels)
 
     @cached_property
+    def sent(self) -> tuple[tuple[str, int, int | None], ...]:
+        """(name of the activation, layer, head or None) that each sender writes."""
+        found: list[tuple[str, int, int | None]] = [("resid_pre", 0, None)]
+        for i in range(self.n_layers):
+            found += [("z", i, h) for h in range(self.n_heads)] if self.by_head else [("attn_out", i, None)]
+            found += [("mlp_out", i, None)] * self.has_mlp
+        return tuple(found)
+
+    @cached_property
     def receivers(self) -> tuple[str, ...]:
         labels: list[str] = []
         for i, kind, which, _ in self.groups:
