@@ -45,9 +45,9 @@ def parser(module: str, description: str | None, *, tokens: int = 16384, out: st
 
 def add_pairs(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """The flags of commands on pairs of prompts: --pairs, --n-pairs, --length, --template."""
-    add = parser.add_argument
+    add, which = parser.add_argument, "induction, ioi, or a .jsonl or .csv file (induction)"
     return [
-        add("--pairs", default="induction", metavar="WHICH", help="induction, ioi, or a .jsonl or .csv file (induction)"),
+        add("--pairs", default="induction", metavar="WHICH", help=which),
         add("--n-pairs", type=positive_int, default=16, metavar="N", help="how many pairs to make (16)"),
         add("--length", type=positive_int, default=16, metavar="N", help="tokens per induction prompt (16)"),
         add("--template", type=int, default=0, metavar="I", help="which IOI template (0)"),

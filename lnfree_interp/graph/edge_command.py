@@ -50,8 +50,8 @@ def run(args) -> None:
 def _of_the_task(effect: EdgeEffect) -> str:
     """Where the metric goes from and to: edges of a task that a model does not do are edges of something else."""
     clean, corrupted = effect.clean.double(), effect.corrupted.double()
-    higher, n = int((clean > corrupted).sum()), len(clean)
-    return f"{effect.metric} {clean.mean():.3f} clean, {corrupted.mean():.3f} corrupted; clean higher on {higher} of {n}"
+    higher = f"clean higher on {int((clean > corrupted).sum())} of {len(clean)}"
+    return f"{effect.metric} {clean.mean():.3f} clean, {corrupted.mean():.3f} corrupted; {higher}"
 
 
 def _measured(args, model: LensModel, measure: Callable[..., EdgeEffect], label: str, unit: str) -> EdgeEffect:
