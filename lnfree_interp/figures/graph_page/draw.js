@@ -123,8 +123,8 @@ function drawGraph() {
   $("prompt").textContent = `${graph.model} on “${said}”`;
   $("facts").textContent =
     `${number(logit.input)} logits${graph.probability ? ` (p = ${number(graph.probability)})` : ""} · ` +
-    `${graph.nodes.length} nodes that hold ${percent(graph.kept)} of the influence, ${graph.edges.length} edges; ` +
-    `${percent(leftOut.influence)} comes from what is left out · ${discrepancy(graph)}`;
+    `${graph.nodes.length} nodes that hold ${percent(graph.kept)} of the influence of all, ` +
+    `${graph.edges.length} edges; over all paths ${percent(leftOut.influence)} comes from what is left out · ${discrepancy(graph)}`;
   plot.setAttribute("width", at.right);
   plot.setAttribute("height", at.total);
   plot.setAttribute("viewBox", `0 0 ${at.right} ${at.total}`);

@@ -210,7 +210,7 @@ $("tabs").hidden = graphs.length < 2;
 
 // At first about as many edges as can be told apart.
 function firstEdges(most) {
-  const edges = state.graph.edges, slider = $("least");
+  const edges = state.graph.edges.filter((edge) => !edge.rest), slider = $("least");
   slider.value = 0;
   while (edges.length > most && slider.value < 100 && smallest() < edges[most].influence) slider.value++;
 }
