@@ -202,6 +202,9 @@ press("L0N33 @2", "ArrowDown");
 said.followed = state.path.map((other) => other.label);
 press("' said' @2", "Backspace");
 said.back = state.path.map((other) => other.label);
+fire("L0H1 @2", "click");
+said.on = state.path.map((other) => other.label);
+fire("L0N33 @2", "click");
 $("tabs").children[1].click();
 said.model = [state.graph.model, ...state.path.map((other) => other.label)];
 $("least").value = 0;
@@ -240,6 +243,7 @@ def test_a_path_is_followed_in_a_browser(tmp_path):
     assert said["pinned"].startswith("logit ' she' - ' he'") and "L0N33 @2−276%" in said["pinned"]
     assert said["path"].startswith("logit ' she' - ' he'← −2L0N33 @276% of what logit")
     assert said["followed"] == ["logit ' she' - ' he'", "L0N33 @2", "' said' @2"]
+    assert said["on"] == [*said["followed"][:2], "L0H1 @2"]
     assert said["back"] == said["followed"][:2] == said["model"][1:] and said["model"][0] == "tiny"
     assert (said["all"], said["withRest"], said["largest"], said["atLast"]) == (8, 10, 1, 0)
     assert said["wide"][0] <= said["wide"][1]

@@ -4,7 +4,8 @@ const $ = (id) => document.getElementById(id);
 const plot = $("plot");
 const graphs = JSON.parse($("graphs").textContent).map(prepared);
 // The path: the pinned node last, and how it was reached. `pointed`: the node under the pointer or with the focus.
-const state = { graph: graphs[0], path: [], pointed: null };
+// `chosen`: whether the slider has been moved.
+const state = { graph: graphs[0], path: [], pointed: null, chosen: false };
 
 // ---------------------------------------------------------------------------------------------------------
 // Data

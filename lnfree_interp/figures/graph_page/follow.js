@@ -47,7 +47,7 @@ function drawPanel() {
   $("panel").replaceChildren(...(node ? describe(node, 60, true) : [
     html("h2", "Follow a path"),
     html("p", "Point at a node to see what it reads and who reads it. Click it, or press Enter, to pin it here; then " +
-      "click a sender or a reader to go on from there. With the keyboard: Tab into the plot, ↑ and ↓ go along the " +
+      "click one of its senders or readers, here or there, to go on. With the keyboard: Tab into the plot, ↑ and ↓ go along the " +
       "strongest edge, ← and → to the node beside, Backspace a step back, Escape lets go."),
     html("p", "The entries of a node's edges add up to what it reads.", { className: "faint" }),
   ]));
@@ -145,7 +145,8 @@ plot.addEventListener("pointerover", (event) => point(nodeOf(event), true));
 plot.addEventListener("pointerleave", () => point(null));
 plot.addEventListener("click", (event) => {
   const node = nodeOf(event);
-  go(node ? [node] : []);
+  if (node && pinned() && edgeBetween(pinned(), node)) moveTo(node);
+  else go(node ? [node] : []);
 });
 // Not of the plot: a browser would let an SVG that listens for the focus have it.
 $("scroll").addEventListener("focusin", (event) => {
@@ -169,7 +170,10 @@ $("scroll").addEventListener("keydown", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") go([]);
 });
-$("least").addEventListener("input", drawAll);
+$("least").addEventListener("input", () => {
+  state.chosen = true;
+  drawAll();
+});
 $("rest").addEventListener("change", drawAll);
 
 // ---------------------------------------------------------------------------------------------------------
@@ -182,6 +186,7 @@ function choose(graph) {
     tab.setAttribute("aria-selected", graphs[i] === graph);
     tab.tabIndex = graphs[i] === graph ? 0 : -1;
   });
+  if (!state.chosen) firstEdges(250);
   drawGraph();
   const path = [];
   for (const label of labels) {
@@ -194,7 +199,7 @@ function choose(graph) {
 }
 
 graphs.forEach((graph, i) => {
-  const tab = html("button", graph.model);
+  const tab = html("button", graph.model, { title: graph.prompt || "" });
   tab.setAttribute("role", "tab");
   tab.addEventListener("click", () => choose(graph));
   tab.addEventListener("keydown", (event) => {
@@ -208,7 +213,7 @@ graphs.forEach((graph, i) => {
 });
 $("tabs").hidden = graphs.length < 2;
 
-// At first about as many edges as can be told apart.
+// Until the slider is moved, about as many edges as can be told apart.
 function firstEdges(most) {
   const edges = state.graph.edges.filter((edge) => !edge.rest), slider = $("least");
   slider.value = 0;
@@ -238,5 +243,4 @@ for (const [name, of] of [["raises", "plus"], ["lowers", "minus"]]) {
 $("legend").append(
   html("span", `size of a node: its influence, over all paths to the logit; width of an edge, share: ${SHARE}`),
 );
-firstEdges(250);
 choose(graphs[0]);
