@@ -122,10 +122,13 @@ function drawGraph() {
   $("title").textContent = `Where ${logit.label} comes from`;
   const said = graph.prompt === null ? graph.tokens.join("") : graph.prompt;
   $("prompt").textContent = `${graph.model} on “${said}”`;
-  $("facts").textContent =
-    `${number(logit.input)} logits${graph.probability ? ` (p = ${number(graph.probability)})` : ""} · ` +
-    `${graph.nodes.length} nodes that hold ${percent(graph.kept)} of the influence of all, ` +
-    `${graph.edges.length} edges; over all paths ${percent(leftOut.influence)} comes from what is left out · ${discrepancy(graph)}`;
+  const chance = graph.probability ? ` (p = ${number(graph.probability)})` : "";
+  $("facts").textContent = [
+    `${number(logit.input)} logits${chance}`,
+    `${graph.nodes.length} nodes that hold ${percent(graph.kept)} of the influence of all, ${graph.edges.length} edges`,
+    `over all paths ${percent(leftOut.influence)} comes from what is left out`,
+    discrepancy(graph),
+  ].join(" · ");
   plot.setAttribute("width", at.right);
   plot.setAttribute("height", at.total);
   plot.setAttribute("viewBox", `0 0 ${at.right} ${at.total}`);

@@ -47,8 +47,8 @@ function drawPanel() {
   $("panel").replaceChildren(...(node ? describe(node, 60, true) : [
     html("h2", "Follow a path"),
     html("p", "Point at a node to see what it reads and who reads it. Click it, or press Enter, to pin it here; then " +
-      "click one of its senders or readers, here or there, to go on. With the keyboard: Tab into the plot, ↑ and ↓ go along the " +
-      "strongest edge, ← and → to the node beside, Backspace a step back, Escape lets go."),
+      "click one of its senders or readers, here or there, to go on. With the keyboard: Tab into the plot, " +
+      "↑ and ↓ go along the strongest edge, ← and → to the node beside, Backspace a step back, Escape lets go."),
     html("p", "The entries of a node's edges add up to what it reads.", { className: "faint" }),
   ]));
 }
