@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -72,7 +73,7 @@ def _strongest(effect: EdgeEffect, k: int) -> list[tuple[str, str]]:
 
 def _joined(parts: list[EdgeEffect]) -> EdgeEffect:
     """Effects on pairs of several token lengths as one."""
-    together = {
+    together: dict[str, Any] = {
         name: torch.cat([getattr(part, name) for part in parts])
         for name in ("values", "clean", "corrupted", "reliability")
         if getattr(parts[0], name) is not None
