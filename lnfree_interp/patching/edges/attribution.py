@@ -91,7 +91,7 @@ def edge_attribution(
         weights = estimate.rules(widened_norms(weights))
     n_together = max(1, budget // 2 // (_numbers(model, request, wiring, weights) * itemsize(model, weights)))
     parts = []
-    with frozen(model), torch.enable_grad(), nullcontext() if weights is not None else split_inputs(model, wiring):
+    with frozen(model), torch.enable_grad(), nullcontext() if weights is not None else split_inputs(model, wiring, pairs.clean):
         for i in range(0, len(pairs), n_together):
             here = slice(i, i + n_together)
             part = request.of_prompts(here, model.cfg.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ from ..cells import Cells, MetricLike, PairsLike, Request, checked, itemsize, me
 from ..changes import Sweep, at_positions, by_heads, change_of_keys, keys_of, of_units, sweep_of
 from ..reading import Sample, check_finite, check_rows, read_metric
 from ..runs import numbers_kept
-from ..sweep import Rows, carried, finals, rows_from
+from ..sweep import Rows, carried, finals as final_streams, rows_from
 from ..tally import Tally
+from . import hooked as through_hooks
 from .cells import Group, differing, find_edges, grouped, sent
 from .result import EdgeEffect
+from .streams import split_inputs
 from .wiring import ATTENTION, Edges, Wiring, wiring_of
 
 
@@ -76,11 +79,12 @@ def edge_patching(
         hooked.check_model(model, pairs.clean)
     n_together = max(1, budget // 2 // (_numbers(model, swept, wiring, request) * itemsize(model, swept)))
     parts = []
-    for i in range(0, len(pairs), n_together):
-        here = slice(i, i + n_together)
-        part = request.of_prompts(here, model.cfg.device)
-        report = None if progress is None else shifted(progress, i, len(pairs), n_together)
-        parts.append(_patch(model, swept, wiring, mask, part, pairs[here], budget, i, report))
+    with nullcontext() if swept is not None else split_inputs(model, wiring, pairs.clean):
+        for i in range(0, len(pairs), n_together):
+            here = slice(i, i + n_together)
+            part = request.of_prompts(here, model.cfg.device)
+            report = None if progress is None else shifted(progress, i, len(pairs), n_together)
+            parts.append(_patch(model, swept, wiring, mask, part, pairs[here], budget, i, report))
     values, clean, corrupted, cells_run, flops = zip(*parts)
     check_finite(request, torch.cat(values), "the patched")
     return EdgeEffect(
@@ -129,9 +133,12 @@ def _patch(
     base_tokens, source_tokens = (t[:, : request.n_read] for t in (base_tokens, source_tokens))
     tally, device, n_layers = Tally(), base_tokens.device, model.cfg.n_layers
     differ = tokens_differ(weights, pairs)[:, : request.n_read]
-    assert weights is not None
-    sweep = sweep_of(weights, base_tokens, source_tokens, differ, request, tally, needs(wiring))
-    base, source, norm = sweep.base, sweep.source, weights.ln_final
+    norm = final_norm(model) if weights is None else weights.ln_final
+    if weights is not None:
+        sweep = sweep_of(weights, base_tokens, source_tokens, differ, request, tally, needs(wiring))
+        base, source = sweep.base, sweep.source
+    else:
+        base, source = (through_hooks.record(model, wiring, tokens) for tokens in (base_tokens, source_tokens))
     reads = on_device(torch.tensor(request.reads), device)
 
     def metric_of(final: Tensor, prompt: Tensor, sample: list[Sample] | None = None) -> Tensor:
@@ -146,11 +153,19 @@ def _patch(
     values = at_base.new_zeros(len(pairs), *mask.shape)
     max_rows, done = rows_at_a_time(model, weights, request, budget), 0
     for batch in batches(cells, request, max_rows):
-        final = swept_edges(sweep, wiring, batch)
-        if request.reads != sweep.reads:  # the metric's own order
-            final = final[:, torch.searchsorted(sweep.on_device, reads)]
-        prompt, at = on_device(torch.stack([batch.prompt, batch.prompt * mask.numel() + batch.unit]), device)
-        values.view(-1)[at] = metric_of(final, prompt) - at_base[prompt]
+        finals: Iterable[tuple[Tensor, Tensor]]
+        if weights is not None:
+            final = swept_edges(sweep, wiring, batch)
+            if request.reads != sweep.reads:  # the metric's own order
+                final = final[:, torch.searchsorted(sweep.on_device, reads)]
+            finals = [(torch.arange(len(batch)), final)]
+        else:
+            n_runs = max(1, max_rows // request.n_read)
+            finals = through_hooks.final_residuals(model, wiring, request, base, source, batch, n_runs)
+        for index, rows in finals:
+            c = batch[index]
+            prompt, at = on_device(torch.stack([c.prompt, c.prompt * mask.numel() + c.unit]), device)
+            values.view(-1)[at] = metric_of(rows, prompt) - at_base[prompt]
         done += len(batch)
         if progress is not None:
             progress(done, len(cells))
@@ -171,7 +186,7 @@ def swept_edges(sweep: Sweep, wiring: Wiring, cells: Cells) -> Tensor:
     joined = carried(
         sweep, min(groups), lambda i: [], lambda i: [rows_of(sweep, wiring, group) for group in groups.get(i, [])]
     )
-    return finals(sweep, cells.prompt, [*joined, *(rows_of(sweep, wiring, g) for g in groups.get(n_layers, []))])
+    return final_streams(sweep, cells.prompt, [*joined, *(rows_of(sweep, wiring, g) for g in groups.get(n_layers, []))])
 
 
 def rows_of(sweep: Sweep, wiring: Wiring, group: Group) -> Rows:

@@ -12,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from ...forward import run
 from ...layers import Norm
 from ...lens import LensModel
 from ...weights import Weights, block_of
@@ -138,12 +139,17 @@ def _through_norm(
 
 
 @contextmanager
-def split_inputs(model: LensModel, wiring: Wiring) -> Iterator[None]:
+def split_inputs(model: LensModel, wiring: Wiring, tokens: Int[Tensor, "prompt pos"]) -> Iterator[None]:
     """While it lasts, each head and MLP of the model reads its own copy of the stream, with a hook on it.
 
+    Args:
+        tokens: of which the first prompt is run with and without the copies.
+
     Raises:
-        ValueError: TransformerLens makes no copies in this model.
+        ValueError: TransformerLens makes no copies in this model, or they make it another.
     """
+    with torch.no_grad():
+        wanted = run(model, tokens[:1])
     cfg: object = model.cfg
     flags = ["use_attn_in", "use_split_qkv_input"] + ["use_hook_mlp_in"] * wiring.has_mlp
     before = {flag: bool(getattr(cfg, flag, False)) for flag in flags}
@@ -161,6 +167,12 @@ def split_inputs(model: LensModel, wiring: Wiring) -> Iterator[None]:
             raise ValueError(
                 f"edges need a model that read_weights reads, or one whose inputs TransformerLens splits ({reason})"
             ) from error
+        with torch.no_grad():
+            got = run(model, tokens[:1])
+        if (got - wanted).abs().max() > 1024 * torch.finfo(got.dtype).eps * wanted.abs().max():
+            raise ValueError(
+                "edges need a model that read_weights reads: this one TransformerLens runs otherwise with split inputs"
+            )
         yield
     finally:
         for flag in reversed(flags):
@@ -190,7 +202,8 @@ class Watched:
                 self.streams[name] = x.detach()
 
         def watch(x: Tensor, name: str) -> Tensor:
-            self.nodes[name] = x if x.requires_grad else x.detach().requires_grad_()
+            # A copy to autograd: a Bridge's hook_mlp_in is on the stream itself, which goes on past the MLP.
+            self.nodes[name] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             return self.nodes[name]
 
         for name in written | (read if receivers and weights is not None else set()):
