@@ -1,7 +1,7 @@
 """Attribution graphs: which token, head and neuron wrote how much into what each later one read, up to a logit.
 
-The graph of one prompt (after circuit-tracer, and Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs in
-Language Models", with the model's own heads and neurons in place of a transcoder's features): attention patterns and
+The graph of one prompt (after circuit-tracer, and Ameisen et al. 2025, "Circuit Tracing: Revealing Computational Graphs
+in Language Models", with the model's own heads and neurons in place of a transcoder's features): attention patterns and
 each neuron's ratio of output to input are held, so that what a node reads is a sum over what earlier nodes wrote.
 Without a norm that sum is exact; with one the scale is held too, and `discrepancy` says what that costs.
 """
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batching import Tokens, as_ids, check_next_token, check_tokens, encode, target_ids, whole
+from ..batching import Targets, Tokens, as_ids, check_next_token, check_tokens, encode, target_ids, whole
 from ..forward import unembed
 from ..layers import Weights, wide
 from ..lens import LensModel, ModelOrName
@@ -34,9 +34,9 @@ MOST_HEADS = 8192
 def attribution_graph(
     model: ModelOrName,
     prompt: Tokens,
-    target: str | int | None = None,
+    target: Targets | None = None,
     *,
-    versus: str | int | None = None,
+    versus: Targets | None = None,
     nodes: str = "neuron",
     share: float = 0.8,
     edge_share: float = 0.98,
@@ -118,8 +118,8 @@ def attribution_graph(
         strings=strings,
         nodes=(*(node for group in left for node in _graph_nodes(group, tokens, strings)), *apart),
         adjacency=adjacency.cpu(),
-        inputs=_joined([group.inputs for group in left], 0, 0, value),
-        activations=_joined([group.activations for group in left], 0, 0, probability),
+        inputs=_joined([group.inputs for group in left], 0.0, 0.0, value),
+        activations=_joined([group.activations for group in left], 0.0, 0.0, probability),
         influence=influence(adjacency).cpu(),
         effects=_joined([_effects_of(group, effects) for group in left], effects.bias, without, value),
         discrepancy=discrepancy(left, held, adjacency),
@@ -159,7 +159,7 @@ def _tokens(model: LensModel, prompt: Tokens, bos: bool) -> tuple[str | None, In
     return text, ids[0]
 
 
-def _target(model: LensModel, target: str | int, what: str) -> int:
+def _target(model: LensModel, target: Targets, what: str) -> int:
     ids = target_ids(model, target, 1, what)
     if ids.shape != (1,):
         raise ValueError(f"{what} has shape {list(ids.shape)}; a graph is of one token's logit")
