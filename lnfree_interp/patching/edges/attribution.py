@@ -16,12 +16,12 @@ from ...weights import Weights, read_weights, widened_norms
 from .. import hooked
 from ..attribution import estimate_of
 from ..cells import MetricLike, PairsLike, Request, checked, itemsize, memory_budget
-from ..estimates import Estimate, Integrated, SecondOrder
+from ..estimates import AtPStar, Estimate, Integrated, SecondOrder
 from ..reading import check_finite
 from ..sides import frozen, numbers_per_prompt, two_sides
 from .estimates import EFFECTS
 from .result import EdgeEffect
-from .streams import FINAL, Watched, embed_hook, split_inputs
+from .streams import FINAL, Watched, both, embed_hook, split_inputs
 from .terms import EdgeCase, changed
 from .wiring import Wiring, wiring_of
 
@@ -91,7 +91,11 @@ def edge_attribution(
         weights = estimate.rules(widened_norms(weights))
     n_together = max(1, budget // 2 // (_numbers(model, request, wiring, weights) * itemsize(model, weights)))
     parts = []
-    with frozen(model), torch.enable_grad(), nullcontext() if weights is not None else split_inputs(model, wiring, pairs.clean):
+    with (
+        frozen(model),
+        torch.enable_grad(),
+        nullcontext() if weights is not None else split_inputs(model, wiring, pairs.clean),
+    ):
         for i in range(0, len(pairs), n_together):
             here = slice(i, i + n_together)
             part = request.of_prompts(here, model.cfg.device)
@@ -152,12 +156,12 @@ def _case(
     estimate: Estimate,
     budget: int,
 ) -> EdgeCase:
-    base, source = (Watched({}, {}, {}) for _ in range(2))
+    base, source = Watched(), Watched()
     # Those who run the base prompts on their own need of this run only what was written.
     graph = not isinstance(estimate, (Integrated, SecondOrder))
-    hooks_of_source = source.hooks(wiring, weights, receivers=False)
-    hooks = base.hooks(wiring, weights, receivers=graph)
-    sides = two_sides(model, request, pairs, weights, hooks_of_source, hooks, graph=graph, cut=estimate.cut)
+    readers = base.readers(wiring, weights, at_z=isinstance(estimate, AtPStar)) if graph else {}
+    hooks = both(base.writers(wiring), readers)
+    sides = two_sides(model, request, pairs, weights, source.writers(wiring), hooks, graph=graph, cut=estimate.cut)
     delta = changed(sides, wiring, base.writes, source.writes)
     start = sides.window.first
     entering = {"base": base.writes[embed_hook()], "source": source.writes[embed_hook()][:, start:]}

@@ -7,9 +7,10 @@ through the product and the norm. Elsewhere TransformerLens makes the copies (`s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,7 @@ from torch import Tensor
 from ...forward import run
 from ...layers import Norm
 from ...lens import LensModel
+from ...through_hooks import Hook
 from ...weights import Weights, block_of
 from ..estimates.relp import DetachedNorm
 from .wiring import ATTENTION, Wiring
@@ -181,35 +183,55 @@ def split_inputs(model: LensModel, wiring: Wiring, tokens: Int[Tensor, "prompt p
 
 @dataclass(frozen=True)
 class Watched:
-    """What hooks noted of a run: at receivers in its graph, the streams they read, and what senders wrote."""
+    """What hooks noted of a run: at receivers in its graph, the streams they read, and what senders wrote.
 
-    nodes: dict[str, Tensor]
-    streams: dict[str, Tensor]
-    writes: Writes
+    Attributes:
+        graph: whether the streams, too, are noted in the graph.
+    """
 
-    def hooks(
-        self, wiring: Wiring, weights: Weights | None, *, receivers: bool = True
-    ) -> Mapping[str, Callable[[Tensor], Tensor | None]]:
-        """Hooks that fill it in."""
-        hooks: dict[str, Callable[[Tensor], Tensor | None]] = {}
-        written = set(writing_hooks(wiring))
-        read = {stream_hook(wiring, i, kind) for i, kind, _, _ in wiring.groups if kind != "logits"}
+    nodes: dict[str, Tensor] = field(default_factory=dict)
+    streams: dict[str, Tensor] = field(default_factory=dict)
+    writes: Writes = field(default_factory=dict)
+    graph: bool = False
+
+    def writers(self, wiring: Wiring) -> dict[str, Hook]:
+        """Hooks that note what is written."""
 
         def note(x: Tensor, name: str) -> None:
-            if name in written:
-                self.writes[name] = x.detach()
-            if name in read:
-                self.streams[name] = x.detach()
+            self.writes[name] = x.detach()
+
+        return {name: partial(note, name=name) for name in writing_hooks(wiring)}
+
+    def readers(self, wiring: Wiring, weights: Weights | None, *, at_z: bool = False) -> dict[str, Hook]:
+        """Hooks that note what receivers read, and put what they make of it into the graph.
+
+        Args:
+            at_z: z too.
+        """
+
+        def note(x: Tensor, name: str) -> None:
+            self.streams[name] = x if self.graph else x.detach()
 
         def watch(x: Tensor, name: str) -> Tensor:
             # A copy to autograd: a Bridge's hook_mlp_in is on the stream itself, which goes on past the MLP.
             self.nodes[name] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             return self.nodes[name]
 
-        for name in written | (read if receivers and weights is not None else set()):
-            hooks[name] = lambda x, name=name: note(x, name)
-        if receivers:
-            for i, kind, _, _ in wiring.groups:
-                if kind != "logits":
-                    hooks |= {name: lambda x, name=name: watch(x, name) for name in hooks_read(weights, i, kind)}
+        hooks: dict[str, Hook] = {}
+        for i, kind, _, _ in wiring.groups[:-1]:
+            if weights is not None:
+                stream = stream_hook(wiring, i, kind)
+                hooks[stream] = partial(note, name=stream)
+            of_z = (f"blocks.{i}.attn.hook_z",) if at_z else ()
+            hooks |= {name: partial(watch, name=name) for name in (*hooks_read(weights, i, kind), *of_z)}
         return hooks
+
+
+def both(one: Mapping[str, Hook], other: Mapping[str, Hook]) -> dict[str, Hook]:
+    """Hooks that note and hooks that may put something in the place of an activation, after them."""
+
+    def hook(x: Tensor, name: str) -> Tensor | None:
+        one[name](x)
+        return other[name](x)
+
+    return {**one, **other} | {name: partial(hook, name=name) for name in one.keys() & other.keys()}
