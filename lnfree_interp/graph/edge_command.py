@@ -40,7 +40,8 @@ def run(args) -> None:
             tables.append(table)
         notes.append(f"{name}: {_of_the_task(effect)}")
     print("\n".join(notes))
-    for (method, name), table in zip(panels, tables):
+    for table in tables:
+        name, method = table["model"].iloc[0], table["method"].iloc[0]
         title = f"{name}: edges with the largest effects on {args.metric}, {method} [95% interval]"
         cli.show(_readable(table.head(args.top)), title)
     pairs = args.pairs if args.pairs in ("induction", "ioi") else Path(args.pairs).name
