@@ -21,6 +21,11 @@ from .evaluate import (
     loss_table as loss_table,
 )
 from .finetune import remove_layernorm as remove_layernorm
+from .graph import (
+    AttributionGraph as AttributionGraph,
+    GraphNode as GraphNode,
+    attribution_graph as attribution_graph,
+)
 from .metrics import (
     Metric as Metric,
     cross_entropy as cross_entropy,
@@ -46,6 +51,7 @@ from .norms import (
 from .pairs import PromptPairs as PromptPairs, induction_pairs as induction_pairs, ioi_pairs as ioi_pairs
 from .patching import (
     AtPStar as AtPStar,
+    EdgeEffect as EdgeEffect,
     Gradient as Gradient,
     Integrated as Integrated,
     PatchingEffect as PatchingEffect,
@@ -54,6 +60,8 @@ from .patching import (
     SecondOrder as SecondOrder,
     activation_patching as activation_patching,
     attribution_patching as attribution_patching,
+    edge_attribution as edge_attribution,
+    edge_patching as edge_patching,
     patching_error as patching_error,
 )
 from .schedule import RemovalSchedule as RemovalSchedule

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .documents import hub_documents, read_documents
+from .documents import hub_documents, read_documents, read_text
 from .lens import LensModel
 from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, dtype_name, locate_checkpoint
 
@@ -43,6 +43,17 @@ def parser(module: str, description: str | None, *, tokens: int = 16384, out: st
     return p
 
 
+def add_pairs(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The flags of commands on pairs of prompts: --pairs, --n-pairs, --length, --template."""
+    add, which = parser.add_argument, "induction, ioi, or a .jsonl or .csv file (induction)"
+    return [
+        add("--pairs", default="induction", metavar="WHICH", help=which),
+        add("--n-pairs", type=positive_int, default=16, metavar="N", help="how many pairs to make (16)"),
+        add("--length", type=positive_int, default=16, metavar="N", help="tokens per induction prompt (16)"),
+        add("--template", type=int, default=0, metavar="I", help="which IOI template (0)"),
+    ]
+
+
 def positive_int(text: str) -> int:
     value = int(text) if re.fullmatch(r"\d+", text) else 0
     if value < 1:
@@ -59,6 +70,14 @@ def check(args: argparse.Namespace) -> None:
         read_documents(args.text)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is not a directory")
+
+
+def check_pairs(args: argparse.Namespace) -> None:
+    """What can be known to be wrong with --pairs."""
+    if args.pairs not in ("induction", "ioi"):
+        if Path(args.pairs.removesuffix(".gz")).suffix not in (".jsonl", ".csv"):
+            raise ValueError(f"--pairs {args.pairs!r} is none of induction, ioi, or a .jsonl or .csv file")
+        read_text(args.pairs, "pairs file")
 
 
 def guard(
@@ -128,6 +147,19 @@ def load_tokens(args: argparse.Namespace, model: LensModel, *, context: int = 51
     n_rows = max(1, args.tokens // context)
     blocks = token_blocks(model.tokenizer, documents(args), context, max_blocks=n_rows)
     return blocks.to(model.cfg.device)
+
+
+def load_pairs(args: argparse.Namespace, model: LensModel):
+    """The pairs that --pairs asks for, by token length: dict[int, PromptPairs]."""
+    from .pairs import groups_from_file, induction_pairs, ioi_pairs
+
+    if args.pairs == "induction":
+        pairs = induction_pairs(model, args.n_pairs, length=args.length, seed=args.seed)
+    elif args.pairs == "ioi":
+        pairs = ioi_pairs(model, args.n_pairs, seed=args.seed, template=args.template)
+    else:
+        return groups_from_file(args.pairs, model)
+    return {pairs.clean.shape[1]: pairs}
 
 
 @contextmanager

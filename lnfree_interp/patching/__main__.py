@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 
 from .. import cli
-from ..documents import read_text
 from .sites import DIRECTIONS, LEAST, METHODS, METRICS, SITES
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.parser("patching", "How far gradient approximations are from activation patching, model by model.")
     add, positive_int = parser.add_argument, cli.positive_int
-    add("--pairs", default="induction", metavar="WHICH", help="induction, ioi, or a .jsonl or .csv file (induction)")
-    add("--n-pairs", type=positive_int, default=16, metavar="N", help="how many pairs to make (16)")
-    add("--length", type=positive_int, default=16, metavar="N", help="tokens per induction prompt (16)")
-    add("--template", type=int, default=0, metavar="I", help="which IOI template (0)")
+    cli.add_pairs(parser)
     add("--site", default="resid_pre", choices=list(SITES), help="what to patch (resid_pre)")
     add("--method", nargs="+", default=["gradient"], choices=METHODS, help="approximations (gradient)")
     add("--metric", default="logit_diff", choices=METRICS, help="what the effect is on (logit_diff)")
@@ -46,10 +41,7 @@ def size(text: str) -> int:
 
 def _check(args) -> None:
     cli.check(args)
-    if args.pairs not in ("induction", "ioi"):
-        if Path(args.pairs.removesuffix(".gz")).suffix not in (".jsonl", ".csv"):
-            raise ValueError(f"--pairs {args.pairs!r} is none of induction, ioi, or a .jsonl or .csv file")
-        read_text(args.pairs, "pairs file")
+    cli.check_pairs(args)
     if not args.least > 0:
         raise ValueError(f"--least {args.least} is not a number above 0")
     if "atp_star" in args.method and not SITES[args.site].scores:

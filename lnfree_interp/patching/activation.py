@@ -103,11 +103,11 @@ def activation_patching(
     for i in range(0, len(pairs), n_together):
         here = slice(i, i + n_together)
         part = request.of_prompts(here, model.cfg.device)
-        report = None if progress is None else _shifted(progress, i, len(pairs), n_together)
+        report = None if progress is None else shifted(progress, i, len(pairs), n_together)
         parts.append(_patch(model, weights, swept, part, pairs[here], budget, i, report))
     values, clean, corrupted, cells_run, flops = zip(*parts)
     check_finite(request, torch.cat(values), "the patched")
-    plain = plain_flops(model, request, len(pairs))
+    plain = plain_flops(model, request, torch.Size(request.shape(len(pairs))).numel())
     return PatchingEffect(
         values=torch.cat(values),
         site=site,
@@ -124,7 +124,7 @@ def activation_patching(
     )
 
 
-def _shifted(progress: Progress, first: int, n_prompts: int, n_together: int) -> Progress:
+def shifted(progress: Progress, first: int, n_prompts: int, n_together: int) -> Progress:
     """Progress over all prompts from progress over some: in cells, as if each prompt had equally many."""
 
     def report(done: int, total: Any) -> None:
@@ -148,7 +148,7 @@ def _prompts_at_a_time(model: LensModel, weights: Weights | None, request: Reque
     return max(1, budget // 2 // (numbers * itemsize(model, weights)))
 
 
-def plain_flops(model: LensModel, request: Request, n_prompts: int) -> float:
+def plain_flops(model: LensModel, request: Request, n_cells: int) -> float:
     """Floating-point operations of running the whole model once for each cell, all logits included."""
     cfg, n = model.cfg, request.n_pos
     tally = Tally()
@@ -157,7 +157,7 @@ def plain_flops(model: LensModel, request: Request, n_prompts: int) -> float:
     tally.linear(n * cfg.n_layers, cfg.d_model, 2 * d_attn + 2 * d_keys + mlp)
     tally.linear(n, cfg.d_model, cfg.d_vocab)
     tally.flops += 4.0 * cfg.n_layers * d_attn * n * n
-    return tally.flops * float(torch.Size(request.shape(n_prompts)).numel())
+    return tally.flops * n_cells
 
 
 def _patch(model: LensModel, weights, swept, request: Request, pairs: PromptPairs, budget: int, first: int, progress):
@@ -191,7 +191,7 @@ def _patch(model: LensModel, weights, swept, request: Request, pairs: PromptPair
     cells = find_cells(request, differs, differ, n_layers, device)
     values = at_base.new_zeros(request.shape(len(pairs)))
 
-    max_rows, done = _rows_at_a_time(model, swept, request, budget), 0
+    max_rows, done = rows_at_a_time(model, swept, request, budget), 0
     for batch in batches(cells, request, max_rows):
         finals: Iterable[tuple[Tensor, Tensor]]
         if swept is not None:
@@ -213,7 +213,7 @@ def _patch(model: LensModel, weights, swept, request: Request, pairs: PromptPair
     return values, clean, corrupted, len(cells), tally.flops
 
 
-def _rows_at_a_time(model: LensModel, weights: Weights | None, request: Request, budget: int) -> int:
+def rows_at_a_time(model: LensModel, weights: Weights | None, request: Request, budget: int) -> int:
     """Rows of the residual stream that a sweep may carry in half of the budget."""
     cfg = model.cfg
     d_mlp = cfg.d_mlp or 0

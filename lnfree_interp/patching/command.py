@@ -10,22 +10,11 @@ import torch
 from .. import cli, metrics
 from ..figures.patching import effect_heatmaps
 from ..lens import LensModel
-from ..pairs import PromptPairs, groups_from_file, induction_pairs, ioi_pairs
+from ..pairs import PromptPairs
 from .activation import activation_patching
 from .attribution import attribution_patching
 from .effect import PatchingEffect, moved, normalized, patching_error, solved
 from .sites import METRICS
-
-
-def _pairs(args, model: LensModel) -> dict[int, PromptPairs]:
-    """The pairs asked for, by token length."""
-    if args.pairs == "induction":
-        pairs = induction_pairs(model, args.n_pairs, length=args.length, seed=args.seed)
-    elif args.pairs == "ioi":
-        pairs = ioi_pairs(model, args.n_pairs, seed=args.seed, template=args.template)
-    else:
-        return groups_from_file(args.pairs, model)
-    return {pairs.clean.shape[1]: pairs}
 
 
 def run(args) -> None:
@@ -33,7 +22,7 @@ def run(args) -> None:
     options = {"integrated": {"steps": args.steps, "path": args.path}, "second_order": {"joint": args.joint}}
     errors, effects, panels, labels, notes = [], [], {}, [], []
     for name, model in cli.models(args):
-        groups = _pairs(args, model)
+        groups = cli.load_pairs(args, model)
         most = max(groups, key=lambda n: len(groups[n]))
         for n_pos, pairs in groups.items():
             common = {

@@ -1,0 +1,5 @@
+"""Attribution graphs: how a logit came to be, node by node."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

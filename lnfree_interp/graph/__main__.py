@@ -1,0 +1,66 @@
+"""python -m lnfree_interp.graph: a logit's attribution graph, or with --edges which edges a task runs along."""
+
+from __future__ import annotations
+
+import argparse
+
+from .. import cli
+from ..patching.sites import DIRECTIONS, METHODS, METRICS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """How a logit came to be, model by model, as a graph; with --edges which edges between components a task needs."""
+    parser = cli.parser("graph", main.__doc__)
+    parser.set_defaults(tokens=None)
+    add = parser.add_argument
+    of_graphs = [
+        add("--prompt", default="It was the best of times, it was the worst of", metavar="TEXT"),
+        add("--target", metavar="TOKEN", help="whose logit, its space included, e.g. ' her' (default: the likeliest)"),
+        add("--versus", metavar="TOKEN", help="whose logit is subtracted (none)"),
+        add("--nodes", choices=("neuron", "mlp"), default="neuron", help="how fine MLPs are (neuron)"),
+        add("--share", type=float, default=0.8, metavar="X", help="of the influence that the nodes shall hold (0.8)"),
+    ]
+    add("--edges", action="store_true", help="effects of edges on pairs of prompts, not the graph of one prompt")
+    of_edges = [
+        *cli.add_pairs(parser),
+        add("--method", nargs="+", default=["gradient"], choices=METHODS, help="estimates (gradient)"),
+        add("--metric", default="logit_diff", choices=METRICS, help="what the effect is on (logit_diff)"),
+        add("--direction", default="denoising", choices=DIRECTIONS),
+        add("--exact", type=cli.positive_int, metavar="K", help="run the K strongest edges exactly too (none)"),
+    ]
+    add("--top", type=cli.positive_int, default=10, metavar="K", help="nodes and edges that are printed (10)")
+    # Those not given are left out, so that one which does not go with the others is known; _check puts them in.
+    defaults = {action.dest: action.default for action in (*of_graphs, *of_edges)}
+    for action in (*of_graphs, *of_edges):
+        action.default = argparse.SUPPRESS
+    args = parser.parse_args(argv)
+    foreign = [action.dest for action in (of_graphs if args.edges else of_edges) if action.dest in args]
+    args = argparse.Namespace(**(defaults | vars(args)))
+    return cli.guard(_run, args, parser.prog, check=lambda args: _check(args, foreign))
+
+
+def _check(args: argparse.Namespace, foreign: list[str]) -> None:
+    for name in foreign:
+        flag = f"--{name.replace('_', '-')}"
+        raise ValueError(f"{flag} is for one prompt, not for --edges" if args.edges else f"{flag} needs --edges")
+    for name in ("text", "data", "tokens"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} is not for this command: it reads --prompt, or with --edges --pairs")
+    cli.check(args)
+    if not args.prompt:
+        raise ValueError("--prompt is empty")
+    if not 0 < args.share <= 1:
+        raise ValueError(f"--share {args.share} is not a number above 0, 1 at most")
+    cli.check_pairs(args)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.edges:
+        from .edge_command import run
+    else:
+        from .command import run
+    run(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

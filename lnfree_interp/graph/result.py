@@ -1,0 +1,142 @@
+"""What an attribution graph is: nodes, what each wrote into each other's input, and tables, pages and files of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+KINDS = ("token", "head", "neuron", "mlp", "bias", "error", "logit")
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """A node of an attribution graph.
+
+    Attributes:
+        kind: one of KINDS.
+        layer: the block of a head, a neuron or an MLP; n_layers of the logit; -1 of tokens, biases, what is left out.
+        pos: position in the prompt, the logit's too; -1 of the biases and of what is left out, one node each.
+        unit: number of the head or neuron, token id of a token or the logit; else None.
+        label: "'Mary' @3", "L3H7 @5", "L2N1021 @5", "L2.mlp @5", "bias", "left out", "logit ' his' - ' her'".
+    """
+
+    kind: str
+    layer: int
+    pos: int
+    unit: int | None
+    label: str
+
+
+@dataclass(frozen=True)
+class AttributionGraph:
+    """How a logit came to be: what each node wrote into what each later one read.
+
+    A node reads one number off the residual stream and writes one vector into it. Attention patterns, norms' scales and
+    each neuron's ratio of output to input are as they were in the model's run: then all that is read is linear in what
+    is written, and entries add up. See `attribution_graph` for what each kind of node reads.
+
+    Attributes:
+        prompt: the text, if it was one.
+        tokens: the prompt's ids, BOS included.
+        strings: each token as text.
+        nodes: tokens by position, then heads, neurons or MLPs by layer, position and unit, then the biases, what is
+            left out, and the logit.
+        adjacency: the part of the receiver's input that the sender wrote. A row sums to the receiver's input.
+        inputs: what each node reads: a neuron its pre-activation, a head or an MLP the length of what it writes (read
+            along its direction), the logit itself; 0 of tokens, biases, what is left out.
+        activations: what each node writes: a neuron its activation, a token, head or MLP the length of its vector, the
+            logit its probability (0 of a difference); 0 of biases, what is left out.
+        influence: each node's share in the logit, in [0, 1], over all paths of absolute entries, each receiver's
+            divided by their sum; 1 of the logit.
+        effects: by how many logits the logit falls, over all paths, when the node's vector is taken out while
+            patterns, scales and ratios stay; of what is left out, all of it. Of the logit its value.
+        discrepancy: with norms, sum |entry - exact| / sum |exact| over the entries that are kept, exact being what
+            the input loses when the sender's vector is taken out of the stream and the norm computed again.
+        kept: the share of the influence that the nodes here hold.
+        model: its name.
+        n_layers: its blocks.
+        target, versus: the logit's token id, and the one whose logit is subtracted.
+    """
+
+    prompt: str | None
+    tokens: tuple[int, ...]
+    strings: tuple[str, ...]
+    nodes: tuple[GraphNode, ...]
+    adjacency: Float[Tensor, "receiver sender"]
+    inputs: Float[Tensor, " node"]
+    activations: Float[Tensor, " node"]
+    influence: Float[Tensor, " node"]
+    effects: Float[Tensor, " node"]
+    discrepancy: float
+    kept: float
+    model: str
+    n_layers: int
+    target: int
+    versus: int | None
+
+    def __repr__(self) -> str:
+        return (
+            f"AttributionGraph({self.nodes[-1].label} of {self.model} after {len(self.tokens)} tokens: "
+            f"{len(self.nodes)} nodes, {int(self.adjacency.count_nonzero())} edges, {self.kept:.0%} of the influence, "
+            f"discrepancy {self.discrepancy:.2g})"
+        )
+
+    def table(self, k: int | None = None):
+        """One row per edge, largest first: sender, receiver, entry, and its share of what the receiver reads.
+
+        Args:
+            k: how many; None: all.
+
+        Raises:
+            ValueError: k is below 1.
+        """
+        import pandas as pd
+
+        if k is not None and k < 1:
+            raise ValueError(f"k is {k}; it must be at least 1")
+        entries = self.adjacency.double()
+        to, of = entries.nonzero(as_tuple=True)
+        order = entries[to, of].abs().argsort(descending=True, stable=True)[:k]
+        to, of = to[order], of[order]
+        values, inputs = entries[to, of], self.inputs.double()[to]
+        return pd.DataFrame(
+            {
+                "sender": [self.nodes[i].label for i in of.tolist()],
+                "receiver": [self.nodes[i].label for i in to.tolist()],
+                "entry": values.numpy(),
+                "share": (values / inputs).numpy(),
+            }
+        )
+
+    def node_table(self):
+        """One row per node, in their order: node, what it reads, what it writes, influence, effect in logits."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "node": [node.label for node in self.nodes],
+                "input": self.inputs.double().numpy(),
+                "activation": self.activations.double().numpy(),
+                "influence": self.influence.double().numpy(),
+                "effect": self.effects.double().numpy(),
+            }
+        )
+
+    def plot(self, path: str | Path | None = None) -> str:
+        """The graph as a page (HTML, with all that it needs in it), written to the path if there is one."""
+        from ..cli import replace_file
+        from ..figures.graph import graph_page
+
+        page = graph_page(self)
+        if path is not None:
+            replace_file(Path(path), lambda beside: beside.write_text(page, encoding="utf-8"))
+        return page
+
+    def save(self, path: str | Path) -> None:
+        """Write the graph as JSON in the form that circuit-tracer's browser and Neuronpedia read."""
+        from .saving import save_graph
+
+        save_graph(self, Path(path))
