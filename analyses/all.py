@@ -28,6 +28,7 @@ SCRIPTS = (
     "loss_table",
     "training_curve",
     "dla_vs_direct_effect",
+    "readers",
     "attribution_vs_activation",
     "confidence_neurons",
     "norms_and_sinks",

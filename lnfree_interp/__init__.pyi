@@ -3,9 +3,14 @@ from .data import token_blocks as token_blocks
 from .dla import (
     AttributionError as AttributionError,
     LogitAttribution as LogitAttribution,
+    Reader as Reader,
+    ReaderAttribution as ReaderAttribution,
     attribution_error as attribution_error,
+    attribution_to as attribution_to,
+    attributions_to as attributions_to,
     direct_effect as direct_effect,
     direct_logit_attribution as direct_logit_attribution,
+    effect_on as effect_on,
     logit_attributions as logit_attributions,
 )
 from .documents import read_documents as read_documents

@@ -19,6 +19,7 @@ import data_efficiency
 import dla_vs_direct_effect
 import loss_table
 import norms_and_sinks
+import readers
 import real_model
 import removal_order
 import runs
@@ -94,6 +95,22 @@ def dla_table(free, normed):
 def test_dla_claims(free, normed, by_hand, verdicts):
     checked = dict.fromkeys("ocf", by_hand)
     assert [c.agrees for c in dla_vs_direct_effect.claims(FAMILY, dla_table(free, normed), checked)] == verdicts
+
+
+@pytest.mark.parametrize(
+    ("free", "normed", "verdicts"), [(0, 0.2, ["yes", "yes"]), (1e-3, 0.2, ["no", "yes"]), (0, 0.005, ["yes", "no"])]
+)
+def test_readers_claims(free, normed, verdicts):
+    errors = {"o": normed, "c": 2 * normed, "f": free}
+    rows = [
+        {"model": m, "reads": kind, "layer": layer, "nmae": e * (1 + layer), "low": e, "high": 3 * e}
+        for m, e in errors.items()
+        for kind in readers.READERS
+        for layer in (0, 1)
+    ]
+    found = readers.claims(FAMILY, pd.DataFrame(rows))
+    assert [c.agrees for c in found] == verdicts
+    assert f"o: query {normed:.1%} to {2 * normed:.1%}, key" in found[1].ours
 
 
 @pytest.mark.parametrize(
@@ -258,6 +275,7 @@ def test_rise_and_curve_claims():
 CHEAP = {
     "loss_table": "2048",
     "dla_vs_direct_effect": "512",
+    "readers": "512",
     "confidence_neurons": "512",
     "norms_and_sinks": "1024",
     "calibration": "2048",

@@ -17,7 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import forward
-from ..dla.attribution import DECOMPOSITIONS, logit_attributions
+from ..dla.attribution import logit_attributions
+from ..dla.record import DECOMPOSITIONS
 from ..lens import LensModel
 from ..metrics import cross_entropy, entropy
 from ..names import locate_checkpoint, weight_files

@@ -1,7 +1,11 @@
 from .attribution import (
-    LogitAttribution as LogitAttribution,
+    attribution_to as attribution_to,
+    attributions_to as attributions_to,
     direct_effect as direct_effect,
     direct_logit_attribution as direct_logit_attribution,
+    effect_on as effect_on,
     logit_attributions as logit_attributions,
 )
 from .error import HEADS as HEADS, AttributionError as AttributionError, attribution_error as attribution_error
+from .readers import Reader as Reader
+from .result import LogitAttribution as LogitAttribution, ReaderAttribution as ReaderAttribution
