@@ -94,8 +94,8 @@ def resolve(model: LensModel, reader: Reader, tokens: Int[Tensor, "batch pos"], 
         if (getattr(model.cfg, "output_logits_soft_cap", -1.0) or -1.0) > 0:
             raise ValueError("this model caps its logits with tanh, so they are not a sum over components")
         kept, targets, versus = align_targets(model, tokens, reader.targets, reader.versus, positions)
-        labels = ("logit" if versus is None else "logit difference",)
-        return Reading(Place(model.cfg.n_layers), final_norm(model), labels, kept, None, targets, versus)
+        label = "logit" if versus is None else "logit difference"
+        return Reading(Place(model.cfg.n_layers), final_norm(model), (label,), kept, None, targets, versus)
     n_pos = tokens.shape[1]
     every = range(n_pos)
     kept = list(every) if positions is None else indices(positions, n_pos, "position", every, "the tokens")
@@ -200,6 +200,8 @@ def _norm_before(model: LensModel, layer: int, part: str) -> Norm:
     for hook in own:
         inputs = hook.startswith(f"{part}.") and hook.endswith(("_in", "_input"))
         between = hook in (part, name, f"hook_{part}_in") or hook.startswith(f"{name}.") or inputs
+        # A Bridge's resid_mid is what the MLP's norm reads, beside the stream.
+        between |= part == "mlp" and hook == "hook_resid_mid" and is_bridge(model)
         if between or (part == "attn" and hook.endswith("_input")):
             raise ValueError(
                 f"the model carries a hook at {before}{hook}, between the stream and its reader; remove it"
