@@ -4,9 +4,11 @@ from .dla import (
     AttributionError as AttributionError,
     LogitAttribution as LogitAttribution,
     attribution_error as attribution_error,
+    composition_scores as composition_scores,
     direct_effect as direct_effect,
     direct_logit_attribution as direct_logit_attribution,
     logit_attributions as logit_attributions,
+    virtual_weights as virtual_weights,
 )
 from .documents import read_documents as read_documents
 from .evaluate import (

@@ -4,4 +4,5 @@ from .attribution import (
     direct_logit_attribution as direct_logit_attribution,
     logit_attributions as logit_attributions,
 )
+from .composition import composition_scores as composition_scores, virtual_weights as virtual_weights
 from .error import HEADS as HEADS, AttributionError as AttributionError, attribution_error as attribution_error
