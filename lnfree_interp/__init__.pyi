@@ -3,6 +3,8 @@ from .data import token_blocks as token_blocks
 from .dla import (
     AttributionError as AttributionError,
     LogitAttribution as LogitAttribution,
+    ScoreAttribution as ScoreAttribution,
+    attention_score_attribution as attention_score_attribution,
     attribution_error as attribution_error,
     composition_scores as composition_scores,
     direct_effect as direct_effect,

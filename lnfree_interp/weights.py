@@ -33,6 +33,7 @@ __all__ = [
     "of_norms",
     "own_hooks",
     "read_weights",
+    "weights_alone",
     "why_not_read",
     "widened_norm",
     "widened_norms",
@@ -79,6 +80,9 @@ _COVERED = {
     ),
 }
 
+# Those of them that give a model more hook points, and change nothing else.
+_HOOK_POINTS = ("use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in")
+
 
 def read_weights(model: ModelOrName) -> Weights | None:
     """The model's weights as they are now, views of them; None for a model that they are not all of.
@@ -116,16 +120,28 @@ def why_not_read(model: ModelOrName) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def weights_alone(model: LensModel) -> Weights:
+    """The model's weights for what is computed of them and runs nothing, whatever hooks and hook points it has.
+
+    Raises:
+        ValueError: `read_weights` is None for another reason: these would not be all of the model.
+    """
+    found = _read(model, alone=True)
+    if isinstance(found, str):
+        raise ValueError(f"the model's weights are not read: {found}")
+    return found
+
+
 @torch.no_grad()
-def _read(model: LensModel) -> Weights | str:
-    """The weights, or why they are not read."""
+def _read(model: LensModel, alone: bool = False) -> Weights | str:
+    """The weights, or why they are not read; if `alone`, in spite of hooks and points for them."""
     known = ("transformer_lens", "torch", "transformers") if is_bridge(model) else ("transformer_lens", "torch")
     for name, module in _modules(model):
         if type(module).__module__.split(".")[0] not in known or "forward" in vars(module):
             return f"its {name or 'root'} is a {type(module).__name__}, no module of TransformerLens' own"
         if module.training and isinstance(module, torch.nn.Dropout) and module.p > 0:
             return f"it is in training mode, with dropout at {name}"
-    for name in own_hooks(model):
+    for name in () if alone else own_hooks(model):
         return f"the model carries a hook at {name or 'its root'}, which only its own forward runs"
     if is_bridge(model):
         try:
@@ -134,6 +150,8 @@ def _read(model: LensModel) -> Weights | str:
             return str(error)
     cfg = model.cfg
     covered = _COVERED | {"normalization_type": NORMALIZATIONS}
+    if alone:
+        covered = {field: allowed for field, allowed in covered.items() if field not in _HOOK_POINTS}
     if not getattr(cfg, "attn_only", False):
         covered = covered | {"act_fn": tuple(ACTIVATIONS)}
     for field, allowed in covered.items():

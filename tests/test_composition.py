@@ -39,9 +39,7 @@ def by_definition(model, kind):
             W_K, W_V = (W[g if len(W) < cfg.n_heads else h] for W in (W_K, W_V))
             q, k, v = (of_norm(model, block.ln1, W) for W in (block.attn.W_Q[h], W_K, W_V))
             if getattr(cfg, "use_qk_norm", False):
-                for part, norm in ((q, block.attn.q_norm), (k, block.attn.k_norm)):
-                    if getattr(norm, "w", None) is not None:
-                        part *= norm.w
+                q, k = q * block.attn.q_norm.w, k * block.attn.k_norm.w
             W_O = block.attn.W_O[h]
             if getattr(cfg, "use_normalization_before_and_after", False) and cfg.normalization_type is not None:
                 W_O = W_O * block.ln1_post.w

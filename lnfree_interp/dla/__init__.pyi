@@ -6,3 +6,4 @@ from .attribution import (
 )
 from .composition import composition_scores as composition_scores, virtual_weights as virtual_weights
 from .error import HEADS as HEADS, AttributionError as AttributionError, attribution_error as attribution_error
+from .scores import ScoreAttribution as ScoreAttribution, attention_score_attribution as attention_score_attribution

@@ -18,19 +18,12 @@ from torch import Tensor
 from transformer_lens import FactoredMatrix
 
 from ..layers import Layer, Norm, wide
-from ..lens import LensModel, ModelOrName
+from ..lens import ModelOrName
 from ..models import as_model
-from ..weights import Weights, read_weights, why_not_read
+from ..weights import Weights, weights_alone
 
 # ---------------------------------------------------------------------------------------------------------
 # Matrices as the residual stream meets them
-
-
-def _weights(model: LensModel) -> Weights:
-    weights = read_weights(model)
-    if weights is None:
-        raise ValueError(f"the model's weights are not read: {why_not_read(model)}")
-    return weights
 
 
 def _reads(norm: Norm, W: Float[Tensor, "*heads d_model d"]) -> Float[Tensor, "*heads d_model d"]:
@@ -80,14 +73,14 @@ def composition_scores(model: ModelOrName, kind: str) -> Float[Tensor, "layer he
     and the key at one position).
 
     Args:
-        model: any HookedTransformer or TransformerBridge whose weights are read, or a name.
+        model: a HookedTransformer or TransformerBridge whose weights are read (whatever hooks it carries), or a name.
         kind: "Q", "K" or "V".
 
     Returns:
         Float[Tensor, "layer head later_layer later_head"], in [0, 1]; 0 where the second is not in a later layer.
 
     Raises:
-        ValueError: an unknown kind, a model whose weights `read_weights` does not read.
+        ValueError: an unknown kind, a model whose weights are not read.
 
     Example:
         >>> from lnfree_interp import composition_scores
@@ -98,7 +91,7 @@ def composition_scores(model: ModelOrName, kind: str) -> Float[Tensor, "layer he
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown; allowed are {', '.join(KINDS)}")
-    weights = _weights(as_model(model))
+    weights = weights_alone(as_model(model))
     n_layers, n_heads = len(weights.layers), len(weights.layers[0].W_Q)
     senders = [_rows(layer) for layer in weights.layers[:-1]]
     scores = wide(weights.W_E).new_zeros(n_layers, n_heads, n_layers, n_heads)
@@ -159,7 +152,7 @@ def virtual_weights(
     wrote to the one where the receiver reads. (Elhage et al. 2021, "Virtual Weights".)
 
     Args:
-        model: any HookedTransformer or TransformerBridge whose weights are read, or a name.
+        model: a HookedTransformer or TransformerBridge whose weights are read (whatever hooks it carries), or a name.
         sender: "embed", "pos_embed", "L2.mlp" (all its neurons), "L2N5" (a neuron), "L2H3" (a head).
         receiver: "L4.mlp" (all its neurons' inputs), "L4N5", "L4H1.q", "L4H1.k", "L4H1.v", "logits". The inputs of a
             gated MLP are those of the activation function; "L4.mlp.linear" and "L4N5.linear" are what is gated.
@@ -171,7 +164,7 @@ def virtual_weights(
 
     Raises:
         ValueError: an unknown name, a sender that writes after its receiver has read, a model whose weights
-            `read_weights` does not read.
+            are not read.
 
     Example:
         >>> from lnfree_interp import virtual_weights
@@ -181,7 +174,7 @@ def virtual_weights(
         >>> virtual_weights("tiny-noLN", "embed", "L2H1.q", through="L0H3").mdim
         32
     """
-    weights = _weights(as_model(model))
+    weights = weights_alone(as_model(model))
     names = [through] if isinstance(through, str) else list(through)
     written, W_out = _sender(weights, sender)
     heads = [_head(weights, name) for name in names]
