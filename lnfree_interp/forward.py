@@ -80,23 +80,26 @@ def run(
     *,
     resid: Float[Tensor, "batch pos d_model"] | None = None,
     start_layer: int = 0,
+    stop_at_layer: int | None = None,
     hooks: Mapping[str, Hook] | None = None,
     positions: Sequence[int] | slice | Int[Tensor, " kept"] | None = None,
     past: Past | None = None,
     keep: KeysAndValues | None = None,
     weights: Weights | None = None,
 ) -> Float[Tensor, "batch kept_pos d_model"]:
-    """The final residual stream (before the final norm), with hooks along the way.
+    """The final residual stream (before the final norm), or that of a layer, with hooks along the way.
 
     Args:
         tokens: Int[Tensor, "batch pos"]; or instead
         resid: Float[Tensor, "batch pos d_model"], the residual stream that enters `start_layer`, as it is after
             hooks that the model carries at that layer's hook_resid_pre: they are not run a second time.
         start_layer: from 0 to n_layers; at n_layers nothing is left to run.
+        stop_at_layer: the first layer that is not run, from start_layer to n_layers (the default): what is returned is the
+            stream that enters it, before hooks at its hook_resid_pre. Hooks of it and of later layers never run.
         hooks: hook name -> function of the activation; what it returns, if not None, replaces it. Names and
             shapes are TransformerLens' (`blocks.0.attn.hook_z`); each must be a hook of the model.
-        positions: compute and return the last block's residual stream at these positions only. Queries, z, and
-            all that comes after are then at these positions, keys and values at all.
+        positions: compute and return the residual stream of the last block that runs at these positions only. Queries,
+            z, and all that comes after are then at these positions, keys and values at all.
         past: the keys and values of earlier positions, which the tokens follow.
         keep: filled with keys and values of each layer, those of the past before them.
         weights: to run in place of the model's own: with other norms or another activation function, say.
@@ -106,8 +109,11 @@ def run(
             for a model or hooks that only TransformerLens' own forward serves.
     """
     hooks, n_layers = dict(hooks or {}), model.cfg.n_layers
+    stop = n_layers if stop_at_layer is None else stop_at_layer
     if not 0 <= start_layer <= n_layers:
         raise ValueError(f"start_layer {start_layer} is outside 0..{n_layers}")
+    if not start_layer <= stop <= n_layers:
+        raise ValueError(f"stop_at_layer {stop} is outside {start_layer}..{n_layers}")
     for name in hooks:
         if name not in model.hook_dict:
             raise ValueError(f"the model has no hook {name!r}")
@@ -115,17 +121,21 @@ def run(
         raise ValueError(f"hooks {sorted(hooks)} are not all served by the fast forward")
     if positions is not None and not isinstance(positions, (slice, Tensor)):
         positions = torch.tensor(list(positions), device=model.cfg.device)  # sent to the device once, not per use
-    if resid is not None and start_layer == n_layers:
+    if resid is not None and start_layer == stop:
         return resid if positions is None else resid[:, positions]
     weights = weights or read_weights(model)
     if weights is not None and _served(hooks):
         if resid is None:
             assert tokens is not None
             resid = embed(weights, tokens, hooks, past)
+            if stop == 0:
+                return resid if positions is None else resid[:, positions]
+        if stop < len(weights.layers):
+            weights = replace(weights, layers=weights.layers[:stop])
         return run_streams(weights, [Stream(resid, hooks, positions, past, keep)], start_layer=start_layer)[0]
     if past is not None or keep is not None:
         raise ValueError("past keys and values need a model and hooks that the fast forward serves")
-    return through_hooks.run(model, tokens, resid, start_layer, hooks, positions)
+    return through_hooks.run(model, tokens, resid, start_layer, hooks, positions, stop)
 
 
 _SERVED = (

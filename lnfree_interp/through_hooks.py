@@ -16,7 +16,13 @@ Hook = Callable[[Tensor], "Tensor | None"]
 
 
 def run(
-    model: LensModel, tokens, resid, start_layer: int, hooks: Mapping[str, Hook], positions
+    model: LensModel,
+    tokens,
+    resid,
+    start_layer: int,
+    hooks: Mapping[str, Hook],
+    positions,
+    stop_at_layer: int | None = None,
 ) -> Float[Tensor, "batch kept_pos d_model"]:
     """What `forward.run` returns, its arguments checked: all positions are computed, then the chosen ones kept.
 
@@ -28,9 +34,11 @@ def run(
     def keep(x: Tensor) -> None:
         final.append(x)
 
-    last = f"blocks.{model.cfg.n_layers - 1}."
+    stop = model.cfg.n_layers if stop_at_layer is None else stop_at_layer
+    last = f"blocks.{stop - 1}."  # of those that run
     n_pos = (tokens if resid is None else resid).shape[1]
     chosen: Any = None if positions is None else torch.arange(n_pos, device=model.cfg.device)[positions]
+    hooks = {name: hook for name, hook in hooks.items() if _layer_of(name) < stop}
     # The last block's per-query activations are seen by hooks at the chosen positions only, as on the fast path.
     per_query = ("hook_q", "hook_rot_q", "hook_z", "hook_attn_out", "hook_resid_mid", "hook_mlp_out")
     of_neurons = ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post")
@@ -54,22 +62,35 @@ def run(
 
     fwd_hooks = [adapt(name, hook) for name, hook in hooks.items()]
     if is_bridge(model):
-        _run_bridge(model, tokens, resid, start_layer, fwd_hooks, keep)
+        _run_bridge(model, tokens, resid, start_layer, stop, fwd_hooks, keep)
         return final[0] if chosen is None else final[0][:, chosen]
-    fwd_hooks.append((last + "hook_resid_post", lambda x, hook: keep(x)))
-    extra: dict[str, Any] = {}
+    extra = _stopping(model, stop)
+    if stop:
+        fwd_hooks.append((last + "hook_resid_post", lambda x, hook: keep(x)))
     if resid is not None:
         # Hooks of the model's own come first; what they make of the stream that is given is put right after them.
         fwd_hooks.insert(0, (f"blocks.{start_layer}.hook_resid_pre", lambda x, hook: resid))
-        extra = {"start_at_layer": start_layer}
+        extra["start_at_layer"] = start_layer
         if model.cfg.positional_embedding_type == "shortformer":  # every layer adds them to its queries and keys
             like = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
             extra["shortformer_pos_embed"] = model.hook_pos_embed(model.pos_embed(like))
-    model.run_with_hooks(tokens if resid is None else resid, return_type=None, fwd_hooks=fwd_hooks, **extra)
+    end = model.run_with_hooks(tokens if resid is None else resid, return_type=None, fwd_hooks=fwd_hooks, **extra)
+    if not stop:
+        keep(end)
     return final[0] if chosen is None else final[0][:, chosen]
 
 
-def _run_bridge(model: LensModel, tokens, resid, start_layer: int, fwd_hooks: list, keep: Hook) -> None:
+def _stopping(model: LensModel, stop: int) -> dict[str, Any]:
+    """What TransformerLens' forward is told so that it ends before a layer."""
+    return {"stop_at_layer": stop} if stop < model.cfg.n_layers else {}
+
+
+def _layer_of(name: str) -> int:
+    """The layer of a hook; -1 before the first."""
+    return int(name.split(".")[1]) if name.startswith("blocks.") else -1
+
+
+def _run_bridge(model: LensModel, tokens, resid, start_layer: int, stop: int, fwd_hooks: list, keep: Hook) -> None:
     """The same hooks in a Bridge, whose hook points differ from HookedTransformer's in place and shape."""
     never = {name for name, _ in fwd_hooks}
     own: list[tuple[str, Callable]] = []
@@ -111,15 +132,16 @@ def _run_bridge(model: LensModel, tokens, resid, start_layer: int, fwd_hooks: li
         tokens = torch.zeros(resid.shape[:2], dtype=torch.long, device=resid.device)
         own.append((f"blocks.{start_layer}.hook_resid_pre", lambda x, hook: resid))
     for name, call in fwd_hooks:
-        layer = int(name.split(".")[1]) if name.startswith("blocks.") else -1
-        if resid is not None and layer < start_layer:
+        if resid is not None and _layer_of(name) < start_layer:
             never.discard(name)
         elif name.endswith("hook_resid_mid"):
             of_mid(name, call)
         else:
             own.append((name, plain(name, call)))
-    last = (f"blocks.{model.cfg.n_layers - 1}.hook_resid_post", lambda x, hook: keep(x))
-    model.run_with_hooks(tokens, return_type=None, fwd_hooks=[*own, *after, last])
+    last = [(f"blocks.{stop - 1}.hook_resid_post", lambda x, hook: keep(x))] if stop else []
+    end = model.run_with_hooks(tokens, return_type=None, fwd_hooks=[*own, *after, *last], **_stopping(model, stop))
+    if not stop:
+        keep(end)
     if never:
         raise ValueError(f"this Bridge never runs the hook {sorted(never)[0]}")
 

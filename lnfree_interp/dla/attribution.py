@@ -1,72 +1,39 @@
-"""Direct logit attribution, and the true direct effect it approximates.
+"""What each component contributes to what reads the residual stream, and what a reader loses without it.
 
-The final residual stream x is a sum of component outputs c. With the final LayerNorm's scale s taken as it is,
-the logit of a token t is linear in them: the attribution of c is <c, u> / s, u the token's column of W_U as the
-norm lets it be read. The true direct effect removes c and normalises again:
+The residual stream x is a sum of component outputs c. With the scale s of the norm before a reader taken as it is, what
+is read is linear in them: the attribution of c is <c, u> / s, u the reader's direction (a token's column of W_U, a
+neuron's of W_in, ...) as the norm lets it be read. The true direct effect removes c and normalises again,
 
-    DE(c) = logit(x) - logit(x - c)            (P2 = arXiv 2507.02559, section 4)
+    DE(c) = reading(x) - reading(x - c)            (P2 = arXiv 2507.02559, section 4, for logits)
 
-which differs wherever removing c changes s. Both follow from three numbers per head or neuron, <c, u>, <x, c> and
-|c|^2, and those from z and W_O: no [head, batch, pos, d_model] tensor is ever made. Without LayerNorm the two are
-the same.
+which differs wherever removing c changes s. Both follow from <c, u>, <x, c> and |c|^2, and those from activations and
+weights: no [head, batch, pos, d_model] tensor is ever made. Without LayerNorm the two are the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Literal, overload
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from ..batching import Places, Targets, Tokens, check_next_token, check_tokens, indices, target_ids
-from ..forward import run
+from ..batching import Places, Targets, Tokens, check_tokens, whole
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
-from ..weights import block_of, final_norm, normalises_writes, own_hooks
+from ..weights import own_hooks
+from .project import project, removals
+from .readers import Reader
+from .reading import Directions, Reading, resolve
+from .record import BY_SOURCE, DECOMPOSITIONS, Recorded, check_by, component_labels, record
+from .result import LogitAttribution, ReaderAttribution
 
-DECOMPOSITIONS = ("component", "head", "neuron")
 # Tokens per pass: what bounds the memory held for z, whatever the number of sequences.
 TOKENS_PER_PASS = 2048
-# Shares of |x|^2 below which |x - c|^2 is not taken from the closed form.
-CANCELLED = 0.01
-
-
-@dataclass(frozen=True)
-class LogitAttribution:
-    """What each component contributes to a logit, or to the difference of two.
-
-    Attributes:
-        values: Float[Tensor, "component batch pos"], in logits.
-        labels: one name per component: "embed", "pos_embed", "L3.attn", "L3.mlp", "L3H7", "L3N1021", and "L3.b_O",
-            "L3.b_out" for biases where heads or neurons are listed without them; last "hooks", for a model that
-            carries hooks of its own: what they add to the final residual stream that no component wrote.
-        bias: Float[Tensor, "batch pos"], the part no component owns (b_U, and the final norm's own bias).
-            `values.sum(0) + bias` is the model's logit (for `direct_effect` only without LayerNorm).
-        positions: the position in the prompt of each entry along pos.
-    """
-
-    values: Float[Tensor, "component batch pos"]
-    labels: tuple[str, ...]
-    bias: Float[Tensor, "batch pos"]
-    positions: tuple[int, ...]
-
-    def table(self):
-        """One row per component: mean, mean absolute value and standard deviation in logits, largest first."""
-        import pandas as pd
-
-        flat = self.values.flatten(1).cpu().double()
-        table = pd.DataFrame(
-            {
-                "component": self.labels,
-                "mean": flat.mean(1).numpy(),
-                "mean_abs": flat.abs().mean(1).numpy(),
-                "std": flat.std(1, unbiased=False).numpy(),
-            }
-        )
-        return table.sort_values("mean_abs", ascending=False, ignore_index=True)
+# Bytes of values at a time, where they are not kept.
+CHUNK = 2**28
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -182,242 +149,257 @@ def logit_attributions(
         >>> bool((approximate.values - exact.values).abs().max() < 1e-4)
         True
     """
-    model = as_model(model)
-    check_model(model, by)
-    tokens = check_tokens(model, tokens)
-    kept, targets, versus = align_targets(model, tokens, targets, versus, positions)
-    hooked = bool(own_hooks(model))
-    labels = component_labels(model.cfg, by) + ("hooks",) * hooked
-    parts = []
-    for rows in tokens.new_tensor(range(len(tokens))).split(max(1, TOKENS_PER_PASS // tokens.shape[1])):
-        other = None if versus is None else versus[rows]
-        parts.append(_attribute(model, tokens[rows], targets[rows], other, kept, by, exact, hooked))
-    linear, effect, bias = (None if p[0] is None else torch.cat(p, dim=-2) for p in zip(*parts))
-    assert linear is not None and bias is not None
-    where = tuple(kept)
-    approximate = LogitAttribution(linear, labels, bias, where)
-    return approximate, None if effect is None else LogitAttribution(effect, labels, bias, where)
+    request = _request(as_model(model), tokens, Reader.logits(targets, versus), positions, by, DECOMPOSITIONS)
+    linear = request.empty(request.n_tokens, 1)
+    effect = torch.empty_like(linear) if exact else None
+    bias = []
+    for rows, recorded in request.passes():
+        directions = request.directions(rows)
+        bias.append(directions.bias)
+        of_pass = request.tokens_of(rows)
+        if effect is None or request.reading.norm.linear:
+            project(recorded, directions, request.reading.norm, linear[:, of_pass])
+        else:
+            removed = removals(recorded, request.reading.norm)
+            project(recorded, directions, request.reading.norm, effect[:, of_pass], removed, linear[:, of_pass])
+    if effect is not None and request.reading.norm.linear:
+        effect.copy_(linear)
+    shape, where = request.shape, tuple(request.reading.kept)
+    of_logits = torch.cat(bias).view(shape)
+    made = [
+        None if x is None else LogitAttribution(x.view(-1, *shape), request.labels, of_logits, where)
+        for x in (linear, effect)
+    ]
+    assert made[0] is not None
+    return made[0], made[1]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Checks and alignment
+@torch.no_grad()
+def attribution_to(
+    model: ModelOrName,
+    tokens: Tokens,
+    reader: Reader,
+    *,
+    positions: Places | None = None,
+    by: str = "component",
+    senders: str | Sequence[str] | None = None,
+    top: int | None = None,
+) -> ReaderAttribution:
+    """Each earlier component's part in what readers read, with the scale of the norm before them as it is.
 
+    Args:
+        model: any HookedTransformer or TransformerBridge, or a name; with layer norm, RMS norm or none.
+        tokens: Int[Tensor, "batch pos"], an array or lists of such, a text or a list of texts of one token length.
+        reader: what reads: neurons, queries, keys, values, directions, a logit. Layers after it are not run.
+        positions: where it reads; negative ones count from the end; or a mask of all.
+        by: "component" (embed, pos_embed, attn and mlp of each layer with their biases), "head" (attention by heads,
+            b_O apart), "neuron" (MLPs by neurons, b_out apart) or "source" (heads by the position they read from, through
+            their attention pattern; what is not moved is at its own).
+        senders: labels of the components wanted; None: all before the reader. The result has them in the model's order.
+        top: keep the so many of the largest absolute value for each reader and token; never all at once are in memory.
 
-def check_model(model: LensModel, by: str) -> None:
-    """Raise ValueError unless the model's logits are a sum over its components."""
-    cfg = model.cfg
-    if by not in DECOMPOSITIONS:
-        raise ValueError(f"by={by!r} is unknown; allowed are {', '.join(DECOMPOSITIONS)}")
-    if (getattr(cfg, "output_logits_soft_cap", -1.0) or -1.0) > 0:
-        raise ValueError("this model caps its logits with tanh, so they are not a sum over components")
-    if by != "component" and normalises_writes(model):
-        raise ValueError(f"this model normalises what its blocks write, so by={by!r} is undefined")
-    if by == "neuron" and (getattr(cfg, "attn_only", False) or getattr(cfg, "num_experts", None)):
-        raise ValueError("by='neuron' wants a model with plain MLPs")
-
-
-def align_targets(
-    model: LensModel,
-    tokens: Int[Tensor, "batch pos"],
-    targets: Targets | None,
-    versus: Targets | None,
-    positions: Places | None,
-) -> tuple[list[int], Int[Tensor, "batch kept"], Int[Tensor, "batch kept"] | None]:
-    """The positions asked for and the target (and second) token ids there. The only place that aligns them.
+    Returns:
+        ReaderAttribution, which holds reader x component x batch x pos (x pos) numbers: `attributions_to` gives some
+        readers at a time.
 
     Raises:
-        ValueError: targets or versus of the wrong shape or out of the vocabulary, a position out of range; next
-            tokens where the logits are over another vocabulary.
+        ValueError: a reader that does not exist, a direction of the wrong size, a sender that comes after its reader;
+            tokens, targets or positions out of range or of the wrong shape, an unknown `by`; a model that normalises
+            what its blocks write, by anything but component.
+
+    Example:
+        >>> from lnfree_interp import Reader, attribution_to, load_model
+        >>> model = load_model("tiny-noLN", device="cpu")
+        >>> result = attribution_to(model, "It was a dark and stormy", Reader.neuron(2), by="head")
+        >>> result.values.shape[:2] == (model.cfg.d_mlp, len(result.labels))
+        True
+        >>> pre = model.run_with_cache("It was a dark and stormy")[1]["blocks.2.mlp.hook_pre"]
+        >>> bool(((result.values.sum(1) + result.bias).permute(1, 2, 0) - pre).abs().max() < 1e-4)
+        True
     """
-    n_batch, n_pos = tokens.shape
-    available = range(n_pos)
-    if targets is None:
-        check_next_token(model)
-        if n_pos < 2:
-            raise ValueError("one token has no next token: give targets")
-        chosen, available = tokens[:, 1:], range(n_pos - 1)
-    else:
-        chosen = target_ids(model, targets, n_batch, "targets")
-        if chosen.shape == (n_batch,):
-            chosen, available = chosen[:, None], range(n_pos - 1, n_pos)
-        elif chosen.shape != (n_batch, n_pos):
-            raise ValueError(
-                f"targets have shape {list(chosen.shape)}; allowed are [{n_batch}] (last position) and "
-                f"[{n_batch}, {n_pos}] (every position)"
-            )
-    other = None if versus is None else target_ids(model, versus, n_batch, "versus")
-    if other is not None:
-        other = other[:, None] if other.ndim == 1 else other
-        if other.shape != chosen.shape:
-            raise ValueError(f"versus has shape {list(other.shape)}, the targets {list(chosen.shape)}: they must agree")
-    kept = _resolve_positions(positions, n_pos, available)
-    index = torch.tensor(kept, device=tokens.device) - available.start
-    return kept, chosen[:, index], None if other is None else other[:, index]
+    request = _request(as_model(model), tokens, reader, positions, by, senders=senders, top=top)
+    return request.gather(request.passes(), slice(0, request.n_readers), exact=False)
 
 
-def _resolve_positions(positions: Places | None, n_pos: int, available: range) -> list[int]:
-    return list(available) if positions is None else indices(positions, n_pos, "position", available, "targets")
+@torch.no_grad()
+def effect_on(
+    model: ModelOrName,
+    tokens: Tokens,
+    reader: Reader,
+    *,
+    positions: Places | None = None,
+    by: str = "component",
+    senders: str | Sequence[str] | None = None,
+    top: int | None = None,
+) -> ReaderAttribution:
+    """How much a reading falls when a component is taken out of the stream and the rest normalised: in closed form.
+
+    What lies between the component and the reader does not see the removal: it is the direct path's effect. Arguments
+    and errors are `attribution_to`'s, whose values these are where the norm is none.
+
+    Example:
+        >>> from lnfree_interp import Reader, attribution_to, effect_on, load_model
+        >>> model = load_model("tiny-noLN", device="cpu")
+        >>> arguments = model, "It was a dark and stormy", Reader.query(3, head=1)
+        >>> exact, linear = effect_on(*arguments, by="head"), attribution_to(*arguments, by="head")
+        >>> bool((exact.values - linear.values).abs().max() < 1e-4)
+        True
+    """
+    request = _request(as_model(model), tokens, reader, positions, by, senders=senders, top=top)
+    return request.gather(request.passes(), slice(0, request.n_readers), exact=True)
 
 
-def component_labels(cfg, by: str) -> tuple[str, ...]:
-    """The components' names in the order of the values."""
-    labels = ["embed"] + ["pos_embed"] * (cfg.positional_embedding_type == "standard")
-    for i in range(cfg.n_layers):
-        labels += [f"L{i}H{h}" for h in range(cfg.n_heads)] + [f"L{i}.b_O"] if by == "head" else [f"L{i}.attn"]
-        if not getattr(cfg, "attn_only", False):
-            labels += [f"L{i}N{n}" for n in range(cfg.d_mlp)] + [f"L{i}.b_out"] if by == "neuron" else [f"L{i}.mlp"]
-    return tuple(labels)
+def attributions_to(
+    model: ModelOrName,
+    tokens: Tokens,
+    reader: Reader,
+    *,
+    positions: Places | None = None,
+    by: str = "component",
+    senders: str | Sequence[str] | None = None,
+    top: int | None = None,
+    exact: bool = False,
+    max_memory: int = CHUNK,
+) -> Iterator[ReaderAttribution]:
+    """`attribution_to`, or (exact) `effect_on`, of some readers after others, from one pass over the tokens.
+
+    For what is reduced on the way: all neurons of a layer by all heads, say. In memory are the tokens' activations, of
+    every layer before the readers, and the values of as many readers as fit (one at least).
+
+    Args:
+        max_memory: bytes of values at a time.
+
+    Example:
+        >>> from lnfree_interp import Reader, attributions_to, load_model
+        >>> model = load_model("tiny-noLN", device="cpu")
+        >>> parts = attributions_to(model, "It was a dark and stormy", Reader.neuron(2), by="head", max_memory=10**5)
+        >>> largest = [label for part in parts for label in part.values.abs().mean((2, 3)).argmax(1).tolist()]
+        >>> len(largest) == model.cfg.d_mlp
+        True
+    """
+    request = _request(as_model(model), tokens, reader, positions, by, senders=senders, top=top)
+    step = request.readers_in(whole(max_memory, "max_memory", least=1), request.n_tokens)
+
+    def parts() -> Iterator[ReaderAttribution]:
+        with torch.no_grad():
+            passes = list(request.passes())
+        for first in range(0, request.n_readers, step):
+            with torch.no_grad():
+                part = request.gather(passes, slice(first, min(first + step, request.n_readers)), exact)
+            yield part
+
+    return parts()
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The computation
 
 
-def _attribute(model: LensModel, tokens, targets, versus, kept: list[int], by: str, exact: bool, hooked: bool):
-    """(attribution, direct effect or None, bias) of a few sequences: [component, batch, kept] and [batch, kept]."""
-    activations, x = _record(model, tokens, kept, by)
-    # In fp32 at least: fp16 squares overflow at norms of 256, and |x - c|^2 is a small difference of large sums.
-    x = _wide(x.flatten(0, 1))  # [n, d_model]; n runs over batch and kept positions
-    if hooked:
-        activations["hooks"] = x - _written(model, activations)
-    norm = final_norm(model)
+@dataclass(frozen=True)
+class _Request:
+    """What is asked for, checked."""
 
-    direction, bias = _directions(model, norm, targets, versus)
-    scale = norm.scale(x)[:, 0]
-    shape = (-1, *targets.shape)
-    exact_apart = exact and not norm.linear
-    dots, left = _project(model, activations, direction, _centred(x, norm) if exact_apart else None, norm)
-    linear = dots / scale
-    if left is None:
-        return linear.view(shape), linear.clone().view(shape) if exact else None, bias.view(targets.shape)
-    whole = torch.einsum("nd,nd->n", x, direction) / scale
-    effect = whole - left[0] / (left[1] / x.shape[-1] + norm.eps).sqrt()
-    return linear.view(shape), effect.view(shape), bias.view(targets.shape)
+    model: LensModel
+    tokens: Int[Tensor, "batch pos"]
+    reading: Reading
+    by: str
+    labels: tuple[str, ...]
+    some: bool  # whether these are some of the components alone
+    top: int | None
+
+    @property
+    def n_readers(self) -> int:
+        return len(self.reading.labels)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.tokens), len(self.reading.kept)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """Of a component and token: its sources, or nothing."""
+        return (self.tokens.shape[1],) if self.by == BY_SOURCE else ()
+
+    def empty(self, n_tokens: int, n_readers: int, n_components: int | None = None) -> Tensor:
+        """Room for values: zeros by source, where not every cell is written."""
+        dtype = torch.promote_types(self.model.unembed.W_U.dtype, torch.float32)
+        n_components = len(self.labels) if n_components is None else n_components
+        shape = (n_components, n_tokens, *self.cells, n_readers)
+        return (torch.zeros if self.cells else torch.empty)(shape, dtype=dtype, device=self.tokens.device)
+
+    def passes(self) -> Iterator[tuple[slice, Recorded]]:
+        """The prompts some at a time, and what is recorded of them."""
+        step = max(1, TOKENS_PER_PASS // self.tokens.shape[1])
+        for first in range(0, len(self.tokens), step):
+            rows = slice(first, min(first + step, len(self.tokens)))
+            chosen = self.labels if self.some else None
+            yield rows, record(self.model, self.tokens[rows], self.reading.place, self.reading.kept, self.by, chosen)
+
+    def tokens_of(self, rows: slice) -> slice:
+        """Of prompts, among all tokens."""
+        return slice(rows.start * self.shape[1], rows.stop * self.shape[1])
+
+    def directions(self, rows: slice) -> Directions:
+        return self.reading.directions(self.model, rows)
+
+    def readers_in(self, memory: int, n_tokens: int, n_components: int | None = None) -> int:
+        """How many readers' values are in so many bytes; 1 at least."""
+        one = self.empty(0, 0)
+        n_components = len(self.labels) if n_components is None else n_components
+        each = n_components * n_tokens * (self.cells or (1,))[0] * one.itemsize
+        return max(1, min(self.n_readers, memory // each))
+
+    def gather(self, passes: Iterable[tuple[slice, Recorded]], readers: slice, exact: bool) -> ReaderAttribution:
+        """The values of some readers."""
+        n_readers = readers.stop - readers.start
+        out = self.empty(self.n_tokens, n_readers)
+        bias = out.new_empty(self.n_tokens, n_readers)
+        norm = self.reading.norm
+        for rows, recorded in passes:
+            directions, of_pass = self.directions(rows).some(readers), self.tokens_of(rows)
+            removed = removals(recorded, norm) if exact and not norm.linear else None
+            project(recorded, directions, norm, out[:, of_pass], removed)
+            bias[of_pass] = directions.bias[:, None] if directions.per_token else directions.bias
+        return ReaderAttribution(
+            out.movedim(-1, 0).unflatten(2, self.shape),
+            self.labels,
+            self.reading.labels[readers],
+            bias.T.unflatten(1, self.shape),
+            tuple(self.reading.kept),
+        )
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _centred(x: Float[Tensor, "*rows d_model"], norm) -> Float[Tensor, "*rows d_model"]:
-    """x as the norm sees it: without its mean, if the norm centres."""
-    return x - x.mean(-1, keepdim=True) if norm.centres else x
-
-
-def _directions(model: LensModel, norm, targets, versus) -> tuple[Float[Tensor, "n d_model"], Float[Tensor, " n"]]:
-    """u with logit = <x, u> / scale + bias, and that bias: W_U through the norm's own weights and centring."""
-    columns, b_U = model.unembed.W_U.T, model.unembed.b_U
-    direction, bias = _wide(columns[targets].flatten(0, 1)), _wide(b_U[targets].flatten())
-    if versus is not None:
-        direction = direction - columns[versus].flatten(0, 1)
-        bias = bias - b_U[versus].flatten()
-    if norm.b is not None:
-        bias = bias + direction @ _wide(norm.b)
-    if norm.w is not None:
-        direction = direction * norm.w
-    return _centred(direction, norm), bias
-
-
-def _record(model: LensModel, tokens, kept: list[int], by: str) -> tuple[dict[str, Tensor], Tensor]:
-    """The activations a decomposition is made of, at the kept positions, and the final residual stream there."""
-    cfg = model.cfg
-    names = ["hook_embed"] + ["hook_pos_embed"] * (cfg.positional_embedding_type == "standard")
-    for i in range(cfg.n_layers):
-        names.append(f"blocks.{i}." + ("attn.hook_z" if by == "head" else "hook_attn_out"))
-        if not getattr(cfg, "attn_only", False):
-            names.append(f"blocks.{i}." + ("mlp.hook_post" if by == "neuron" else "hook_mlp_out"))
-    activations: dict[str, Tensor] = {}
-    # A slice where there is one: a view in place of a copy.
-    where = slice(kept[0], kept[-1] + 1) if kept == list(range(kept[0], kept[-1] + 1)) else kept
-    every = where == slice(0, tokens.shape[1])
-    last = f"blocks.{cfg.n_layers - 1}."
-
-    def keep(name: str):
-        def hook(x: Tensor) -> None:
-            # The last block runs at the kept positions alone. Copies: later hooks may change x in place.
-            chosen = x if every or name.startswith(last) else x[:, where]
-            activations[name] = chosen.expand(len(tokens), *chosen.shape[1:]).flatten(0, 1)
-
-        return hook
-
-    x = run(model, tokens, hooks={name: keep(name) for name in names}, positions=None if every else where)
-    return activations, x
-
-
-def _pieces(model: LensModel, activations):
-    """(the activation, the weights it is multiplied with or None) of everything that writes to the residual stream."""
-    for name, activation in activations.items():
-        if not name.endswith(("hook_z", "hook_post")):
-            yield activation, None
+def _request(
+    model: LensModel,
+    tokens: Tokens,
+    reader: Reader,
+    positions: Places | None,
+    by: str,
+    allowed: Sequence[str] = (*DECOMPOSITIONS, BY_SOURCE),
+    senders: str | Sequence[str] | None = None,
+    top: int | None = None,
+) -> _Request:
+    """The arguments, checked."""
+    check_by(model, by, allowed)
+    tokens = check_tokens(model, tokens)
+    reading = resolve(model, reader, tokens, positions)
+    hooks = ("hooks",) * bool(own_hooks(model))
+    labels = component_labels(model.cfg, by, reading.place) + hooks
+    if senders is None:
+        return _Request(model, tokens, reading, by, labels, False, top)
+    chosen = (senders,) if isinstance(senders, str) else tuple(senders)
+    if not chosen:
+        raise ValueError("senders name no component")
+    for label in chosen:
+        if label in labels:
             continue
-        block = block_of(model, int(name.split(".")[1]))
-        if name.endswith("hook_z"):
-            yield activation, block.attn.W_O
-            yield block.attn.b_O[None], None
-        else:
-            yield activation, block.mlp.W_out
-            yield block.mlp.b_out[None], None
-
-
-def _written(model: LensModel, activations) -> Float[Tensor, "n d_model"]:
-    """The sum of all components."""
-    pieces = _pieces(model, activations)
-    return reduce(
-        torch.add, (_wide(c) if W is None else _wide(c).flatten(1) @ _wide(W).flatten(0, -2) for c, W in pieces)
-    )
-
-
-def _project(model: LensModel, activations, u, x, norm):
-    """<c, u> of every component c and, if x is given, <x - c, u> and |x - c|^2; c is centred where the norm centres.
-
-    Returns:
-        ([component, n], None or two [component, n]). u and x must be centred themselves where the norm centres.
-    """
-    dots, left = [], []
-    for activation, W in _pieces(model, activations):
-        activation = _wide(activation)
-        if W is None:  # a component given by its output
-            c = _centred(activation, norm).expand(len(u), -1)
-            dots.append(_dot(c, u)[None])
-            if x is not None:
-                rest = x - c
-                left.append(torch.stack([_dot(rest, u), _dot(rest, rest)])[:, None])
-        else:
-            W = _centred(_wide(W), norm)
-            dot = (_onto_heads if W.ndim == 3 else _onto_neurons)(activation, W, u)
-            dots.append(dot)
-            if x is not None:
-                left.append(_left(activation, W, u, x, dot))
-    return torch.cat(dots), None if x is None else torch.cat(left, 1)
-
-
-def _dot(a: Float[Tensor, "n d_model"], b: Float[Tensor, "n d_model"]) -> Float[Tensor, " n"]:
-    return torch.einsum("nd,nd->n", a, b)
-
-
-def _onto_heads(z: Float[Tensor, "n head d_head"], W_O: Float[Tensor, "head d_head d_model"], r) -> Tensor:
-    """<c, r> = <z, W_O r> for c = z W_O of each head, [head, n]."""
-    return torch.einsum("nhe,nhe->hn", z, (r @ W_O.flatten(0, 1).T).unflatten(1, (len(W_O), -1)))
-
-
-def _onto_neurons(post: Float[Tensor, "n d_mlp"], W_out: Float[Tensor, "d_mlp d_model"], r) -> Tensor:
-    """<c, r> = post_i <W_out[i], r> for c = post_i W_out[i] of each neuron, [neuron, n]."""
-    return (post * (r @ W_out.T)).T
-
-
-def _left(activation, W, u, x, dot) -> Float[Tensor, "two unit n"]:
-    """<x - c, u> and |x - c|^2 = |x|^2 - 2 <x, c> + |c|^2 of each head or neuron, c never made but where it must be."""
-    if W.ndim == 3:
-        turned = torch.einsum("nhe,hef->nhf", activation, W @ W.transpose(1, 2))
-        along, square = _onto_heads(activation, W, x), torch.einsum("nhf,nhf->hn", turned, activation)
-    else:
-        along, square = _onto_neurons(activation, W, x), (activation.pow(2) * W.pow(2).sum(-1)).T
-    size = _dot(x, x)
-    left = torch.stack([_dot(x, u) - dot, size - 2 * along + square])
-    # Where nearly all of x is c, as a massive activation is, the difference of the two would be rounding.
-    cancelled = left[1] < CANCELLED * size
-    for unit in cancelled.any(1).nonzero()[:, 0].tolist():
-        rows = cancelled[unit].nonzero()[:, 0]
-        c = activation[rows, unit] @ W[unit] if W.ndim == 3 else activation[rows, unit, None] * W[unit]
-        left[:, unit, rows] = torch.stack([_dot(x[rows] - c, u[rows]), _dot(x[rows] - c, x[rows] - c)])
-    return left
+        if label in component_labels(model.cfg, by):
+            raise ValueError(
+                f"sender {label} comes after its reader {reading.labels[0]}; the last before it is {labels[-1]}"
+            )
+        raise ValueError(f"sender {label!r} is unknown; by={by!r} there are {', '.join(labels[:3])}, ..., {labels[-1]}")
+    return _Request(model, tokens, reading, by, tuple(label for label in labels if label in set(chosen)), True, top)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..statistics import ratio, ratio_interval, ratio_interval_of_two_ways
-from .attribution import LogitAttribution
+from .result import LogitAttribution
 
 # The attention heads' labels, the components that P2 pools.
 HEADS = r"L\d+H\d+"

@@ -23,7 +23,10 @@ from ..layers import Layer, Norm, Rotary
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
 from ..weights import own_hooks, weights_alone
-from .readers import Reader, ReaderAttribution, attribution_to
+from .attribution import attribution_to
+from .readers import Reader
+from .record import DECOMPOSITIONS, Place, check_by, component_labels
+from .result import ReaderAttribution
 
 # Numbers held for the two sides of some prompts, and pairs at a time where only the largest are wanted.
 HELD = {"cpu": 2**27}
@@ -138,6 +141,7 @@ def attention_score_attribution(
         ['query_component', 'key_component']
     """
     model = as_model(model)
+    check_by(model, by, DECOMPOSITIONS)
     tokens = check_tokens(model, tokens)
     layer, head = _one(layer, "layer", model.cfg.n_layers), _one(head, "head", model.cfg.n_heads)
     n_pos, n_most = tokens.shape[1], None if top is None else whole(top, "top", least=1)
@@ -190,10 +194,9 @@ def _one(which: int, what: str, n: int) -> int:
 
 def _prompts_at_once(model: LensModel, layer: int, by: str, n_positions: int) -> int:
     """How many prompts' parts of queries and keys are held together."""
-    cfg = model.cfg
-    in_layer = {"head": cfg.n_heads + 2, "neuron": getattr(cfg, "d_mlp", None) or 1}.get(by, 2)
-    numbers = n_positions * (layer * in_layer + 4) * cfg.d_head
-    return max(1, HELD.get(torch.device(cfg.device).type, 2**29) // numbers)
+    n_components = len(component_labels(model.cfg, by, Place(layer))) + 2  # the bias, and hooks
+    numbers = n_positions * n_components * model.cfg.d_head
+    return max(1, HELD.get(torch.device(model.cfg.device).type, 2**29) // numbers)
 
 
 def _placed(side: ReaderAttribution, norm: Norm, rotary: Rotary | None, positions: list[int]) -> Parts:

@@ -1,0 +1,134 @@
+"""What reads the residual stream: the logits, a neuron, a query, a key, a value, any direction.
+
+A `Reader` says what is read, and knows no model. `resolve` makes of it, on a model, a `Reading`: a place on the stream,
+the norm there, and directions u with reading = <x, u> / scale + bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..batching import Places, Targets, whole
+
+SITES = ("resid_pre", "resid_mid", "final")
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Something that reads the residual stream, or several of a kind at once. Made by the functions below.
+
+    Attributes:
+        kind: "neuron", "query", "key", "value", "direction" or "logits".
+        layer: negative ones count from the end; None for "logits" and the final stream.
+        units: the neurons or heads; None for all.
+        vector: Float[Tensor, "d"] or Float[Tensor, "k d"], the direction of a head's or of the stream's space.
+        site: for "direction", where.
+        normalised: for "direction", whether it reads what the norm there hands on.
+        linear: for "neuron", whether it is the linear part of a gated MLP.
+        targets, versus: for "logits".
+
+    Example:
+        >>> from lnfree_interp import Reader, attribution_to, load_model
+        >>> model = load_model("tiny-noLN", device="cpu")
+        >>> result = attribution_to(model, "It was a dark and stormy", Reader.neuron(2, [5, 7]), by="head")
+        >>> result.readers
+        ('L2N5', 'L2N7')
+    """
+
+    kind: str
+    layer: int | None = None
+    units: Places | None = None
+    vector: Tensor | None = None
+    site: str = "resid_pre"
+    normalised: bool = False
+    linear: bool = False
+    targets: Targets | None = None
+    versus: Targets | None = None
+
+    @classmethod
+    def neuron(cls, layer: int, n: Places | None = None, *, linear: bool = False) -> Reader:
+        """Neurons before their activation function: `mlp.hook_pre`; in a gated MLP the gate's, or the linear part's.
+
+        Args:
+            n: one, several, or all (None).
+            linear: read `mlp.hook_pre_linear` of a gated MLP.
+        """
+        return cls("neuron", whole(layer, "layer"), n, linear=linear)
+
+    @classmethod
+    def query(cls, layer: int, head: Places | None = None, direction: Any = None) -> Reader:
+        """Queries as the product makes them (`attn.hook_q`): before norms of queries and rotary positions.
+
+        Args:
+            head: one, several, or all (None).
+            direction: [d_head], or [k, d_head] for several: <q, direction> is read; None: every coordinate.
+        """
+        return cls("query", whole(layer, "layer"), head, _vector(direction))
+
+    @classmethod
+    def key(cls, layer: int, head: Places | None = None, direction: Any = None) -> Reader:
+        """Keys (`attn.hook_k`), as `query`; where there are fewer heads of keys, those are counted."""
+        return cls("key", whole(layer, "layer"), head, _vector(direction))
+
+    @classmethod
+    def value(cls, layer: int, head: Places | None = None, direction: Any = None) -> Reader:
+        """Values (`attn.hook_v`), as `key`."""
+        return cls("value", whole(layer, "layer"), head, _vector(direction))
+
+    @classmethod
+    def direction(cls, layer: int | None, vector: Any, site: str = "resid_pre", *, normalised: bool = False) -> Reader:
+        """A direction of the stream: a probe's, or a feature's of a sparse autoencoder.
+
+        Args:
+            layer: None for the final stream.
+            vector: [d_model], or [k, d_model] for several.
+            site: "resid_pre", "resid_mid" or "final".
+            normalised: read what the norm there hands on (attention's, the MLP's, the final), not the stream.
+
+        Raises:
+            ValueError: an unknown site; a layer where there is none, or none where one is wanted; no vector.
+        """
+        if site not in SITES:
+            raise ValueError(f"site {site!r} is unknown; allowed are {', '.join(SITES)}")
+        if (layer is None) != (site == "final"):
+            raise ValueError(
+                "site='final' has no layer: give None" if site == "final" else f"site={site!r} wants a layer"
+            )
+        vector = _vector(vector)
+        if vector is None:
+            raise ValueError("a direction wants a vector, [d_model] or [k, d_model]")
+        number = None if layer is None else whole(layer, "layer")
+        return cls("direction", number, vector=vector, site=site, normalised=normalised)
+
+    @classmethod
+    def logits(cls, targets: Targets | None = None, versus: Targets | None = None) -> Reader:
+        """The logit of a token, or the difference of two, as `direct_logit_attribution` takes them."""
+        return cls("logits", site="final", targets=targets, versus=versus)
+
+
+def _vector(value: Any) -> Tensor | None:
+    """A vector or several of whatever holds them.
+
+    Raises:
+        ValueError: no numbers, or not one or two axes of them.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        if isinstance(value, Sequence) and len(value) and all(isinstance(row, Tensor) for row in value):
+            value = torch.stack(list(value))
+        try:
+            value = torch.as_tensor(np.asarray(value))
+        except (ValueError, TypeError):
+            raise ValueError(f"a direction must be a vector of numbers, not {type(value).__name__}") from None
+    if value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"a direction must be a vector of numbers, not {value.dtype}")
+    if value.ndim not in (1, 2) or value.numel() == 0:
+        raise ValueError(f"a direction has shape {list(value.shape)}; allowed are [d] and [k, d]")
+    return value.detach()
