@@ -30,8 +30,8 @@ def of_norm(model, module, W):
 def by_definition(model, kind):
     """|W_OV W| / (|W_OV| |W|) of matrices [d_model, d_model]."""
     cfg = model.cfg
-    OV, QK = [], []
-    for block in model.blocks:
+    OV, QK, given = [], [], lens.parameters(model)
+    for i, block in enumerate(model.blocks):
         for h in range(cfg.n_heads):
             g = h * (getattr(cfg, "n_key_value_heads", None) or cfg.n_heads) // cfg.n_heads
             W_K, W_V = (getattr(block.attn, f"_W_{x}", getattr(block.attn, f"W_{x}")) for x in "KV")
@@ -39,7 +39,7 @@ def by_definition(model, kind):
             W_K, W_V = (W[g if len(W) < cfg.n_heads else h] for W in (W_K, W_V))
             q, k, v = (of_norm(model, block.ln1, W) for W in (block.attn.W_Q[h], W_K, W_V))
             if getattr(cfg, "use_qk_norm", False):
-                q, k = q * block.attn.q_norm.w, k * block.attn.k_norm.w
+                q, k = (x * given[f"blocks.{i}.attn.{n}_norm.w"] for x, n in ((q, "q"), (k, "k")))
             W_O = block.attn.W_O[h]
             if getattr(cfg, "use_normalization_before_and_after", False) and cfg.normalization_type is not None:
                 W_O = W_O * block.ln1_post.w
