@@ -38,7 +38,7 @@ def by_definition(model, kind):
             # TransformerLens' W_K of grouped heads may be repeated.
             W_K, W_V = (W[g if len(W) < cfg.n_heads else h] for W in (W_K, W_V))
             q, k, v = (of_norm(model, block.ln1, W) for W in (block.attn.W_Q[h], W_K, W_V))
-            if getattr(cfg, "use_qk_norm", False):
+            if f"blocks.{i}.attn.q_norm.w" in given:
                 q, k = (x * given[f"blocks.{i}.attn.{n}_norm.w"] for x, n in ((q, "q"), (k, "k")))
             W_O = block.attn.W_O[h]
             if getattr(cfg, "use_normalization_before_and_after", False) and cfg.normalization_type is not None:
