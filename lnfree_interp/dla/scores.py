@@ -251,11 +251,12 @@ def _largest(
             if bool((reaches[0][:, None, i] * reaches[1][None, :, j] <= sizes[..., -1]).all()):
                 break
             which = (first[:, None] * k.shape[1] + second).flatten()
-            new = torch.einsum("qcd,ked->qkce", q[:, first], k[:, second]).flatten(2).masked_fill(which == bias, 0)
-            best = torch.cat([sizes, new.abs()], -1).topk(n).indices
-            old, here, there = best < n, best.clamp(max=n - 1), (best - n).clamp(min=0)
-            values = torch.where(old, values.gather(-1, here), new.gather(-1, there))
-            at = torch.where(old, at.gather(-1, here), which[there])
+            new = torch.einsum("qcd,ked->qkce", q[:, first], k[:, second]).flatten(2)
+            new[..., which == bias] = 0
+            best = new.abs().topk(min(n, len(which))).indices
+            values, at = torch.cat([values, new.gather(-1, best)], -1), torch.cat([at, which[best]], -1)
+            best = values.abs().masked_fill(at < 0, -1).topk(n).indices
+            values, at = values.gather(-1, best), at.gather(-1, best)
     return values, at
 
 
