@@ -3,6 +3,7 @@
 python analyses/benchmark.py dla
 python analyses/benchmark.py dla --device cuda --shape xl
 python analyses/benchmark.py patching --quick --shape smollm2
+python analyses/benchmark.py readers
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ def run(
         resid: Float[Tensor, "batch pos d_model"], the residual stream that enters `start_layer`, as it is after
             hooks that the model carries at that layer's hook_resid_pre: they are not run a second time.
         start_layer: from 0 to n_layers; at n_layers nothing is left to run.
-        stop_at_layer: the first layer that is not run, from start_layer to n_layers (the default): what is returned is the
-            stream that enters it, before hooks at its hook_resid_pre. Hooks of it and of later layers never run.
+        stop_at_layer: the first layer that is not run, from start_layer to n_layers (the default): what is returned is
+            the stream that enters it, before hooks at its hook_resid_pre. Hooks of it and of later layers never run.
         hooks: hook name -> function of the activation; what it returns, if not None, replaces it. Names and
             shapes are TransformerLens' (`blocks.0.attn.hook_z`); each must be a hook of the model.
         positions: compute and return the residual stream of the last block that runs at these positions only. Queries,

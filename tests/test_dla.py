@@ -12,16 +12,17 @@ from hypothesis import strategies as st
 from lnfree_interp import dla
 from lnfree_interp.batching import check_tokens
 from lnfree_interp.dla import (
-    attribution,
     attribution_error,
     direct_effect,
     direct_logit_attribution,
     logit_attributions,
+    record,
+    request,
 )
 from lnfree_interp.forward import run
 
 TOLERANCE = 1e-9
-BY = attribution.DECOMPOSITIONS
+BY = record.DECOMPOSITIONS
 
 
 def close(a, b, tolerance=TOLERANCE):
@@ -121,7 +122,7 @@ def test_laws_hold_on_random_configurations(
     model = make_model(normalization, n_layers=n_layers, n_heads=n_heads, attn_only=attn_only, seed=seed)
     tokens = random_tokens(model, batch, pos, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attribution, "TOKENS_PER_PASS", per_pass)
+        patch.setattr(request, "TOKENS_PER_PASS", per_pass)
         linear, exact = logit_attributions(model, tokens, by=by)
     outputs, resid = component_outputs(model, tokens, by)
     whole = target_logits(model, resid[:, :-1], tokens[:, 1:])

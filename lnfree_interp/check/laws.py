@@ -17,7 +17,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import forward
-from ..dla.attribution import DECOMPOSITIONS, logit_attributions
+from ..dla.attribution import attribution_to, logit_attributions
+from ..dla.readers import Reader
+from ..dla.record import DECOMPOSITIONS
 from ..lens import LensModel
 from ..metrics import cross_entropy, entropy
 from ..names import locate_checkpoint, weight_files
@@ -29,6 +31,14 @@ from .case import SAMPLE, Case
 from .result import TOLERANCES
 
 HF_BYTES = 4 * 2**30  # larger checkpoints are not loaded a second time
+
+# What reads the residual stream, and the hook of what it reads.
+READERS: dict[str, tuple[Callable[[int], Reader], str]] = {
+    "queries": (Reader.query, "attn.hook_q"),
+    "keys": (Reader.key, "attn.hook_k"),
+    "values": (Reader.value, "attn.hook_v"),
+    "neurons": (Reader.neuron, "mlp.hook_pre"),
+}
 
 Outcome = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, float]
 """Found and wanted, and what an error is a share of, if that is not the largest logit."""
@@ -50,6 +60,8 @@ def laws(case: Case) -> Iterator[tuple[str, Callable[[Case], Outcome]]]:
     for layer, method in ((-1, "stream"), (-1, "moments"), (0, "rerun")):
         where = "the first layer's" if layer == 0 else "the last layer's"
         yield f"ablated neurons, {where}, {method} = set by a hook", partial(_ablated, layer=layer, method=method)
+    for what in READERS:
+        yield f"attributions to {what} + bias = the model's own", partial(_sum_is_reading, what=what)
     yield "residual norms = the cache's", _norms
 
 
@@ -122,6 +134,20 @@ def _effect_is_removal(case: Case, by: str) -> Outcome:
     for i in chosen:
         removed.append(whole - _own_logit(case, resid - _component(case, exact.labels[i])))
     return exact.values[chosen], torch.stack(removed)
+
+
+@torch.no_grad()
+def _sum_is_reading(case: Case, what: str) -> Outcome:
+    """Of all readers of a kind in a layer."""
+    make, hook = READERS[what]
+    (layer,) = case.some(case.model.cfg.n_layers, 1)
+    found = attribution_to(case.model, case.tokens, make(layer))
+    wanted: list[Tensor] = []
+    name = f"blocks.{layer}.{hook}"
+    if name not in case.model.hook_dict:
+        raise ValueError(f"the model has no hook {name}")
+    case.model.run_with_hooks(case.tokens, fwd_hooks=[(name, lambda x, hook: wanted.append(x.flatten(2)))])
+    return (found.values.sum(1) + found.bias).permute(1, 2, 0), wanted[0], wanted[0].abs().max().item()
 
 
 def _component(case: Case, label: str) -> Float[Tensor, "#batch #pos d_model"]:

@@ -12,29 +12,18 @@ weights: no [head, batch, pos, d_model] tensor is ever made. Without LayerNorm t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Literal, overload
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
-from ..batching import Places, Targets, Tokens, check_tokens, whole
-from ..lens import LensModel, ModelOrName
+from ..batching import Places, Targets, Tokens, whole
+from ..lens import ModelOrName
 from ..models import as_model
-from ..weights import own_hooks
-from .project import project, removals
 from .readers import Reader
-from .reading import Directions, Reading, resolve
-from .record import BY_SOURCE, DECOMPOSITIONS, Recorded, check_by, component_labels, record
+from .record import DECOMPOSITIONS
+from .request import CHUNK, gather, logits_of, make_request, readers_in
 from .result import LogitAttribution, ReaderAttribution
-
-# Tokens per pass: what bounds the memory held for z, whatever the number of sequences.
-TOKENS_PER_PASS = 2048
-# Bytes of values at a time, where they are not kept.
-CHUNK = 2**28
-
 
 # ---------------------------------------------------------------------------------------------------------
 # Public functions
@@ -149,29 +138,8 @@ def logit_attributions(
         >>> bool((approximate.values - exact.values).abs().max() < 1e-4)
         True
     """
-    request = _request(as_model(model), tokens, Reader.logits(targets, versus), positions, by, DECOMPOSITIONS)
-    linear = request.empty(request.n_tokens, 1)
-    effect = torch.empty_like(linear) if exact else None
-    bias = []
-    for rows, recorded in request.passes():
-        directions = request.directions(rows)
-        bias.append(directions.bias)
-        of_pass = request.tokens_of(rows)
-        if effect is None or request.reading.norm.linear:
-            project(recorded, directions, request.reading.norm, linear[:, of_pass])
-        else:
-            removed = removals(recorded, request.reading.norm)
-            project(recorded, directions, request.reading.norm, effect[:, of_pass], removed, linear[:, of_pass])
-    if effect is not None and request.reading.norm.linear:
-        effect.copy_(linear)
-    shape, where = request.shape, tuple(request.reading.kept)
-    of_logits = torch.cat(bias).view(shape)
-    made = [
-        None if x is None else LogitAttribution(x.view(-1, *shape), request.labels, of_logits, where)
-        for x in (linear, effect)
-    ]
-    assert made[0] is not None
-    return made[0], made[1]
+    reader = Reader.logits(targets, versus)
+    return logits_of(make_request(as_model(model), tokens, reader, positions, by, DECOMPOSITIONS), exact)
 
 
 @torch.no_grad()
@@ -193,10 +161,11 @@ def attribution_to(
         reader: what reads: neurons, queries, keys, values, directions, a logit. Layers after it are not run.
         positions: where it reads; negative ones count from the end; or a mask of all.
         by: "component" (embed, pos_embed, attn and mlp of each layer with their biases), "head" (attention by heads,
-            b_O apart), "neuron" (MLPs by neurons, b_out apart) or "source" (heads by the position they read from, through
-            their attention pattern; what is not moved is at its own).
+            b_O apart), "neuron" (MLPs by neurons, b_out apart) or "source" (heads by the position they read from,
+            through their attention pattern; what is not moved is at its own).
         senders: labels of the components wanted; None: all before the reader. The result has them in the model's order.
-        top: keep the so many of the largest absolute value for each reader and token; never all at once are in memory.
+        top: for each reader and token keep so many (all, if there are fewer) of the largest absolute value; all of them
+            are never in memory at once.
 
     Returns:
         ReaderAttribution, which holds reader x component x batch x pos (x pos) numbers: `attributions_to` gives some
@@ -217,8 +186,7 @@ def attribution_to(
         >>> bool(((result.values.sum(1) + result.bias).permute(1, 2, 0) - pre).abs().max() < 1e-4)
         True
     """
-    request = _request(as_model(model), tokens, reader, positions, by, senders=senders, top=top)
-    return request.gather(request.passes(), slice(0, request.n_readers), exact=False)
+    return _whole(model, tokens, reader, positions, by, senders, top, exact=False)
 
 
 @torch.no_grad()
@@ -245,8 +213,7 @@ def effect_on(
         >>> bool((exact.values - linear.values).abs().max() < 1e-4)
         True
     """
-    request = _request(as_model(model), tokens, reader, positions, by, senders=senders, top=top)
-    return request.gather(request.passes(), slice(0, request.n_readers), exact=True)
+    return _whole(model, tokens, reader, positions, by, senders, top, exact=True)
 
 
 def attributions_to(
@@ -277,129 +244,21 @@ def attributions_to(
         >>> len(largest) == model.cfg.d_mlp
         True
     """
-    request = _request(as_model(model), tokens, reader, positions, by, senders=senders, top=top)
-    step = request.readers_in(whole(max_memory, "max_memory", least=1), request.n_tokens)
+    request = make_request(as_model(model), tokens, reader, positions, by, senders=senders, top=top)
+    step = readers_in(request, whole(max_memory, "max_memory", least=1))
 
     def parts() -> Iterator[ReaderAttribution]:
-        with torch.no_grad():
-            passes = list(request.passes())
+        passes = None
         for first in range(0, request.n_readers, step):
             with torch.no_grad():
-                part = request.gather(passes, slice(first, min(first + step, request.n_readers)), exact)
+                passes = passes or list(request.passes(exact))
+                part = gather(request, passes, slice(first, min(first + step, request.n_readers)), max_memory)
             yield part
 
     return parts()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The computation
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What is asked for, checked."""
-
-    model: LensModel
-    tokens: Int[Tensor, "batch pos"]
-    reading: Reading
-    by: str
-    labels: tuple[str, ...]
-    some: bool  # whether these are some of the components alone
-    top: int | None
-
-    @property
-    def n_readers(self) -> int:
-        return len(self.reading.labels)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return len(self.tokens), len(self.reading.kept)
-
-    @property
-    def n_tokens(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def cells(self) -> tuple[int, ...]:
-        """Of a component and token: its sources, or nothing."""
-        return (self.tokens.shape[1],) if self.by == BY_SOURCE else ()
-
-    def empty(self, n_tokens: int, n_readers: int, n_components: int | None = None) -> Tensor:
-        """Room for values: zeros by source, where not every cell is written."""
-        dtype = torch.promote_types(self.model.unembed.W_U.dtype, torch.float32)
-        n_components = len(self.labels) if n_components is None else n_components
-        shape = (n_components, n_tokens, *self.cells, n_readers)
-        return (torch.zeros if self.cells else torch.empty)(shape, dtype=dtype, device=self.tokens.device)
-
-    def passes(self) -> Iterator[tuple[slice, Recorded]]:
-        """The prompts some at a time, and what is recorded of them."""
-        step = max(1, TOKENS_PER_PASS // self.tokens.shape[1])
-        for first in range(0, len(self.tokens), step):
-            rows = slice(first, min(first + step, len(self.tokens)))
-            chosen = self.labels if self.some else None
-            yield rows, record(self.model, self.tokens[rows], self.reading.place, self.reading.kept, self.by, chosen)
-
-    def tokens_of(self, rows: slice) -> slice:
-        """Of prompts, among all tokens."""
-        return slice(rows.start * self.shape[1], rows.stop * self.shape[1])
-
-    def directions(self, rows: slice) -> Directions:
-        return self.reading.directions(self.model, rows)
-
-    def readers_in(self, memory: int, n_tokens: int, n_components: int | None = None) -> int:
-        """How many readers' values are in so many bytes; 1 at least."""
-        one = self.empty(0, 0)
-        n_components = len(self.labels) if n_components is None else n_components
-        each = n_components * n_tokens * (self.cells or (1,))[0] * one.itemsize
-        return max(1, min(self.n_readers, memory // each))
-
-    def gather(self, passes: Iterable[tuple[slice, Recorded]], readers: slice, exact: bool) -> ReaderAttribution:
-        """The values of some readers."""
-        n_readers = readers.stop - readers.start
-        out = self.empty(self.n_tokens, n_readers)
-        bias = out.new_empty(self.n_tokens, n_readers)
-        norm = self.reading.norm
-        for rows, recorded in passes:
-            directions, of_pass = self.directions(rows).some(readers), self.tokens_of(rows)
-            removed = removals(recorded, norm) if exact and not norm.linear else None
-            project(recorded, directions, norm, out[:, of_pass], removed)
-            bias[of_pass] = directions.bias[:, None] if directions.per_token else directions.bias
-        return ReaderAttribution(
-            out.movedim(-1, 0).unflatten(2, self.shape),
-            self.labels,
-            self.reading.labels[readers],
-            bias.T.unflatten(1, self.shape),
-            tuple(self.reading.kept),
-        )
-
-
-def _request(
-    model: LensModel,
-    tokens: Tokens,
-    reader: Reader,
-    positions: Places | None,
-    by: str,
-    allowed: Sequence[str] = (*DECOMPOSITIONS, BY_SOURCE),
-    senders: str | Sequence[str] | None = None,
-    top: int | None = None,
-) -> _Request:
-    """The arguments, checked."""
-    check_by(model, by, allowed)
-    tokens = check_tokens(model, tokens)
-    reading = resolve(model, reader, tokens, positions)
-    hooks = ("hooks",) * bool(own_hooks(model))
-    labels = component_labels(model.cfg, by, reading.place) + hooks
-    if senders is None:
-        return _Request(model, tokens, reading, by, labels, False, top)
-    chosen = (senders,) if isinstance(senders, str) else tuple(senders)
-    if not chosen:
-        raise ValueError("senders name no component")
-    for label in chosen:
-        if label in labels:
-            continue
-        if label in component_labels(model.cfg, by):
-            raise ValueError(
-                f"sender {label} comes after its reader {reading.labels[0]}; the last before it is {labels[-1]}"
-            )
-        raise ValueError(f"sender {label!r} is unknown; by={by!r} there are {', '.join(labels[:3])}, ..., {labels[-1]}")
-    return _Request(model, tokens, reading, by, tuple(label for label in labels if label in set(chosen)), True, top)
+def _whole(model, tokens, reader, positions, by, senders, top, exact: bool) -> ReaderAttribution:
+    """Of all readers, each pass over some prompts used as it comes."""
+    request = make_request(as_model(model), tokens, reader, positions, by, senders=senders, top=top)
+    return gather(request, request.passes(exact), slice(0, request.n_readers))

@@ -11,8 +11,9 @@ from .. import cli
 from ..batching import check_tokens
 from ..figures.dla import head_heatmaps, heads_of
 from ..lens import LensModel
-from .attribution import TOKENS_PER_PASS, logit_attributions
+from .attribution import logit_attributions
 from .error import HEADS, attribution_error
+from .request import TOKENS_PER_PASS
 from .result import LogitAttribution
 
 

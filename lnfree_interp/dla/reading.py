@@ -200,6 +200,8 @@ def _norm_before(model: LensModel, layer: int, part: str) -> Norm:
     for hook in own:
         inputs = hook.startswith(f"{part}.") and hook.endswith(("_in", "_input"))
         between = hook in (part, name, f"hook_{part}_in") or hook.startswith(f"{name}.") or inputs
+        # A Bridge's resid_mid is what the MLP's norm reads, beside the stream.
+        between |= part == "mlp" and hook == "hook_resid_mid" and is_bridge(model)
         if between or (part == "attn" and hook.endswith("_input")):
             raise ValueError(
                 f"the model carries a hook at {before}{hook}, between the stream and its reader; remove it"

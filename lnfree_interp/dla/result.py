@@ -74,7 +74,7 @@ class ReaderAttribution:
         """One row per reader and component: mean, mean absolute value and standard deviation, largest first.
 
         By source the sum over sources is shown. With `top`, over the tokens at which a component is among the largest,
-        and the share of the tokens at which it is.
+        and how often per token it is (by source, more than once where several of its sources are).
         """
         import pandas as pd
 
@@ -109,7 +109,7 @@ class ReaderAttribution:
         return {
             "reader": [self.readers[i] for i, _ in groups.groups],
             "component": [self.labels[i] for _, i in groups.groups],
-            "share": (groups["value"].count() / n_tokens).to_numpy(),
+            "per_token": (groups["value"].count() / n_tokens).to_numpy(),
             "mean": groups["value"].mean().to_numpy(),
             "mean_abs": groups["size"].mean().to_numpy(),
             "std": groups["value"].std(ddof=0).to_numpy(),
