@@ -80,8 +80,8 @@ _COVERED = {
     ),
 }
 
-# Those of them that give a model more hook points, and change nothing else.
-_HOOK_POINTS = ("use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in")
+# Those of them that say nothing of what the weights are, but of hook points and of what happens inside an MLP.
+_NOT_OF_WEIGHTS = ("use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in", "act_fn", "num_experts")
 
 
 def read_weights(model: ModelOrName) -> Weights | None:
@@ -121,7 +121,9 @@ def why_not_read(model: ModelOrName) -> str | None:
 
 
 def weights_alone(model: LensModel) -> Weights:
-    """The model's weights for what is computed of them and runs nothing, whatever hooks and hook points it has.
+    """The model's weights for what is computed of them and runs no MLP, whatever hooks and hook points it has.
+
+    Its activation functions are not to be called, and MLPs of experts are left out.
 
     Raises:
         ValueError: `read_weights` is None for another reason: these would not be all of the model.
@@ -134,7 +136,7 @@ def weights_alone(model: LensModel) -> Weights:
 
 @torch.no_grad()
 def _read(model: LensModel, alone: bool = False) -> Weights | str:
-    """The weights, or why they are not read; if `alone`, in spite of hooks and points for them."""
+    """The weights, or why they are not read; `alone`: what `weights_alone` gives."""
     known = ("transformer_lens", "torch", "transformers") if is_bridge(model) else ("transformer_lens", "torch")
     for name, module in _modules(model):
         if type(module).__module__.split(".")[0] not in known or "forward" in vars(module):
@@ -151,7 +153,7 @@ def _read(model: LensModel, alone: bool = False) -> Weights | str:
     cfg = model.cfg
     covered = _COVERED | {"normalization_type": NORMALIZATIONS}
     if alone:
-        covered = {field: allowed for field, allowed in covered.items() if field not in _HOOK_POINTS}
+        covered = {field: allowed for field, allowed in covered.items() if field not in _NOT_OF_WEIGHTS}
     if not getattr(cfg, "attn_only", False):
         covered = covered | {"act_fn": tuple(ACTIVATIONS)}
     for field, allowed in covered.items():
@@ -193,7 +195,7 @@ def _layer(cfg, block) -> Layer:
         window=cfg.window_size if getattr(attn, "attn_type", "global") == "local" else None,
         ln1_post=norm_of(block.ln1_post, kind[:3], cfg.eps) if after else NO_NORM,
     )
-    if getattr(cfg, "attn_only", False):
+    if getattr(cfg, "attn_only", False) or getattr(cfg, "num_experts", None):
         return layer
     names = ("W_in", "b_in", "W_out", "b_out", "W_gate")
     of_mlp: dict[str, Any] = {name: getattr(block.mlp, name, None) for name in names}
@@ -202,9 +204,14 @@ def _layer(cfg, block) -> Layer:
         parallel=bool(getattr(cfg, "parallel_attn_mlp", False)),
         ln2=norm_of(block.ln2, kind, cfg.eps),
         **of_mlp,
-        act=ACTIVATIONS[cfg.act_fn],
+        act=ACTIVATIONS.get(cfg.act_fn, _not_run),
         ln2_post=norm_of(block.ln2_post, kind[:3], cfg.eps) if after else NO_NORM,
     )
+
+
+def _not_run(x: Any) -> Any:
+    """Stands for an activation function that `_COVERED` leaves out."""
+    raise NotImplementedError("an activation function that is not computed here")
 
 
 def norm_of(module: Any, kind: str | None, eps: float) -> Norm:

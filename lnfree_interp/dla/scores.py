@@ -151,7 +151,7 @@ def attention_score_attribution(
     )
     block = _attention(model, layer)
     key_head = head * len(block.W_K) // len(block.W_Q)
-    found = []
+    found, pairs = [], []
     for part in tokens.split(_prompts_at_once(model, layer, by, len(at_queries) + len(at_keys))):
         of_queries = attribution_to(model, part, Reader.query(layer, head), positions=at_queries, by=by)
         of_keys = attribution_to(model, part, Reader.key(layer, key_head), positions=at_keys, by=by)
@@ -160,11 +160,24 @@ def attention_score_attribution(
         bias, scores = (
             torch.einsum("bqd,bkd->bqk", x, y) for x, y in ((q[:, :, -1], k[:, :, -1]), (q.sum(2), k.sum(2)))
         )
-        found.append((*(_all_pairs(q, k) if n_most is None else _largest_pairs(q, k, n_most)), bias, scores))
-    values, pairs, bias, scores = (None if x[0] is None else torch.cat(x, -3) for x in zip(*found))
-    labels = [(*side.labels, name) for side, name in ((of_queries, "b_Q"), (of_keys, "b_K"))]
-    visible = block.visible(n_pos, n_pos, slice(0, n_pos), tokens.device)[at_queries][:, at_keys]
-    return ScoreAttribution(values, pairs, *labels, bias, scores, tuple(at_queries), tuple(at_keys), visible)
+        if n_most is None:
+            values = _all_pairs(q, k)
+        else:
+            values, which = _largest_pairs(q, k, n_most)
+            pairs.append(which)
+        found.append((values, bias, scores))
+    values, bias, scores = (x[0] if len(x) == 1 else torch.cat(x, -3) for x in zip(*found))
+    return ScoreAttribution(
+        values=values,
+        pairs=torch.cat(pairs, -3) if pairs else None,
+        query_labels=(*of_queries.labels, "b_Q"),
+        key_labels=(*of_keys.labels, "b_K"),
+        bias=bias,
+        scores=scores,
+        queries=tuple(at_queries),
+        keys=tuple(at_keys),
+        visible=block.visible(n_pos, n_pos, slice(0, n_pos), tokens.device)[at_queries][:, at_keys],
+    )
 
 
 _BETWEEN = ("hook_q", "hook_k", "hook_rot_q", "hook_rot_k", "hook_attn_scores")
@@ -177,14 +190,10 @@ def _attention(model: LensModel, layer: int) -> Layer:
         ValueError: more than a `Layer` does.
     """
     name = f"blocks.{layer}.attn"
+    between = (name, f"{name}.q", f"{name}.k", *(f"{name}.{hook}" for hook in _BETWEEN))
     for hook in own_hooks(model):
-        if hook.startswith((name + ".q", name + ".k")) or hook in (
-            name,
-            *(f"{name}.{between}" for between in _BETWEEN),
-        ):
-            raise ValueError(
-                f"the model carries a hook at {hook}: its scores are not products of these queries and keys"
-            )
+        if hook in between or hook.startswith((f"{name}.q_norm", f"{name}.k_norm")):
+            raise ValueError(f"the model carries a hook at {hook}, between the layer's queries and keys and its scores")
     return weights_alone(model).layers[layer]
 
 
@@ -215,10 +224,10 @@ def _placed(side: ReaderAttribution, norm: Norm, rotary: Rotary | None, position
     return rotary(parts, torch.tensor(positions, device=parts.device))
 
 
-def _all_pairs(queries: Parts, keys: Parts) -> tuple[Float[Tensor, "component key_component batch query key"], None]:
+def _all_pairs(queries: Parts, keys: Parts) -> Float[Tensor, "component key_component batch query key"]:
     values = torch.einsum("bqcd,bked->cebqk", queries, keys)
     values[-1, -1] = 0  # of two biases
-    return values, None
+    return values
 
 
 def _largest_pairs(
