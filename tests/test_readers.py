@@ -523,8 +523,6 @@ def test_bad_input_is_one_line_that_names_it(random_model, function, reader, arg
         (lambda: Reader.direction(1, [[1.0], [1.0, 2.0]]), "a direction must be a vector of numbers"),
         (lambda: Reader.direction(1, torch.ones(2, 2, 2)), r"a direction has shape \[2, 2, 2\]; allowed are"),
         (lambda: Reader.direction(1, []), r"a direction has shape \[0\]"),
-        (lambda: Reader.query(1.5), "layer must be a whole number"),
-        (lambda: Reader.neuron(None), "layer must be a whole number"),
     ],
 )
 def test_readers_that_nothing_could_be(make, message):

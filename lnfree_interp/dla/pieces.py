@@ -76,7 +76,7 @@ class Heads:
         z = (self.z / scale[:, None, None]).transpose(0, 1)
         (n, d_head), (n_readers, d_model) = z.shape[1:], u.shape
         if n * d_model * (d_head + n_readers) < d_head * n_readers * (d_model + n):  # few tokens: their outputs
-            torch.matmul(torch.bmm(z, self.W_O), u.T, out=into)
+            torch.bmm(torch.bmm(z, self.W_O), u.T.expand(len(z), -1, -1), out=into)
         else:
             torch.bmm(z, (self.W_O.flatten(0, 1) @ u.T).unflatten(0, (len(z), -1)), out=into)
 
