@@ -80,8 +80,11 @@ _COVERED = {
     ),
 }
 
-# Those of them that say nothing of what the weights are, but of hook points and of what happens inside an MLP.
-_NOT_OF_WEIGHTS = ("use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in", "act_fn", "num_experts")
+# Those that say nothing of the weights up to the scores, or of the MLPs': of hook points, and of what is run between.
+_NOT_OF_WEIGHTS = (
+    *("use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in"),
+    *("act_fn", "num_experts", "use_attention_sinks"),
+)
 
 
 def read_weights(model: ModelOrName) -> Weights | None:
@@ -152,10 +155,10 @@ def _read(model: LensModel, alone: bool = False) -> Weights | str:
             return str(error)
     cfg = model.cfg
     covered = _COVERED | {"normalization_type": NORMALIZATIONS}
-    if alone:
-        covered = {field: allowed for field, allowed in covered.items() if field not in _NOT_OF_WEIGHTS}
     if not getattr(cfg, "attn_only", False):
         covered = covered | {"act_fn": tuple(ACTIVATIONS)}
+    if alone:
+        covered = {field: allowed for field, allowed in covered.items() if field not in _NOT_OF_WEIGHTS}
     for field, allowed in covered.items():
         if (value := getattr(cfg, field, allowed[0])) not in allowed:
             return f"cfg.{field} is {value!r}, which this package's own forward does not compute"

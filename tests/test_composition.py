@@ -88,6 +88,26 @@ def test_heads_wider_than_the_stream():
         close(composition_scores(wide, kind), by_definition(wide, kind))
 
 
+def test_hooks_are_no_matter_of_weights(random_model):
+    hooked, plain = make_model("LN"), random_model("LN")
+    hooked.add_hook("blocks.0.hook_mlp_out", lambda x, hook: 2 * x)
+    close(composition_scores(hooked, "V"), composition_scores(plain, "V"))
+    close(*(virtual_weights(model, "L0.mlp", "logits").AB for model in (hooked, plain)))
+
+
+@hooked_only
+def test_nor_is_what_happens_inside_mlps():
+    experts = make_model("RMS", dtype=torch.float32, num_experts=2, experts_per_token=1, gated_mlp=True)
+    close(composition_scores(experts, "K"), by_definition(experts, "K").float(), 1e-5)
+    solu = make_model(None, act_fn="solu_ln")
+    close(composition_scores(solu, "K"), by_definition(solu, "K"))
+    tokens = random_tokens(solu)
+    coefficients, write = sent(solu, tokens, "L0.mlp")
+    close(coefficients @ virtual_weights(solu, "L0.mlp", "L1H2.q").AB, moved(solu, tokens, "L1H2.q", write))
+    with pytest.raises(ValueError, match=r"sender 'L0\.mlp' is unknown; allowed are embed, pos_embed, L0H0 to L1H2$"):
+        virtual_weights(experts, "L0.mlp", "logits")
+
+
 def test_one_layer_has_no_later_one():
     assert not composition_scores(make_model(None, n_layers=1), "Q").any()
 

@@ -280,6 +280,21 @@ def test_other_scores_are_refused():
 
 
 @hooked_only
+@pytest.mark.parametrize(
+    "fields",
+    [{"act_fn": "solu_ln"}, {"num_experts": 2, "experts_per_token": 1}, {"use_attention_sinks": True}],
+    ids=str,
+)
+def test_what_else_a_block_does_is_no_matter(fields):
+    model = make_model("RMS", dtype=torch.float32, gated_mlp="num_experts" in fields, **fields)
+    tokens = random_tokens(model)
+    for by in ("component", "head"):
+        found = attention_score_attribution(model, tokens, 1, 2, by=by)
+        wanted, shown = own_scores(model, tokens, 1, 2)
+        close((found.values.sum((0, 1)) + found.bias)[:, shown], wanted[:, shown], 1e-4)
+
+
+@hooked_only
 def test_more_hook_points_change_nothing():
     fields = {"use_attn_result": True, "use_split_qkv_input": True}
     tokens = random_tokens(make_model("LN"))
