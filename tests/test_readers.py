@@ -454,7 +454,16 @@ def test_low_precision_is_exact_on_the_activations_it_has(dtype, by):
     copy_weights(model, wide)
     tokens = random_tokens(model)
     tokens[:, 0] = torch.arange(3)
-    recorded = ["embed", "attn_out", "mlp_out", "hook_z", "hook_post", "hook_resid_pre", "1.hook_resid_post"]
+    recorded = [
+        "hook_embed",
+        "pos_embed",
+        "attn_out",
+        "mlp_out",
+        "hook_z",
+        "hook_post",
+        "hook_resid_pre",
+        "1.hook_resid_post",
+    ]
     recorded += ["hook_v", "hook_pattern"] if by == "source" else []  # attention is computed in another way for them
     names = [name for name in model.hook_dict if name.endswith(tuple(recorded))]
     cache = {}

@@ -94,8 +94,8 @@ def resolve(model: LensModel, reader: Reader, tokens: Int[Tensor, "batch pos"], 
         if (getattr(model.cfg, "output_logits_soft_cap", -1.0) or -1.0) > 0:
             raise ValueError("this model caps its logits with tanh, so they are not a sum over components")
         kept, targets, versus = align_targets(model, tokens, reader.targets, reader.versus, positions)
-        labels = ("logit" if versus is None else "logit difference",)
-        return Reading(Place(model.cfg.n_layers), final_norm(model), labels, kept, None, targets, versus)
+        label = "logit" if versus is None else "logit difference"
+        return Reading(Place(model.cfg.n_layers), final_norm(model), (label,), kept, None, targets, versus)
     n_pos = tokens.shape[1]
     every = range(n_pos)
     kept = list(every) if positions is None else indices(positions, n_pos, "position", every, "the tokens")

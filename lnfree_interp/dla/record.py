@@ -13,7 +13,7 @@ from torch import Tensor
 from ..forward import run
 from ..layers import wide
 from ..lens import LensModel
-from ..weights import Weights, block_of, normalises_writes, own_hooks, read_weights
+from ..weights import Weights, block_of, normalises_writes, read_weights
 from .pieces import Heads, Moves, Neurons, Piece, Whole
 
 DECOMPOSITIONS = ("component", "head", "neuron")
@@ -81,15 +81,19 @@ def record(
     kept: Sequence[int],
     by: str,
     labels: Sequence[str] | None = None,
+    hooked: bool = False,
 ) -> Recorded:
     """The stream at a place and, of the components before it, those named (all, if none are), at the kept positions.
 
     In fp32 at least: fp16 squares overflow at norms of 256, and |x - c|^2 is a small difference of large sums. Layers
     from the place on are not run.
+
+    Args:
+        hooked: the model carries hooks of its own: what they write, and no component, is one too.
     """
     activations, x = _run(model, tokens, place, kept, by)
     pieces = list(_pieces(model, activations, by))
-    if own_hooks(model):
+    if hooked:
         pieces.append(Whole(("hooks",), x - reduce(torch.add, (piece.total() for piece in pieces))))
     if labels is not None:
         wanted = set(labels)

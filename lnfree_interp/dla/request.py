@@ -42,7 +42,13 @@ class Pass:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for, checked. `labels` are the components wanted, `some` whether they are not all."""
+    """What is asked for, checked.
+
+    Attributes:
+        labels: the components wanted;
+        some: whether they are not all there are.
+        hooked: whether the model carries hooks of its own.
+    """
 
     model: LensModel
     tokens: Int[Tensor, "batch pos"]
@@ -50,6 +56,7 @@ class Request:
     by: str
     labels: tuple[str, ...]
     some: bool
+    hooked: bool
     top: int | None
 
     @property
@@ -62,6 +69,10 @@ class Request:
         return len(self.tokens), len(self.reading.kept)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.model.unembed.W_U.dtype, torch.float32)
+
+    @property
     def n_sources(self) -> int | None:
         return self.tokens.shape[1] if self.by == BY_SOURCE else None
 
@@ -71,10 +82,10 @@ class Request:
 
     def room(self, n_components: int, n_tokens: int, n_readers: int) -> Tensor:
         """For values, [component, n, (source,) reader]; zeros by source, where not every cell is written."""
-        like = {"dtype": torch.promote_types(self.model.unembed.W_U.dtype, torch.float32), "device": self.tokens.device}
+        device = self.tokens.device
         if self.n_sources is None:
-            return torch.empty(n_components, n_tokens, n_readers, **like)
-        return torch.zeros(n_components, n_tokens, self.n_sources, n_readers, **like)
+            return torch.empty(n_components, n_tokens, n_readers, dtype=self.dtype, device=device)
+        return torch.zeros(n_components, n_tokens, self.n_sources, n_readers, dtype=self.dtype, device=device)
 
     def passes(self, exact: bool) -> Iterator[Pass]:
         """The prompts some at a time, and what is recorded of them; for effects, if `exact`."""
@@ -82,7 +93,8 @@ class Request:
         step = max(1, TOKENS_PER_PASS // self.tokens.shape[1])
         for first in range(0, len(self.tokens), step):
             rows = slice(first, min(first + step, len(self.tokens)))
-            recorded = record(self.model, self.tokens[rows], reading.place, reading.kept, self.by, chosen)
+            tokens, place = self.tokens[rows], reading.place
+            recorded = record(self.model, tokens, place, reading.kept, self.by, chosen, self.hooked)
             removed = removals(recorded, reading.norm) if exact and not reading.norm.linear else None
             yield Pass(rows, recorded, removed)
 
@@ -106,10 +118,11 @@ def make_request(
     tokens = check_tokens(model, tokens)
     top = None if top is None else whole(top, "top", least=1)
     reading = resolve(model, reader, tokens, positions)
-    labels = component_labels(model.cfg, by, reading.place) + ("hooks",) * bool(own_hooks(model))
+    hooked = bool(own_hooks(model))
+    labels = component_labels(model.cfg, by, reading.place) + ("hooks",) * hooked
     if senders is None:
-        return Request(model, tokens, reading, by, labels, False, top)
-    chosen = (senders,) if isinstance(senders, str) else tuple(senders)
+        return Request(model, tokens, reading, by, labels, False, hooked, top)
+    chosen = dict.fromkeys([senders] if isinstance(senders, str) else senders)
     if not chosen:
         raise ValueError("senders name no component")
     before, later = set(labels), set(component_labels(model.cfg, by))
@@ -121,7 +134,8 @@ def make_request(
             raise ValueError(
                 f"sender {label!r} is unknown; by={by!r} there are {', '.join(labels[:3])}, ..., {labels[-1]}"
             )
-    return Request(model, tokens, reading, by, tuple(label for label in labels if label in set(chosen)), True, top)
+    labels = tuple(label for label in labels if label in chosen)
+    return Request(model, tokens, reading, by, labels, True, hooked, top)
 
 
 def logits_of(request: Request, exact: bool) -> tuple[LogitAttribution, LogitAttribution | None]:
@@ -150,7 +164,7 @@ def readers_in(request: Request, memory: int) -> int:
     """How many readers' values are in so many bytes; 1 at least."""
     n_components = len(request.labels) if request.top is None else request.top
     each = n_components * (1 if request.top else request.n_sources or 1) * request.shape[0] * request.shape[1]
-    return max(1, min(request.n_readers, memory // (each * request.room(0, 0, 0).itemsize)))
+    return max(1, min(request.n_readers, memory // (each * request.dtype.itemsize)))
 
 
 def gather(request: Request, passes: Iterable[Pass], readers: slice, memory: int = CHUNK) -> ReaderAttribution:
@@ -159,7 +173,7 @@ def gather(request: Request, passes: Iterable[Pass], readers: slice, memory: int
     found = []
     if request.top is None:
         found.append(request.room(len(request.labels), n_tokens, n_readers))
-    bias = request.tokens.new_empty(n_tokens, n_readers, dtype=request.room(0, 0, 0).dtype)
+    bias = request.tokens.new_empty(n_tokens, n_readers, dtype=request.dtype)
     for part in passes:
         directions = request.reading.directions(request.model, part.rows).some(readers)
         of_pass = request.tokens_of(part.rows)
@@ -184,7 +198,7 @@ def gather(request: Request, passes: Iterable[Pass], readers: slice, memory: int
 
 def _largest(request: Request, part: Pass, directions: Directions, memory: int) -> list[Tensor]:
     """A pass' largest values, their senders and, by source, their sources: [top, n, reader] of each."""
-    of_unit = len(part.recorded.x) * (request.n_sources or 1) * request.room(0, 0, 0).itemsize
+    of_unit = len(part.recorded.x) * (request.n_sources or 1) * request.dtype.itemsize
     groups = _groups(part, max(1, min(GROUP, memory // of_unit)))
     widest = max(sum(len(piece.labels) for piece in group.recorded.pieces) for group in groups)
     step = max(1, memory // (widest * of_unit))
