@@ -5,13 +5,17 @@ from .dla import (
     LogitAttribution as LogitAttribution,
     Reader as Reader,
     ReaderAttribution as ReaderAttribution,
+    ScoreAttribution as ScoreAttribution,
+    attention_score_attribution as attention_score_attribution,
     attribution_error as attribution_error,
     attribution_to as attribution_to,
     attributions_to as attributions_to,
+    composition_scores as composition_scores,
     direct_effect as direct_effect,
     direct_logit_attribution as direct_logit_attribution,
     effect_on as effect_on,
     logit_attributions as logit_attributions,
+    virtual_weights as virtual_weights,
 )
 from .documents import read_documents as read_documents
 from .evaluate import (

@@ -33,6 +33,7 @@ __all__ = [
     "of_norms",
     "own_hooks",
     "read_weights",
+    "weights_alone",
     "why_not_read",
     "widened_norm",
     "widened_norms",
@@ -79,6 +80,12 @@ _COVERED = {
     ),
 }
 
+# Those that say nothing of the weights up to the scores, or of the MLPs': of hook points, and of what is run between.
+_NOT_OF_WEIGHTS = (
+    *("use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in"),
+    *("act_fn", "num_experts", "use_attention_sinks"),
+)
+
 
 def read_weights(model: ModelOrName) -> Weights | None:
     """The model's weights as they are now, views of them; None for a model that they are not all of.
@@ -116,16 +123,30 @@ def why_not_read(model: ModelOrName) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def weights_alone(model: LensModel) -> Weights:
+    """The model's weights for what is computed of them and runs no MLP, whatever hooks and hook points it has.
+
+    Its activation functions are not to be called, and MLPs of experts are left out.
+
+    Raises:
+        ValueError: `read_weights` is None for another reason: these would not be all of the model.
+    """
+    found = _read(model, alone=True)
+    if isinstance(found, str):
+        raise ValueError(f"the model's weights are not read: {found}")
+    return found
+
+
 @torch.no_grad()
-def _read(model: LensModel) -> Weights | str:
-    """The weights, or why they are not read."""
+def _read(model: LensModel, alone: bool = False) -> Weights | str:
+    """The weights, or why they are not read; `alone`: what `weights_alone` gives."""
     known = ("transformer_lens", "torch", "transformers") if is_bridge(model) else ("transformer_lens", "torch")
     for name, module in _modules(model):
         if type(module).__module__.split(".")[0] not in known or "forward" in vars(module):
             return f"its {name or 'root'} is a {type(module).__name__}, no module of TransformerLens' own"
         if module.training and isinstance(module, torch.nn.Dropout) and module.p > 0:
             return f"it is in training mode, with dropout at {name}"
-    for name in own_hooks(model):
+    for name in () if alone else own_hooks(model):
         return f"the model carries a hook at {name or 'its root'}, which only its own forward runs"
     if is_bridge(model):
         try:
@@ -136,6 +157,8 @@ def _read(model: LensModel) -> Weights | str:
     covered = _COVERED | {"normalization_type": NORMALIZATIONS}
     if not getattr(cfg, "attn_only", False):
         covered = covered | {"act_fn": tuple(ACTIVATIONS)}
+    if alone:
+        covered = {field: allowed for field, allowed in covered.items() if field not in _NOT_OF_WEIGHTS}
     for field, allowed in covered.items():
         if (value := getattr(cfg, field, allowed[0])) not in allowed:
             return f"cfg.{field} is {value!r}, which this package's own forward does not compute"
@@ -175,7 +198,7 @@ def _layer(cfg, block) -> Layer:
         window=cfg.window_size if getattr(attn, "attn_type", "global") == "local" else None,
         ln1_post=norm_of(block.ln1_post, kind[:3], cfg.eps) if after else NO_NORM,
     )
-    if getattr(cfg, "attn_only", False):
+    if getattr(cfg, "attn_only", False) or getattr(cfg, "num_experts", None):
         return layer
     names = ("W_in", "b_in", "W_out", "b_out", "W_gate")
     of_mlp: dict[str, Any] = {name: getattr(block.mlp, name, None) for name in names}
@@ -184,9 +207,14 @@ def _layer(cfg, block) -> Layer:
         parallel=bool(getattr(cfg, "parallel_attn_mlp", False)),
         ln2=norm_of(block.ln2, kind, cfg.eps),
         **of_mlp,
-        act=ACTIVATIONS[cfg.act_fn],
+        act=ACTIVATIONS.get(cfg.act_fn, _not_run),
         ln2_post=norm_of(block.ln2_post, kind[:3], cfg.eps) if after else NO_NORM,
     )
+
+
+def _not_run(x: Any) -> Any:
+    """Stands for an activation function that `_COVERED` leaves out."""
+    raise NotImplementedError("an activation function that is not computed here")
 
 
 def norm_of(module: Any, kind: str | None, eps: float) -> Norm:

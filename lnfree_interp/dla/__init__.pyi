@@ -6,6 +6,8 @@ from .attribution import (
     effect_on as effect_on,
     logit_attributions as logit_attributions,
 )
+from .composition import composition_scores as composition_scores, virtual_weights as virtual_weights
 from .error import HEADS as HEADS, AttributionError as AttributionError, attribution_error as attribution_error
 from .readers import Reader as Reader
 from .result import LogitAttribution as LogitAttribution, ReaderAttribution as ReaderAttribution
+from .scores import ScoreAttribution as ScoreAttribution, attention_score_attribution as attention_score_attribution
