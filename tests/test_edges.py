@@ -263,7 +263,7 @@ def test_prompts_do_not_mix_and_memory_changes_nothing(random_model):
         back = effect(model, pairs[[2, 0, 1]])
         close(back.values, whole.values[[2, 0, 1]])
         close(effect(model, pairs[1]).values, whole.values[1:2])
-        close(whole[[0, 2]].values, whole.values[[0, 2]], 0)
+        close(whole[1:].values, whole.values[1:], 0)
         swapped = effect(model, pairs.reversed(), direction="noising")
         close(swapped.values, whole.values)
 
@@ -429,10 +429,8 @@ def test_gradients_are_transformer_lens_own(kind, normalization):
         nodes = attribution_patch(model, *tokens, difference, EdgeAttributionConfig(granularity="node"))
         for node, score in nodes.node_scores.items():
             of_nodes[i, effect.senders.index(label(node))] += score
-    mlps = torch.tensor([name.endswith(".mlp") for name in effect.receivers])
-    close(effect.values[..., ~mlps], wanted[..., ~mlps], 1e-6)
+    close(effect.values, wanted, 1e-6)
     close(effect.values.sum(2), of_nodes, 1e-6)
-    return wanted, effect
 
 
 def label(node):
@@ -458,7 +456,8 @@ def test_table_has_means_and_intervals():
         at = effect.senders.index(row.sender), effect.receivers.index(row.receiver)
         assert row.effect == pytest.approx(means[at].item(), rel=1e-6)
         assert row.low <= row.effect <= row.high
-    assert table.effect.abs().tolist() == sorted(means[effect.edges].abs().tolist(), reverse=True)[:5]
+    largest = sorted(means[effect.edges].abs().tolist(), reverse=True)[:5]
+    assert table.effect.abs().tolist() == pytest.approx(largest, rel=1e-6)
     assert len(effect.table(draws=5)) == int(effect.edges.sum()) and len(effect[:0 + 1].table(2, draws=5)) == 2
 
 
@@ -491,20 +490,17 @@ def test_in_parallel_blocks_heads_do_not_reach_their_own_mlp(model_of):
     [
         ({"edges": [("L0H9", "logits")]}, "unknown sender 'L0H9'; known are embed, L0H0, ... L1H2, L1.mlp"),
         ({"edges": [("embed", "L0H1")]}, "unknown receiver 'L0H1'; known are"),
-        ({"edges": [(0, "logits")]}, "unknown sender 0"),
         ({"edges": [("L1H0", "L0.mlp")]}, "'L1H0' does not write before receiver 'L0.mlp' reads"),
         ({"edges": [("L1.mlp", "L1H0.v")]}, "'L1.mlp' does not write before"),
         ({"edges": []}, "no edge at all"),
         ({"edges": "embed"}, "pairs of labels, or a mask"),
         ({"edges": [("embed",)]}, "pairs of labels, or a mask"),
-        ({"edges": 3}, "pairs of labels, or a mask"),
         ({"edges": torch.ones(2, 2, dtype=torch.bool)}, r"a mask is torch.bool \[9, 21\]"),
         ({"edges": torch.ones(9, 21)}, "a mask is torch.bool"),
         ({"edges": torch.ones(9, 21, dtype=torch.bool)}, "there is no such edge"),
         ({"edges": torch.zeros(9, 21, dtype=torch.bool)}, "no edge at all"),
         ({"direction": "up"}, "unknown direction 'up'"),
         ({"max_memory": 0}, "must be positive"),
-        ({"metric": 3}, "neither a Metric nor a function"),
     ],
 )
 def test_bad_input_to_patching_is_one_line(random_model, options, message):
