@@ -257,7 +257,7 @@ def test_prompts_do_not_mix_and_memory_changes_nothing(random_model):
     pairs = make_pairs(model, changed=CHANGED)
     for effect in (edge_attribution, edge_patching):
         whole, told = effect(model, pairs), []
-        small = effect(model, pairs, max_memory=1, progress=lambda done, n: told.append((done, n)))
+        small = effect(model, pairs, max_memory=1, progress=lambda *counts, told=told: told.append(counts))
         close(small.values, whole.values)
         assert told[-1][0] == told[-1][1] and told == sorted(told)
         back = effect(model, pairs[[2, 0, 1]])
@@ -280,7 +280,10 @@ def test_where_nothing_differs_nothing_is_done(random_model):
         edge_patching(model, pairs, metric=early),
         edge_patching(model, same),
         *(edge_attribution(model, pairs, metric=early, method=m) for m in ("gradient", "second_order", "atp_star")),
-        *(edge_attribution(model, same, method=m) for m in ("gradient", "second_order", "atp_star", "integrated", "relp")),
+        *(
+            edge_attribution(model, same, method=m)
+            for m in ("gradient", "second_order", "atp_star", "integrated", "relp")
+        ),
     ):
         assert not found.values.any()
         assert found.reliability is None or not found.reliability.any()
@@ -458,7 +461,7 @@ def test_table_has_means_and_intervals():
         assert row.low <= row.effect <= row.high
     largest = sorted(means[effect.edges].abs().tolist(), reverse=True)[:5]
     assert table.effect.abs().tolist() == pytest.approx(largest, rel=1e-6)
-    assert len(effect.table(draws=5)) == int(effect.edges.sum()) and len(effect[:0 + 1].table(2, draws=5)) == 2
+    assert len(effect.table(draws=5)) == int(effect.edges.sum()) and len(effect[: 0 + 1].table(2, draws=5)) == 2
 
 
 def test_grouped_keys_and_normalised_writes_name_what_there_is(model_of):
@@ -473,7 +476,7 @@ def test_grouped_keys_and_normalised_writes_name_what_there_is(model_of):
     assert effect.senders[:6] == ("embed", "L0H0", "L0H1", "L0H2", "L0H3", "L0.mlp")
     gemma = model_of("Gemma")
     assert edge_attribution(gemma, make_pairs(gemma)).senders == ("embed", "L0.attn", "L0.mlp", "L1.attn", "L1.mlp")
-    with pytest.raises(ValueError, match="normalises what attention writes.*'L0.attn'"):
+    with pytest.raises(ValueError, match=r"normalises what attention writes.*'L0\.attn'"):
         edge_patching(gemma, make_pairs(gemma), edges=[("L0H1", "logits")])
 
 
@@ -481,7 +484,7 @@ def test_in_parallel_blocks_heads_do_not_reach_their_own_mlp(model_of):
     model = model_of("Pythia")
     effect = edge_attribution(model, make_pairs(model))
     assert not effect.edges[effect.senders.index("L0H0"), effect.receivers.index("L0.mlp")]
-    with pytest.raises(ValueError, match="'L0H0' does not write before receiver 'L0.mlp'"):
+    with pytest.raises(ValueError, match=r"'L0H0' does not write before receiver 'L0\.mlp'"):
         edge_patching(model, make_pairs(model), edges=[("L0H0", "L0.mlp")])
 
 
