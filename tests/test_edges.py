@@ -17,7 +17,15 @@ from lnfree_interp.products import products
 from lnfree_interp.weights import block_of, normalises_writes
 
 CHANGED = ((2, 4), (5,), (6,))
+SOME = [("LNPre", "GPT-2"), ("LN", "Pythia"), (None, "Llama"), ("RMS", "Qwen"), ("RMS", "Gemma")]
 quadratic = Metric("quadratic", lambda x: x[..., 0].pow(2).sum(1) - x[:, 0, 1] * x[:, 1, 1], positions=(-1, -2))
+
+
+@pytest.fixture(params=SOME, ids=lambda p: f"{p[1]} {p[0]}")
+def some_block(request, random_model):
+    """Some of `any_block`, for what takes longer."""
+    normalization, kind = request.param
+    return random_model(normalization, **KINDS[kind][1])
 
 
 def entered(weights, tokens):
@@ -74,10 +82,10 @@ class Plain:
 
     def patched(self, step=1):
         """(edges, effects [prompt, edge])."""
-        found, edges = [], self.effect.edges.nonzero().tolist()[::step]
+        found, edges, unpatched = [], self.effect.edges.nonzero().tolist()[::step], self.value()[0]
         for s, r in edges:
             added = {self.effect.receivers[r]: self.delta[self.effect.senders[s]]}
-            found.append(self.value(added=added)[0] - self.value()[0])
+            found.append(self.value(added=added)[0] - unpatched)
         return torch.tensor(edges).T, torch.stack(found, 1)
 
     def gradients(self, resid=None, also=()):
@@ -101,10 +109,9 @@ def close(a, b, tolerance=1e-9):
 # The gradient
 
 
-@pytest.mark.parametrize("direction", ["denoising", "noising"])
-def test_gradient_is_that_at_each_receivers_copy(any_block, direction):
+def test_gradient_is_that_at_each_receivers_copy(any_block):
     pairs = make_pairs(any_block, changed=CHANGED)
-    effect = edge_attribution(any_block, pairs, direction=direction)
+    effect = edge_attribution(any_block, pairs)
     plain = Plain(any_block, pairs, effect)
     close(effect.values, plain.times(plain.gradients()))
     assert effect.values.abs().max() > 1e-3
@@ -144,11 +151,10 @@ def test_metrics_that_read_several_positions(random_model, metric):
 # Patching
 
 
-@pytest.mark.parametrize("direction", ["denoising", "noising"])
-def test_a_patched_edge_is_a_change_of_one_receivers_stream(any_block, direction):
+def test_a_patched_edge_is_a_change_of_one_receivers_stream(any_block):
     pairs = make_pairs(any_block, changed=CHANGED)
-    effect = edge_patching(any_block, pairs, direction=direction)
-    (s, r), wanted = Plain(any_block, pairs, effect).patched(step=2)
+    effect = edge_patching(any_block, pairs)
+    (s, r), wanted = Plain(any_block, pairs, effect).patched(step=9)
     close(effect.values[:, s, r], wanted)
     assert effect.flops is not None and effect.flops[0] < effect.flops[1]
     assert not effect.values[:, ~effect.edges].any()
@@ -207,7 +213,8 @@ def receiver_hook(model, label):
     return f"blocks.{layer}.hook_{part}_input", int(head)
 
 
-@settings(max_examples=20, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
 @given(
     kind=st.sampled_from(sorted(KINDS)),
     norm=st.booleans(),
@@ -231,7 +238,7 @@ def test_edges_of_random_models(model_of, kind, norm, n_layers, attn_only, n_pos
     plain = Plain(model, pairs, estimate, metric)
     close(estimate.values, plain.times(plain.gradients()), 1e-8)
     there = estimate.edges.nonzero()
-    chosen = data.draw(st.lists(st.integers(0, len(there) - 1), min_size=1, max_size=8))
+    chosen = data.draw(st.lists(st.integers(0, len(there) - 1), min_size=1, max_size=6))
     edges = [(estimate.senders[s], estimate.receivers[r]) for s, r in there[chosen].tolist()]
     effect = edge_patching(model, pairs, edges=edges, **options)
     (s, r), wanted = Plain(model, pairs, effect, metric).patched()
@@ -292,8 +299,8 @@ def test_where_nothing_differs_nothing_is_done(random_model):
 
 @pytest.mark.parametrize("method", ["gradient", "integrated", "second_order", "atp_star", "relp"])
 def test_exact_where_all_that_follows_is_linear(model_of, method):
-    for kind in KINDS:
-        model = model_of(kind, False, output_logits_soft_cap=-1.0)
+    for kind in ("GPT-2", "Pythia", "Llama"):
+        model = model_of(kind, False)
         pairs = make_pairs(model, changed=CHANGED)
         exact = edge_patching(model, pairs, edges=[(s, "logits") for s in edge_attribution(model, pairs).senders])
         estimate = edge_attribution(model, pairs, method=method)
@@ -305,26 +312,28 @@ def test_exact_where_all_that_follows_is_linear(model_of, method):
 # Models that go through their own forward
 
 
-def test_through_hooks_the_results_are_the_same(any_block):
-    pairs = make_pairs(any_block, changed=CHANGED)
-    options = [{}, {"method": "integrated", "steps": 2}, {"method": "second_order"}]
-    fast = [edge_patching(any_block, pairs), *(edge_attribution(any_block, pairs, **o) for o in options)]
-    any_block.add_hook("blocks.0.hook_attn_out", lambda x, hook: x)
+def test_through_hooks_the_results_are_the_same(some_block):
+    pairs = make_pairs(some_block, changed=CHANGED)
+    pythia = some_block.cfg.parallel_attn_mlp
+    options = [{}, {"method": "integrated", "steps": 2}, {"method": "second_order"}] if pythia else [{}]
+    fast = [edge_patching(some_block, pairs), *(edge_attribution(some_block, pairs, **o) for o in options)]
+    some_block.add_hook("blocks.0.hook_attn_out", lambda x, hook: x)
     try:
-        assert read_weights(any_block) is None
-        if not HOOKED and any_block.cfg.normalization_type in ("LNPre", "RMSPre"):
+        assert read_weights(some_block) is None
+        if not HOOKED and some_block.cfg.normalization_type in ("LNPre", "RMSPre"):
             # TransformerLens 4.3's Bridge leaves out such norms with split inputs.
             for call in (edge_patching, edge_attribution):
                 with pytest.raises(ValueError, match="runs otherwise with split inputs"):
-                    call(any_block, pairs)
+                    call(some_block, pairs)
             return
-        slow = [edge_patching(any_block, pairs), *(edge_attribution(any_block, pairs, **o) for o in options)]
+        slow = [edge_patching(some_block, pairs), *(edge_attribution(some_block, pairs, **o) for o in options)]
     finally:
-        any_block.reset_hooks()
+        some_block.reset_hooks()
     for a, b in zip(slow, fast):
         close(a.values, b.values, 1e-8)
-    close(slow[-1].reliability, fast[-1].reliability, 1e-5)
-    assert not any_block.cfg.use_split_qkv_input and not any_block.cfg.use_hook_mlp_in
+    if pythia:
+        close(slow[-1].reliability, fast[-1].reliability, 1e-5)
+    assert not some_block.cfg.use_split_qkv_input and not some_block.cfg.use_hook_mlp_in
 
 
 def test_a_users_hooks_are_part_of_the_model(random_model):
@@ -347,19 +356,19 @@ def test_a_users_hooks_are_part_of_the_model(random_model):
 # The other estimates
 
 
-def test_integrated_averages_along_the_embeddings(any_block):
-    pairs = make_pairs(any_block, changed=CHANGED)
-    effect = edge_attribution(any_block, pairs, method="integrated", steps=3)
-    plain = Plain(any_block, pairs, effect)
+def test_integrated_averages_along_the_embeddings(some_block):
+    pairs = make_pairs(some_block, changed=CHANGED)
+    effect = edge_attribution(some_block, pairs, method="integrated", steps=3)
+    plain = Plain(some_block, pairs, effect)
     points = [plain.base + share * plain.along for share in (1 / 6, 3 / 6, 5 / 6)]
     close(effect.values, sum(plain.times(plain.gradients(x)) for x in points) / 3)
-    assert edge_attribution(any_block, pairs, method=Integrated(steps=3)).method == "integrated"
+    assert edge_attribution(some_block, pairs, method=Integrated(steps=3)).method == "integrated"
 
 
-def test_second_order_is_half_the_gradients_derivative_along_the_prompts_change(any_block):
-    pairs = make_pairs(any_block, changed=CHANGED)
-    effect = edge_attribution(any_block, pairs, method="second_order")
-    plain, eps = Plain(any_block, pairs, effect), 1e-5
+def test_second_order_is_half_the_gradients_derivative_along_the_prompts_change(some_block):
+    pairs = make_pairs(some_block, changed=CHANGED)
+    effect = edge_attribution(some_block, pairs, method="second_order")
+    plain, eps = Plain(some_block, pairs, effect), 1e-5
     first = plain.times(plain.gradients())
     ends = [plain.times(plain.gradients(plain.base + share * plain.along)) for share in (eps, -eps)]
     second = (ends[0] - ends[1]) / (2 * eps)
@@ -367,39 +376,36 @@ def test_second_order_is_half_the_gradients_derivative_along_the_prompts_change(
     assert (effect.values - first).abs().max() > 1e-3 * first.abs().max()
     where = (first.abs() > 1e-3 * first.abs().max()) & effect.edges
     close(effect.reliability[where], (second.abs() / (2 * first.abs()))[where], 1e-5)
-    same = edge_attribution(any_block, pairs, method=SecondOrder(joint=True))
+    same = edge_attribution(some_block, pairs, method=SecondOrder(joint=True))
     close(same.values, effect.values, 1e-12)
 
 
-def test_relp_is_the_gradient_by_its_rules(any_block):
-    pairs = make_pairs(any_block, changed=CHANGED)
+def test_relp_is_the_gradient_by_its_rules(some_block):
+    pairs = make_pairs(some_block, changed=CHANGED)
     for rules in (RelP(), RelP(half_gate=False, linear_gelu=False)):
-        effect = edge_attribution(any_block, pairs, method=rules)
-        plain = Plain(any_block, pairs, effect, rules=rules.rules)
+        effect = edge_attribution(some_block, pairs, method=rules)
+        plain = Plain(some_block, pairs, effect, rules=rules.rules)
         close(effect.values, plain.times(plain.gradients()))
     off = RelP(detach_norm=False, linear_gelu=False, half_gate=False)
-    close(edge_attribution(any_block, pairs, method=off).values, edge_attribution(any_block, pairs).values, 1e-12)
+    close(edge_attribution(some_block, pairs, method=off).values, edge_attribution(some_block, pairs).values, 1e-12)
 
 
-def test_atp_star_computes_the_softmax_again(any_block):
-    pairs = make_pairs(any_block, changed=CHANGED)
-    for metric in (logit_diff, quadratic):
-        effect = edge_attribution(any_block, pairs, method="atp_star", metric=metric)
-        plain = Plain(any_block, pairs, effect, metric)
-        grads = plain.gradients(also=("L0.z", "L1.z"))
-        wanted = plain.times(grads)
-        for s, r in effect.edges.nonzero().tolist():
-            sender, receiver = effect.senders[s], effect.receivers[r]
-            if receiver[-1] in "qk":
-                _, seen = plain.value(added={receiver: plain.delta[sender]})
-                name = f"L{receiver[1]}.z"
-                wanted[:, s, r] = ((seen[name] - plain.of_base[name]) * grads[name]).sum((1, 2, 3))
-        close(effect.values, wanted)
-    gradient = edge_attribution(any_block, pairs, method=Gradient(), metric=quadratic)
+def test_atp_star_computes_the_softmax_again(some_block):
+    pairs = make_pairs(some_block, changed=CHANGED)
+    effect = edge_attribution(some_block, pairs, method="atp_star", metric=quadratic)
+    plain = Plain(some_block, pairs, effect, quadratic)
+    grads = plain.gradients(also=("L0.z", "L1.z"))
+    for s, r in effect.edges.nonzero().tolist()[::4]:
+        sender, receiver = effect.senders[s], effect.receivers[r]
+        if receiver[-1] in "qk":
+            _, seen = plain.value(added={receiver: plain.delta[sender]})
+            name = f"L{receiver[1]}.z"
+            close(effect.values[:, s, r], ((seen[name] - plain.of_base[name]) * grads[name]).sum((1, 2, 3)))
+    gradient = edge_attribution(some_block, pairs, method=Gradient(), metric=quadratic)
     others = torch.tensor([name[-1] not in "qk" for name in effect.receivers])
     close(effect.values[..., others], gradient.values[..., others], 1e-12)
     assert (effect.values - gradient.values).abs().max() > 1e-4
-    small = edge_attribution(any_block, pairs, method=AtPStar(), metric=quadratic, max_memory=1)
+    small = edge_attribution(some_block, pairs, method=AtPStar(), metric=quadratic, max_memory=1)
     close(small.values, effect.values)
 
 

@@ -26,7 +26,7 @@ from .common import interleaved, median, random_model
 from .patching import shaped_pairs
 
 PROMPTS = 2  # of the usual way, with --quick
-EDGES, PLAIN_EDGES = 240, 6  # patched here, and the usual way
+EDGES, PLAIN_EDGES = 60, 3  # patched here, and the usual way
 
 
 def split(model, on: bool) -> None:
@@ -157,7 +157,7 @@ def run(args) -> pd.DataFrame:
     ]
     for method in ("integrated", "relp", "second_order", "atp_star"):
         call = partial(edge_attribution, model, pairs, method=method)
-        spent = interleaved({method: call}, 1, args.device)[method]
+        spent = interleaved({method: call}, max(1, args.repeats // 2), args.device)[method]
         rows.append({"what": f"edge_attribution, {method}", "lnfree_interp s": median(spent)})
     rows.append(_patching(model, pairs, wiring, args))
     return pd.DataFrame(rows)
