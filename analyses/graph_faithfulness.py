@@ -243,7 +243,6 @@ def claims(family: Family, table: pd.DataFrame) -> list[Claim]:
         value("error", "everything", family.free, "high", r) < value("error", "everything", family.control, "low", r)
         for r in READOUTS
     ]
-    signs = " and ".join(each("same sign", "everything", r) for r in READOUTS[:1])
     return [
         Claim(
             "Without LayerNorm the entries of a graph are what its nodes write into each other; with it, estimates.",
@@ -265,7 +264,10 @@ def claims(family: Family, table: pd.DataFrame) -> list[Claim]:
             f"error, the logit: {each('error', 'everything')}; against the runner-up: "
             f"{each('error', 'everything', READOUTS[1])}",
             common.agreement(*nearer),
-            f"With patterns held: {each('error', 'all but patterns')}. The same sign: {signs}.",
+            f"With patterns held: {each('error', 'all but patterns')}; against the runner-up: "
+            f"{each('error', 'all but patterns', READOUTS[1])}. The final norm rescales all logits: a large one feels "
+            "it, the difference of two near ones hardly. Nodes whose removal moves the logit the way the graph says: "
+            f"{each('same sign', 'everything')}.",
         ),
         Claim(
             "A graph's nodes alone make the model predict what it does.",
@@ -283,31 +285,30 @@ def figure(table: pd.DataFrame, names: list[str]) -> go.Figure:
 
     from lnfree_interp.figures.style import colour, line, styled
 
-    titles = ("effect in the graph against a real removal", "nodes of a share", "nodes of a graph alone")
-    fig = make_subplots(cols=3, column_widths=[0.42, 0.27, 0.31], horizontal_spacing=0.09, subplot_titles=titles)
-    logit = table[table.readout == READOUTS[0]]
+    titles = (*(f"effects: {readout}" for readout in READOUTS), "a graph's nodes alone")
+    fig = make_subplots(cols=3, column_widths=[0.36, 0.36, 0.28], horizontal_spacing=0.09, subplot_titles=titles)
     for i, name in enumerate(names):
-        part = logit[logit.model == name]
-        rows = part[part.measure == "error"]
-        bar = {"x": rows.what, "y": rows.value, "error_y": common.bars(rows.value, rows.low, rows.high)}
-        text = [f"{x:.0%}" for x in rows.value]
-        fig.add_bar(**bar, text=text, textposition="auto", marker_color=colour(i), name=name, row=1, col=1)
-        for col, measure in ((2, "nodes"), (3, "same"), (3, "same_random")):
-            rows = part[part.measure == measure]
-            dash = {"dash": "dot"} if measure == "same_random" else {}
-            scatter = {"x": [float(x) for x in rows.what], "y": rows.value, "mode": "lines+markers"}
-            bars = common.bars(rows.value, rows.low, rows.high)
-            hover = f"<extra>{name}" + (", as many at random" if dash else "") + "</extra>"
-            scatter |= {"hovertemplate": "share %{x}: %{y:.3g}" + hover, "showlegend": False}
-            fig.add_scatter(**scatter, error_y=bars, line=line(i) | dash, row=1, col=col)
-    fig.update_yaxes(title_text="sum |effect - real| / sum |real|", tickformat=".0%", rangemode="tozero", row=1, col=1)
-    fig.update_xaxes(title_text="what follows the removal", row=1, col=1)
-    fig.update_yaxes(title_text="heads and neurons", rangemode="tozero", row=1, col=2)
+        part = table[table.model == name]
+        for col, readout in enumerate(READOUTS, 1):
+            rows = part[(part.measure == "error") & (part.readout == readout)]
+            bar = {"x": rows.what, "y": rows.value, "error_y": common.bars(rows.value, rows.low, rows.high)}
+            fig.add_bar(**bar, marker_color=colour(i), name=name, showlegend=col == 1, row=1, col=col)
+        for measure, dash in (("same", {}), ("same_random", {"dash": "dot"})):
+            rows = part[(part.measure == measure) & (part.readout == READOUTS[0])]
+            x = [float(what) + 0.006 * i for what in rows.what]  # side by side
+            bars = common.bars(rows.value, rows.low, rows.high) | {"thickness": 1, "width": 2}
+            hover = "share %{x:.2f}: %{y:.0%}<extra>" + name + ", as many at random" * bool(dash) + "</extra>"
+            lines = {"mode": "lines+markers", "line": line(i) | dash, "hovertemplate": hover, "showlegend": False}
+            fig.add_scatter(x=x, y=rows.value, error_y=bars, **lines, row=1, col=3)
+    for col in (1, 2):
+        fig.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=col)
+        fig.update_xaxes(title_text="what follows the removal", tickangle=20, row=1, col=col)
+    fig.update_yaxes(title_text="sum |effect - real| / sum |real|", row=1, col=1)
     fig.update_yaxes(title_text="prompts with the same prediction", tickformat=".0%", range=[0, 1.02], row=1, col=3)
-    for col in (2, 3):
-        fig.update_xaxes(title_text="share of the influence", row=1, col=col)
-    fig.update_layout(legend={"orientation": "h", "y": -0.2, "x": 0})
-    return styled(fig, title="Attribution graphs against real interventions", height=460)
+    fig.update_xaxes(title_text="share of the influence", row=1, col=3)
+    fig.update_layout(legend={"orientation": "h", "y": -0.32, "x": 0})
+    fig = styled(fig, title="Attribution graphs against real interventions", height=480)
+    return fig.update_layout(margin={"t": 90})
 
 
 def flags(parser) -> None:
@@ -334,10 +335,10 @@ def run(args) -> common.Output:
     n = max(1, args.tokens // 256)
     caption = (
         f"{n} prompts of {args.length} tokens of {common.source(args)}, the logit of each model's most likely token; "
-        f"the {args.nodes} heads and neurons of the largest influence are taken out one by one. Left: error of the "
-        "effect in the graph, when all that comes after the removal runs again, all but the attention patterns, or the "
-        "norms alone. Right: every head and neuron outside the graph writes nothing (dotted: as many drawn at random "
-        "from the same layers). 95% intervals over prompts."
+        f"the {args.nodes} heads and neurons of the largest influence are taken out one by one. Error of the effects "
+        "in the graph, on that logit and on its distance to the runner-up, when all that comes after the removal runs "
+        "again, all but the attention patterns, or the norms alone. Right: every head and neuron outside the graph "
+        "writes nothing (dotted: as many drawn at random from the same layers). 95% intervals over prompts."
     )
     found = common.families(free)
     return common.Output(table, figure(table, list(free)), [c for f in found for c in claims(f, table)], caption)

@@ -55,9 +55,9 @@ def prune(
 
 
 def _nodes(adjacency: Tensor, n_tokens: int, share: float) -> tuple[Bool[Tensor, " node"], float]:
-    fixed = torch.zeros(len(adjacency), dtype=torch.bool, device=adjacency.device)
+    fixed = torch.zeros(len(adjacency), dtype=torch.bool)
     fixed[:n_tokens], fixed[-3:] = True, True
-    sizes = influence(adjacency).double().masked_fill(fixed, 0)
+    sizes = influence(adjacency).cpu().double().masked_fill(fixed, 0)  # sums of many small shares
     total = float(sizes.sum())
     order = sizes.argsort(descending=True, stable=True)
     order = order[sizes[order] > 0]
@@ -65,10 +65,10 @@ def _nodes(adjacency: Tensor, n_tokens: int, share: float) -> tuple[Bool[Tensor,
     while True:
         kept = fixed.clone()
         kept[order[:count]] = True
-        live = _reaching(adjacency, kept)
+        live = _reaching(adjacency, kept.to(adjacency.device)).cpu()
         held = float(sizes[live].sum())
         if held >= share * total * (1 - 1e-9) or count >= len(order):
-            return live | fixed, held / total if total else 1.0
+            return (live | fixed).to(adjacency.device), held / total if total else 1.0
         count += max(1, int((kept & ~live & ~fixed).sum()))  # as many more as lead nowhere
 
 
@@ -95,10 +95,10 @@ def _edges(adjacency: Tensor, edge_share: float) -> Bool[Tensor, "receiver sende
     sizes = adjacency.abs()
     sizes *= (_influence(sizes) * _per_read(sizes))[:, None]
     sizes[:, -3:] = 0
-    found = sizes[sizes > 0].double().sort(descending=True).values
+    found = sizes[sizes > 0].sort(descending=True).values.cpu().double()
     if not len(found):
         return torch.zeros_like(sizes, dtype=torch.bool)
-    kept = sizes >= found[min(_fewest(found, edge_share), len(found)) - 1]
+    kept = sizes >= float(found[min(_fewest(found, edge_share), len(found)) - 1])
     largest, senders = sizes.argmax(0), torch.arange(len(sizes), device=sizes.device)
     kept[largest, senders] |= sizes[largest, senders] > 0
     return kept
