@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import virtual_device
 from conftest import KINDS, NORMALIZATIONS, make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -368,7 +370,8 @@ def test_the_fewest_edges_are_kept_and_of_each_node_the_largest(edge_share):
     entries = random_graph(12, 3)
     _, inside, _ = prune.prune(entries, 2, 1.0, edge_share)
     _, whole, _ = prune.prune(entries, 2, 1.0, 1.0)
-    size = (prune.normalised(whole) * influence_by_paths(whole)[:, None])[:, :-3]
+    sizes = whole.abs()
+    size = (sizes / sizes.sum(1, keepdim=True).clamp(min=1e-30) * influence_by_paths(whole)[:, None])[:, :-3]
     edges = inside[:, :-3] != 0
     assert float(size[edges].sum()) >= edge_share * float(size.sum())
     largest = torch.zeros_like(edges)
@@ -481,6 +484,21 @@ def test_ids_and_texts_give_one_graph(tiny, graph):
     assert bare.tokens == graph.tokens[1:] == attribution_graph(tiny, list(graph.tokens[1:]), night, bos=False).tokens
 
 
+@pytest.mark.skipif(virtual_device.MISSING is not None, reason=str(virtual_device.MISSING))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_device_gives_the_cpus_graph(kind):
+    normalization, fields = KINDS[kind]
+    here = make_model(normalization, dtype=torch.float32, **fields)
+    there = virtual_device.on_device(here)
+    for nodes in ("neuron", "mlp"):
+        wanted, found = (attribution_graph(m, prompt_of(here), 7, nodes=nodes, share=1.0) for m in (here, there))
+        assert found.nodes == wanted.nodes and found.adjacency.device.type == "cpu"
+        for name in ("inputs", "activations", "influence", "effects"):
+            close(getattr(found, name), getattr(wanted, name), 1e-3)
+        close(found.adjacency, wanted.adjacency, 1e-3)
+        close(found.discrepancy, wanted.discrepancy, 1e-3)
+
+
 def test_half_precision_is_computed_in_float32(random_model):
     model = random_model("LNPre", dtype=torch.bfloat16)
     graph = attribution_graph(model, prompt_of(model))
@@ -578,3 +596,82 @@ def test_a_saved_graph_is_what_its_readers_read(tiny, tmp_path, nodes, versus):
     by_influence = sorted(free, key=lambda i: -float(graph.influence[i]))
     cumulative = [rows[i]["influence"] for i in by_influence]
     assert cumulative == sorted(cumulative) and cumulative[-1] == pytest.approx(graph.kept)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The analysis
+
+
+@pytest.fixture
+def faithfulness(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "analyses"))
+    return pytest.importorskip("graph_faithfulness")
+
+
+def test_removals_are_plain_hooks(tiny, graph, faithfulness):
+    tokens = torch.tensor(graph.tokens)
+    ran = faithfulness.Run(tiny, tokens)
+    nodes = [node for node in graph.nodes if node.kind in ("head", "neuron")]
+    some = nodes[:: len(nodes) // 7]
+
+    def logits(out, patterns):
+        part = {"head": "attn.hook_z", "neuron": "mlp.hook_post"}[out.kind]
+
+        def zero(x, hook):
+            x = x.clone()
+            x[0, out.pos, out.unit] = 0
+            return x
+
+        hooks = [(f"blocks.{out.layer}.{part}", zero)]
+        if patterns:
+            hooks.append((lambda name: name.endswith("hook_pattern"), lambda x, hook: cache[hook.name]))
+        return tiny.run_with_hooks(tokens[None], fwd_hooks=hooks)[0, -1]
+
+    _, cache = tiny.run_with_cache(tokens[None])
+    for held, patterns in (((False, False), False), ((True, False), True)):
+        found = faithfulness.ablated(ran, some, held)
+        close(found, torch.stack([logits(node, patterns) for node in some]), 1e-4)
+    # Without a norm nothing is left to follow once patterns and ratios are held: effects are exact.
+    first, second = graph.target, graph.versus
+    found = faithfulness.ablated(ran, some, (True, True))
+    effects = [graph.effects[graph.nodes.index(node)] for node in some]
+    close(ran.logits[first] - ran.logits[second] - found[:, first] + found[:, second], torch.stack(effects), 1e-4)
+
+
+def test_sets_alone_are_all_others_taken_out(tiny, graph, faithfulness):
+    tokens = torch.tensor(graph.tokens)
+    ran = faithfulness.Run(tiny, tokens)
+    nodes = [node for node in graph.nodes if node.kind in ("head", "neuron")]
+    everything = [
+        replace(nodes[0], kind=kind, layer=layer, pos=pos, unit=unit)
+        for layer in range(4)
+        for pos in range(len(tokens))
+        for kind, n in (("head", 4), ("neuron", tiny.cfg.d_mlp))
+        for unit in range(n)
+    ]
+    found = faithfulness.alone(ran, [everything, [], nodes])
+    close(found[0], ran.logits, 1e-4)
+
+    def keep(x, hook):
+        layer, kind = int(hook.name.split(".")[1]), "head" if hook.name.endswith("z") else "neuron"
+        mask = torch.zeros(x.shape[1:3])
+        for node in nodes:
+            if (node.layer, node.kind) == (layer, kind):
+                mask[node.pos, node.unit] = 1
+        return x * (mask[..., None] if kind == "head" else mask)
+
+    hooks = [(lambda name: name.endswith(("hook_z", "mlp.hook_post")), keep)]
+    close(found[2], tiny.run_with_hooks(tokens[None], fwd_hooks=hooks)[0, -1], 1e-4)
+    drawn = faithfulness.as_many(ran, nodes, 0)
+    assert len(set(drawn)) == len(nodes) and {node.kind for node in drawn} == {node.kind for node in nodes}
+
+
+@pytest.mark.slow
+def test_the_analysis_runs_and_its_claims_hold(faithfulness, tmp_path, monkeypatch):
+    import common
+
+    monkeypatch.setattr(common, "BROWSERS", ())
+    argv = ["--tokens", "768", "--length", "6", "--nodes", "8", "--max-neurons", "50", "--draws", "50"]
+    assert faithfulness.main([*argv, "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "graph_faithfulness.json").read_text())
+    assert [claim["agrees"] for claim in record["claims"]][:2] == ["yes", "yes"]

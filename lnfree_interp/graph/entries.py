@@ -87,8 +87,9 @@ class _Written:
         vectors, pos = torch.cat([self.vectors, nodes.vectors]), torch.cat([self.pos, nodes.pos])
         return _Written(vectors, pos, self.biases + biases, self.rest + rest)
 
-    def read_by(self, readers: Readers) -> Float[Tensor, "node writer"]:
+    def read_by(self, readers: Readers | None) -> Float[Tensor, "node writer"]:
         """What each reads of each vector, of the biases, and of what is left out."""
+        assert readers is not None
         of_no_one = readers.of_stream(self.biases) + readers.constant
         apart = torch.stack([of_no_one, readers.of_stream(self.rest)], 1)
         return torch.cat([readers.of(self.vectors, self.pos), apart], 1)

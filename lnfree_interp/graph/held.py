@@ -98,7 +98,9 @@ class HeldLayer:
         layer = self.layer
         assert layer.W_out is not None and layer.b_out is not None
         constant = wide(layer.b_out)
-        return constant if layer.W_gate is None else constant + wide(layer.b_in) @ wide(layer.W_out)
+        if layer.W_gate is None or layer.b_in is None:
+            return constant
+        return constant + wide(layer.b_in) @ wide(layer.W_out)
 
     def head_vectors(self) -> Float[Tensor, "pos head d_model"]:
         """What each head adds to the stream."""

@@ -7,26 +7,30 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def normalised(adjacency: Float[Tensor, "receiver sender"]) -> Float[Tensor, "receiver sender"]:
-    """Each entry's size as a share of all that its receiver reads."""
-    sizes = adjacency.abs()
-    total = sizes.sum(1, keepdim=True)
-    return torch.where(total > 0, sizes / total, 0.0)
-
-
 def influence(adjacency: Float[Tensor, "receiver sender"]) -> Float[Tensor, " node"]:
-    """Each node's share in the last one, the logit: over all paths, the product of what `normalised` makes of entries.
+    """Each node's share in the last one, the logit: over all paths, the product of entries' sizes as shares.
 
-    1 at the logit. What every path comes from in the end (tokens, biases, what is left out) sums to 1.
+    An entry's share is of the sizes of all that its receiver reads. 1 at the logit; what every path comes from in the
+    end (tokens, biases, what is left out) sums to 1.
     """
-    shares = normalised(adjacency)
-    step = torch.zeros_like(shares[0])
+    return _influence(adjacency.abs())
+
+
+def _influence(sizes: Float[Tensor, "receiver sender"]) -> Float[Tensor, " node"]:
+    per_read = _per_read(sizes)
+    step = torch.zeros_like(per_read)
     step[-1] = 1
     total = step
     while step.any():  # a graph without loops: paths end
-        step = step @ shares
+        step = (step * per_read) @ sizes
         total = total + step
     return total
+
+
+def _per_read(sizes: Float[Tensor, "receiver sender"]) -> Float[Tensor, " receiver"]:
+    """1 / the sizes of all that is read; 0 of what reads nothing."""
+    total = sizes.sum(1)
+    return torch.where(total > 0, 1 / total, 0.0)
 
 
 def prune(
@@ -40,19 +44,20 @@ def prune(
     column of what is left out: rows sum to what they did.
     """
     kept, held = _nodes(adjacency, n_tokens, share)
-    index = kept.nonzero()[:, 0]
-    inside = adjacency[index][:, index]
-    inside[:, -2] += adjacency[index][:, ~kept].sum(1)
-    edges = _edges(inside, edge_share)
-    inside[:, -2] += (inside[:, :-3] * ~edges[:, :-3]).sum(1)
-    inside[:, :-3] *= edges[:, :-3]
+    index, reads = kept.nonzero()[:, 0], adjacency[kept]
+    inside = reads[:, index]
+    inside[:, -2] += reads @ (~kept).to(reads.dtype)
+    if edge_share < 1:
+        edges = _edges(inside, edge_share)
+        inside[:, -2] += (inside[:, :-3] * ~edges[:, :-3]).sum(1)
+        inside[:, :-3] *= edges[:, :-3]
     return index, inside, held
 
 
 def _nodes(adjacency: Tensor, n_tokens: int, share: float) -> tuple[Bool[Tensor, " node"], float]:
-    fixed = torch.zeros(len(adjacency), dtype=torch.bool, device=adjacency.device)
+    fixed = torch.zeros(len(adjacency), dtype=torch.bool)
     fixed[:n_tokens], fixed[-3:] = True, True
-    sizes = influence(adjacency).double().masked_fill(fixed, 0)
+    sizes = influence(adjacency).cpu().double().masked_fill(fixed, 0)  # sums of many small shares
     total = float(sizes.sum())
     order = sizes.argsort(descending=True, stable=True)
     order = order[sizes[order] > 0]
@@ -60,10 +65,10 @@ def _nodes(adjacency: Tensor, n_tokens: int, share: float) -> tuple[Bool[Tensor,
     while True:
         kept = fixed.clone()
         kept[order[:count]] = True
-        live = _reaching(adjacency, kept)
+        live = _reaching(adjacency, kept.to(adjacency.device)).cpu()
         held = float(sizes[live].sum())
         if held >= share * total * (1 - 1e-9) or count >= len(order):
-            return live | fixed, held / total if total else 1.0
+            return (live | fixed).to(adjacency.device), held / total if total else 1.0
         count += max(1, int((kept & ~live & ~fixed).sum()))  # as many more as lead nowhere
 
 
@@ -87,12 +92,13 @@ def _reaching(adjacency: Tensor, kept: Bool[Tensor, " node"]) -> Bool[Tensor, " 
 
 
 def _edges(adjacency: Tensor, edge_share: float) -> Bool[Tensor, "receiver sender"]:
-    sizes = normalised(adjacency) * influence(adjacency)[:, None]
+    sizes = adjacency.abs()
+    sizes *= (_influence(sizes) * _per_read(sizes))[:, None]
     sizes[:, -3:] = 0
-    found = sizes[sizes > 0].double().sort(descending=True).values
-    kept = torch.zeros_like(sizes, dtype=torch.bool)
-    if len(found):
-        kept = sizes >= found[min(_fewest(found, edge_share), len(found)) - 1]
-        largest, senders = sizes.argmax(0), torch.arange(len(sizes), device=sizes.device)
-        kept[largest, senders] |= sizes[largest, senders] > 0
+    found = sizes[sizes > 0].sort(descending=True).values.cpu().double()
+    if not len(found):
+        return torch.zeros_like(sizes, dtype=torch.bool)
+    kept = sizes >= float(found[min(_fewest(found, edge_share), len(found)) - 1])
+    largest, senders = sizes.argmax(0), torch.arange(len(sizes), device=sizes.device)
+    kept[largest, senders] |= sizes[largest, senders] > 0
     return kept
