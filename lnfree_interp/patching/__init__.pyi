@@ -17,4 +17,5 @@ from .estimates import (
     RelP as RelP,
     SecondOrder as SecondOrder,
 )
+from .screen import FLAGS as FLAGS, ErrorLeft as ErrorLeft, Screening as Screening, screen as screen
 from .sites import DIRECTIONS as DIRECTIONS, METHODS as METHODS, SITES as SITES
