@@ -98,20 +98,20 @@ def screen(
     model: ModelOrName,
     pairs: PairsLike,
     *,
-    budget: float,
+    budget: float | int,
     site: str = "resid_pre",
     metric: MetricLike = logit_diff,
     method: Estimate | str = "second_order",
     against: Estimate | str | None = None,
     flag: str | None = None,
     each_prompt: bool = False,
-    share: float = SHARE,
+    share: float | int = SHARE,
     direction: str = "denoising",
     layers: Places | None = None,
     units: Places | None = None,
     by_position: bool = False,
     normalize: bool = True,
-    least: float = LEAST,
+    least: float | int = LEAST,
     seed: int = 0,
     max_memory: int | None = None,
     progress: Progress | None = None,
@@ -218,12 +218,12 @@ def screened(
     estimate: Any,
     other: Any | None,
     flag: str | None,
-    budget: float,
+    budget: float | int,
     *,
     each_prompt: bool,
-    share: float,
+    share: float | int,
     normalize: bool,
-    least: float,
+    least: float | int,
     seed: int,
 ) -> Screening:
     """Estimate, plan, run what is planned, measure."""
@@ -296,7 +296,7 @@ def _flag(flag: str | None, found: Any, other: Any | None) -> str:
     return flag
 
 
-def _weight(found: Any, normalize: bool, least: float) -> Float[Tensor, " prompt"]:
+def _weight(found: Any, normalize: bool, least: float | int) -> Float[Tensor, " prompt"]:
     """What each prompt's errors count: as shares of its total effect, or as they are."""
     total = total_effect(found).detach().cpu().double()
     if not normalize:
@@ -345,7 +345,7 @@ def planned(
     *,
     together: bool,
     whole_draws: bool = False,
-    share: float = SHARE,
+    share: float | int = SHARE,
     seed: int = 0,
 ) -> Plan:
     """The cells of the largest scores whose prices the budget pays but for a share, which goes to a random sample.
