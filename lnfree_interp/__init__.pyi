@@ -46,6 +46,7 @@ from .norms import (
 from .pairs import PromptPairs as PromptPairs, induction_pairs as induction_pairs, ioi_pairs as ioi_pairs
 from .patching import (
     AtPStar as AtPStar,
+    EdgeEffect as EdgeEffect,
     Gradient as Gradient,
     Integrated as Integrated,
     PatchingEffect as PatchingEffect,
@@ -55,6 +56,8 @@ from .patching import (
     SecondOrder as SecondOrder,
     activation_patching as activation_patching,
     attribution_patching as attribution_patching,
+    edge_attribution as edge_attribution,
+    edge_patching as edge_patching,
     patching_error as patching_error,
     screen as screen,
 )

@@ -109,14 +109,14 @@ def activation_patching(
     for i in range(0, len(pairs), n_together):
         here = slice(i, i + n_together)
         part = request.of_prompts(here, model.cfg.device)
-        report = None if progress is None else _shifted(progress, i, len(pairs), n_together)
+        report = None if progress is None else shifted(progress, i, len(pairs), n_together)
         wanted = None if only is None else only[here]
         parts.append(_patch(model, weights, swept, part, pairs[here], wanted, budget, i, report))
     patched, clean, corrupted, cells_run, flops = zip(*parts)
     values = torch.cat(patched)
     check_finite(request, values, "the patched")
     n_cells = values.numel() if only is None else int(only.sum())
-    plain = forward_flops(model, request.n_pos) * n_cells
+    plain = plain_flops(model, request, n_cells)
     if only is not None:
         values = values.masked_fill(~on_device(only, values.device), torch.nan)
     return PatchingEffect(
@@ -135,7 +135,7 @@ def activation_patching(
     )
 
 
-def _shifted(progress: Progress, first: int, n_prompts: int, n_together: int) -> Progress:
+def shifted(progress: Progress, first: int, n_prompts: int, n_together: int) -> Progress:
     """Progress over all prompts from progress over some: in cells, as if each prompt had equally many."""
 
     def report(done: int, total: Any) -> None:
@@ -157,6 +157,11 @@ def _prompts_at_a_time(model: LensModel, weights: Weights | None, request: Reque
         width = math.prod(sizes[axis] for axis in request.row.axes if axis in sizes)
         numbers = 2 * cfg.n_layers * request.n_pos * (cfg.d_model + width)
     return max(1, budget // 2 // (numbers * itemsize(model, weights)))
+
+
+def plain_flops(model: LensModel, request: Request, n_cells: int) -> float:
+    """Floating-point operations of running the whole model once for each cell, all logits included."""
+    return forward_flops(model, request.n_pos) * n_cells
 
 
 def _patch(
@@ -194,7 +199,7 @@ def _patch(
         cells = cells[only.flatten()[request.place(cells)]]
     values = at_base.new_zeros(request.shape(len(pairs)))
 
-    max_rows, done = _rows_at_a_time(model, swept, request, budget), 0
+    max_rows, done = rows_at_a_time(model, swept, request, budget), 0
     for batch in batches(cells, request, max_rows):
         finals: Iterable[tuple[Tensor, Tensor]]
         if swept is not None:
@@ -216,7 +221,7 @@ def _patch(
     return values, clean, corrupted, len(cells), tally.flops
 
 
-def _rows_at_a_time(model: LensModel, weights: Weights | None, request: Request, budget: int) -> int:
+def rows_at_a_time(model: LensModel, weights: Weights | None, request: Request, budget: int) -> int:
     """Rows of the residual stream that a sweep may carry in half of the budget."""
     cfg = model.cfg
     d_mlp = cfg.d_mlp or 0

@@ -7,7 +7,7 @@ What differs between sites is a row of the table `CHANGES`.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,7 @@ def sweep_of(
     differ: Bool[Tensor, "prompt pos"],
     request: Request,
     tally: Tally,
+    kept: set[str] | None = None,
 ) -> Sweep:
     """The two runs, ready to be swept.
 
@@ -57,10 +58,11 @@ def sweep_of(
         weights: with norms in fp32 at least (`widened_norms`).
         base, source: the tokens.
         differ: where they do, on the CPU.
+        kept: what is kept of them (default: what the site needs).
     """
-    kept = both_runs(weights, base, source, differ, needs(weights, request.site), tally)
+    runs = both_runs(weights, base, source, differ, kept or needs(weights, request.site), tally)
     reads = sorted(set(request.reads))
-    return Sweep(weights, *kept, request, tally, tuple(reads), on_device(torch.tensor(reads), base.device))
+    return Sweep(weights, *runs, request, tally, tuple(reads), on_device(torch.tensor(reads), base.device))
 
 
 def at_positions(x: Tensor, prompt: Tensor, positions: slice | Tensor) -> Tensor:
@@ -125,10 +127,10 @@ def _pattern(sweep: Sweep, run: Kept, i: int) -> Tensor:
     return sweep.weights.layers[i].pattern(q, k)
 
 
-def _by_heads(sweep: Sweep, i: int, prompt, positions, change: Tensor, unit, units: Tensor, at) -> Tensor:
+def by_heads(sweep: Sweep, i: int, prompt, positions, change: Tensor, unit, units: Tensor, at) -> Tensor:
     """Rows after block i where the z of heads is changed: `change` is [cell, *position, d_heads]."""
     layer = sweep.weights.layers[i]
-    written = _through_W_O(layer, change, units, sweep.tally)
+    written = through_W_O(layer, change, units, sweep.tally)
     attn_sum = at(sweep.base["attn_sum"][i], prompt, positions) + written
     return _after_attention(sweep, i, prompt, positions, layer.ln1_post(attn_sum), at)
 
@@ -157,7 +159,7 @@ def _through_mlp(sweep: Sweep, i: int, mid: Tensor) -> Tensor:
     return mid if layer.W_in is None else mid + mlp(layer, mid)
 
 
-def _through_W_O(layer: Layer, change: Tensor, heads: Int[Tensor, " cell"], tally: Tally) -> Tensor:
+def through_W_O(layer: Layer, change: Tensor, heads: Int[Tensor, " cell"], tally: Tally) -> Tensor:
     """What changes of one head's z [cell, *row, d_head] write, [cell, *row, d_model]; the heads are on the CPU."""
     d_head = change.shape[-1]
     tally.linear(change.shape[:-1].numel(), d_head, layer.W_O.shape[1])
@@ -187,13 +189,24 @@ def by_unit(sweep: Sweep, x: Tensor) -> Tensor:
 def change_by_key(sweep: Sweep, i: int, start: int, positions, prompt: Tensor, head: Tensor) -> Tensor:
     """Change of z [cell, row, d_heads] at `positions` if one head's k or v is the source's at `start` alone; of all the
     heads that read it."""
-    site, layer, base = sweep.request.site, sweep.weights.layers[i], sweep.base
+    site, keys = sweep.request.site, keys_of(sweep, i, prompt, head)
+    keys[site][:, start, 0] = sweep.source[site][i][prompt, start, head]
+    return change_of_keys(sweep, i, positions, prompt, head, keys)
+
+
+def keys_of(sweep: Sweep, i: int, prompt: Tensor, head: Tensor) -> dict[str, Tensor]:
+    """ "k" and "v" of one head of each cell's prompt, copies, [cell, key, 1, d_head]."""
+    return {name: sweep.base[name][i][prompt, :, head].unsqueeze(2) for name in "kv"}
+
+
+def change_of_keys(sweep: Sweep, i: int, positions, prompt: Tensor, head: Tensor, keys: Mapping[str, Tensor]) -> Tensor:
+    """Change of z [cell, row, d_heads] at `positions` if one head's keys and values are those given; of all the heads
+    that read them."""
+    layer, base = sweep.weights.layers[i], sweep.base
 
     def rows(x: Tensor) -> Tensor:  # [cell, row, head, d_head] of the heads that read the cells' heads
         return of_units(x.unflatten(2, (len(layer.b_K), -1)), prompt, positions, head)
 
-    keys = {name: base[name][i][prompt, :, head].unsqueeze(2) for name in "kv"}  # [cell, key, 1, d_head]
-    keys[site][:, start, 0] = sweep.source[site][i][prompt, start, head]
     q = rows(base["q"][i])
     sweep.tally.flops += 4.0 * q.numel() * keys["k"].shape[1]
     return (layer.attend(q, keys["k"], keys["v"], positions) - rows(base["z"][i])).flatten(2)
@@ -222,7 +235,7 @@ class Changes:
     before: bool = False
     activation: str = "z"
     patched: Callable[[Sweep, int], Tensor] = _z_of_source
-    write: Callable[..., Tensor] = _by_heads
+    write: Callable[..., Tensor] = by_heads
     whole: Callable[[Sweep, Kept, int], Tensor] | None = None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,6 +23,8 @@ from .reading import Sample, check_rows, read_metric
 
 Activations = dict[int, Tensor]
 """Layer -> the site's activation of all prompts."""
+
+Key = TypeVar("Key", int, str)
 
 
 def numbers_per_prompt(model: LensModel, request: Request) -> int:
@@ -91,21 +94,59 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Case:
-    """The two runs of some prompts, as far as gradients need them."""
+class Sides:
+    """The two runs of some prompts, of which only the metric is known: hooks have seen the rest."""
 
     window: Window
     pairs: PromptPairs
+    value: Tensor  # the metric of the base run, with its graph
+    final: Tensor  # what it is read off, in that graph: Float[Tensor, "prompt read d_model"]
+    at_source: Tensor
+    differ: Bool[Tensor, "prompt pos"]  # where the tokens do, on the CPU
+
+    @property
+    def at_base(self) -> Tensor:
+        return self.value.detach()
+
+    def metric(self, final: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """Of final residual streams at the positions read, of all prompts or of those named."""
+        if prompt is None:
+            prompt = torch.arange(len(self.pairs), device=final.device)
+        window = self.window
+        return read_metric(window.model, window.request, self.pairs, final, prompt, window.norm)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The two runs of some prompts, as far as gradients need them."""
+
+    sides: Sides
     base: Activations
     source: Activations
     delta: Activations  # source - base, exactly 0 before the first different token
     # The residual stream that enters each layer of the base run; 0 also of the source run at -1.
     resid: dict[int, Tensor]
-    at_base: Tensor
-    at_source: Tensor
-    nodes: Activations  # the base run's, in the graph of `value`
-    value: Tensor
-    differ: Bool[Tensor, "prompt pos"]  # where the tokens do, on the CPU
+    nodes: Activations  # the base run's, in the graph of the metric
+
+    @property
+    def window(self) -> Window:
+        return self.sides.window
+
+    @property
+    def pairs(self) -> PromptPairs:
+        return self.sides.pairs
+
+    @property
+    def at_base(self) -> Tensor:
+        return self.sides.at_base
+
+    @property
+    def at_source(self) -> Tensor:
+        return self.sides.at_source
+
+    @property
+    def differ(self) -> Bool[Tensor, "prompt pos"]:
+        return self.sides.differ
 
     @property
     def model(self):
@@ -116,13 +157,10 @@ class Case:
         return self.window.request
 
     def metric(self, final: Tensor, prompt: Tensor | None = None) -> Tensor:
-        """Of final residual streams at the positions read, of all prompts or of those named."""
-        if prompt is None:
-            prompt = torch.arange(len(self.pairs), device=final.device)
-        return read_metric(self.model, self.request, self.pairs, final, prompt, self.window.norm)
+        return self.sides.metric(final, prompt)
 
     def gradients(self) -> Activations:
-        return gradients(self.value, self.nodes)
+        return gradients(self.sides.value, self.nodes)
 
 
 def site_hooks(request: Request, hook: Callable[[Tensor, int], Tensor | None]) -> dict[str, Callable]:
@@ -130,7 +168,13 @@ def site_hooks(request: Request, hook: Callable[[Tensor, int], Tensor | None]) -
     return {request.row.name(i): lambda x, i=i: hook(x, i) for i in request.layers}
 
 
-def gradients(value: Tensor, nodes: Activations, *, create_graph: bool = False) -> Activations:
+def explicit_attention(n_layers: int, start: int) -> dict[str, Callable]:
+    """Hooks that change nothing but make attention be computed in plain operations: the fused one has no second
+    derivative."""
+    return {f"blocks.{i}.attn.hook_pattern": lambda x: None for i in range(start, n_layers)}
+
+
+def gradients(value: Tensor, nodes: Mapping[Key, Tensor], *, create_graph: bool = False) -> dict[Key, Tensor]:
     """The gradient of each prompt's metric; one backward for all, since prompts do not mix."""
     if not value.requires_grad:
         return {i: torch.zeros_like(x) for i, x in nodes.items()}
@@ -144,41 +188,33 @@ def gradients(value: Tensor, nodes: Activations, *, create_graph: bool = False) 
     return dict(zip(nodes, grads))
 
 
-def both_sides(
-    model, request: Request, pairs: PromptPairs, weights: Weights | None, *, graph: bool = True, cut: bool = False
-) -> Case:
+def two_sides(
+    model,
+    request: Request,
+    pairs: PromptPairs,
+    weights: Weights | None,
+    hooks_of_source: Mapping[str, Callable],
+    hooks: Mapping[str, Callable],
+    *,
+    graph: bool = True,
+    cut: bool = False,
+) -> Sides:
     """One forward of the source prompts, without a graph, and one of the base prompts, with it if asked for.
 
     Args:
+        hooks_of_source, hooks: what is seen, or made, of the activations of each.
         cut: leave out of the second what comes before the prompts differ, if the model allows.
     """
     denoising = request.direction == "denoising"
     tokens = (pairs.corrupted, pairs.clean) if denoising else (pairs.clean, pairs.corrupted)
     base_tokens, source_tokens = (t[:, : request.n_read] for t in tokens)
-    device = base_tokens.device
-    everyone = torch.arange(len(pairs), device=device)
-    layers = range(model.cfg.n_layers)
+    everyone = torch.arange(len(pairs), device=base_tokens.device)
     differ = tokens_differ(weights, pairs)
     first = int(differ.any(0).int().argmax()) if differ.any() else request.n_pos
     start = min(first, *request.reads) if cut and weights is not None else 0
-    source: Activations = {}
-    nodes: Activations = {}
-    resid: dict[int, Tensor] = {}
     past = Past(start, {})
-
-    def keep(x: Tensor, i: int) -> None:
-        source[i] = x
-
-    def watch(x: Tensor, i: int) -> Tensor:
-        nodes[i] = x if x.requires_grad or not graph else x.detach().requires_grad_()
-        return nodes[i]
-
     of_source = Window(model, request, 0, None, weights)
     window = Window(model, request, start, past if start else None, weights)
-    hooks_of_source, hooks = site_hooks(request, keep), site_hooks(request, watch)
-    _note(hooks_of_source, "blocks.0.hook_resid_pre", partial(resid.__setitem__, -1))
-    for i in layers:
-        _note(hooks, f"blocks.{i}.hook_resid_pre", partial(resid.__setitem__, i))
     options, options_of_base = of_source.options(hooks_of_source), window.options(hooks)
     if weights is not None:
         # The source's keys and values before the window are the base's, too.
@@ -200,16 +236,39 @@ def both_sides(
     with torch.set_grad_enabled(graph):
         value = read_metric(model, request, pairs, final, everyone, window.norm, sample=sample)
     check_rows(request.metric, sample)
-    axis = request.row.pos_axis
+    return Sides(window, pairs, value, final, at_source, differ)
+
+
+def both_sides(
+    model, request: Request, pairs: PromptPairs, weights: Weights | None, *, graph: bool = True, cut: bool = False
+) -> Case:
+    """`two_sides`, the site and the residual stream noted in both."""
+    source: Activations = {}
+    nodes: Activations = {}
+    resid: dict[int, Tensor] = {}
+
+    def keep(x: Tensor, i: int) -> None:
+        source[i] = x
+
+    def watch(x: Tensor, i: int) -> Tensor:
+        nodes[i] = x if x.requires_grad or not graph else x.detach().requires_grad_()
+        return nodes[i]
+
+    hooks_of_source, hooks = site_hooks(request, keep), site_hooks(request, watch)
+    _note(hooks_of_source, "blocks.0.hook_resid_pre", partial(resid.__setitem__, -1))
+    for i in range(model.cfg.n_layers):
+        _note(hooks, f"blocks.{i}.hook_resid_pre", partial(resid.__setitem__, i))
+    sides = two_sides(model, request, pairs, weights, hooks_of_source, hooks, graph=graph, cut=cut)
+    axis, start = request.row.pos_axis, sides.window.first
     source = {i: x.narrow(axis, start, x.shape[axis] - start) for i, x in source.items()}
     resid[-1] = resid[-1][:, start:]
     base = {i: x.detach() for i, x in nodes.items()}
-    allowed = on_device(torch.stack([may_differ(request, differ, i)[:, start:] for i in base]), device)
+    masks = torch.stack([may_differ(request, sides.differ, i)[:, start:] for i in base])
     delta = {
         i: torch.where(_over_positions(mask, request, source[i]), source[i] - base[i], 0.0)
-        for i, mask in zip(base, allowed)
+        for i, mask in zip(base, on_device(masks, pairs.clean.device))
     }
-    return Case(window, pairs, base, source, delta, resid, value.detach(), at_source, nodes, value, differ)
+    return Case(sides, base, source, delta, resid, nodes)
 
 
 def _note(hooks: dict[str, Callable], name: str, note: Callable[[Tensor], None]) -> None:

@@ -17,7 +17,7 @@ Which rows go where is planned on the CPU and sent to the device, which is never
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,7 +77,7 @@ def by_layer(cells: Cells, device) -> dict[int, Joining]:
     return joining
 
 
-def _rows(sweep: Sweep, start: int, cell: Tensor, prompt: Tensor, resid: Tensor, qkv=None) -> Rows:
+def rows_from(sweep: Sweep, start: int, cell: Tensor, prompt: Tensor, resid: Tensor, qkv=None) -> Rows:
     """Cells as they enter a block."""
     needed = sweep.needed(len(sweep.weights.layers) - 1, start)
     positions = slice(needed.start - start, None) if isinstance(needed, slice) else needed - start
@@ -109,7 +109,7 @@ def _after(sweep: Sweep, i: int, cells: Joining) -> Single | list[Rows]:
         else:
             here = of_units(change, prompt, positions, unit)
         rows = changes.write(sweep, i, prompt, positions, here, unit, cells.units[mine], at_positions)
-        groups.append(_rows(sweep, start, cells.cell[mine], prompt, rows))
+        groups.append(rows_from(sweep, start, cells.cell[mine], prompt, rows))
     return groups
 
 
@@ -127,7 +127,7 @@ def _entering(sweep: Sweep, i: int, single: Single) -> list[Rows]:
         q, resid = (at_positions(base[name][i], prompt, positions) for name in ("q", "resid_pre"))
         if i < len(sweep.weights.layers) - 1 or start in sweep.reads:
             q[:, 0], resid[:, 0] = q_row[mine], single.row[mine]
-        groups.append(_rows(sweep, start, cells.cell[mine], prompt, resid, (q, k, v)))
+        groups.append(rows_from(sweep, start, cells.cell[mine], prompt, resid, (q, k, v)))
     return groups
 
 
@@ -137,30 +137,59 @@ def _entering(sweep: Sweep, i: int, single: Single) -> list[Rows]:
 
 def sweep_cells(sweep: Sweep, cells: Cells) -> Tensor:
     """Final residual streams of the patched runs at the positions read, [cell, read position, d_model]."""
-    groups: list[Rows] = []
     single: Single | None = None
-    n_layers, before = len(sweep.weights.layers), CHANGES[sweep.request.site].before
-    base = sweep.base["resid_pre"][n_layers]
-    joining = by_layer(cells, base.device)
-    for i in range(min(joining), n_layers):
-        new = joining.get(i)
-        if before and new is not None:
-            single = _before(sweep, i, new)
-        if single is not None:
-            groups += _entering(sweep, i, single)
-            single = None
-        groups = _merged(_through_block(sweep, i, groups))
-        if not before and new is not None:
-            more = _after(sweep, i, new)
-            if isinstance(more, Single):
-                single = more
-            else:
-                groups = _merged([*groups, *more])
-    final = at_positions(base, on_device(cells.prompt, base.device), sweep.needed(n_layers - 1, 0))
-    for g in groups:
-        final[g.cell, bisect_left(sweep.reads, g.past.length) :] = g.resid
+    before = CHANGES[sweep.request.site].before
+    joining = by_layer(cells, sweep.on_device.device)
+
+    def entering(i: int) -> list[Rows]:
+        nonlocal single
+        if before and i in joining:
+            single = _before(sweep, i, joining[i])
+        found = [] if single is None else _entering(sweep, i, single)
+        single = None
+        return found
+
+    def leaving(i: int) -> list[Rows]:
+        nonlocal single
+        if before or i not in joining:
+            return []
+        more = _after(sweep, i, joining[i])
+        single = more if isinstance(more, Single) else None
+        return [] if isinstance(more, Single) else more
+
+    final = finals(sweep, cells.prompt, carried(sweep, min(joining), entering, leaving))
     if single is not None:
         final[single.cells.cell, torch.searchsorted(sweep.on_device, single.cells.start)] = single.row
+    return final
+
+
+Joins = Callable[[int], list[Rows]]
+"""Cells that join at a layer."""
+
+
+def carried(sweep: Sweep, first: int, entering: Joins, leaving: Joins) -> list[Rows]:
+    """Cells carried from the first layer to the top, all that have joined together.
+
+    Args:
+        entering, leaving: those that join before and after a block.
+    """
+    groups: list[Rows] = []
+    for i in range(first, len(sweep.weights.layers)):
+        groups += entering(i)
+        groups = _merged(_through_block(sweep, i, groups))
+        more = leaving(i)
+        groups = _merged([*groups, *more]) if more else groups
+    return groups
+
+
+def finals(sweep: Sweep, prompt: Int[Tensor, " cell"], groups: Sequence[Rows]) -> Tensor:
+    """Final residual streams at the positions read, [cell, read position, d_model]: the base run's, but for the rows
+    given. The prompts are on the CPU."""
+    n_layers = len(sweep.weights.layers)
+    base = sweep.base["resid_pre"][n_layers]
+    final = at_positions(base, on_device(prompt, base.device), sweep.needed(n_layers - 1, 0))
+    for g in groups:
+        final[g.cell, bisect_left(sweep.reads, g.past.length) :] = g.resid
     return final
 
 

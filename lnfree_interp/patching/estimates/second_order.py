@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import hooked
 from ..cells import find_cells, itemsize, on_device
-from ..sides import Case, contract, gradients, numbers_per_prompt
+from ..sides import Case, contract, explicit_attention, gradients, numbers_per_prompt
 from .estimate import Estimate
 
 
@@ -89,12 +89,6 @@ def _jointly(case: Case) -> tuple[Tensor, Tensor]:
     return contract(request, first), contract(request, second)
 
 
-def _explicit_attention(n_layers: int, start: int) -> dict[str, Callable]:
-    """Hooks that change nothing but make attention be computed in plain operations: the fused one has no second
-    derivative."""
-    return {f"blocks.{i}.attn.hook_pattern": lambda x: None for i in range(start, n_layers)}
-
-
 def _second(first: Tensor, along: Tensor) -> Tensor:
     """The gradient of `first`, zero where it is constant."""
     if not first.requires_grad:
@@ -103,6 +97,6 @@ def _second(first: Tensor, along: Tensor) -> Tensor:
 
 
 def _patched_value(case: Case, layer: int, hook: Callable, prompt: Tensor) -> Tensor:
-    hooks = _explicit_attention(case.model.cfg.n_layers, layer) | {case.request.row.name(layer): hook}
+    hooks = explicit_attention(case.model.cfg.n_layers, layer) | {case.request.row.name(layer): hook}
     final = case.window.run(resid=case.resid[layer][prompt], start_layer=layer, hooks=hooks)
     return case.metric(final, prompt)

@@ -1,0 +1,86 @@
+"""What the edges do: effects per prompt, sender and receiver."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ...statistics import mean_interval
+
+# Edges whose intervals are made at a time.
+AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class EdgeEffect:
+    """Effects of edges, metric(edge patched) - metric(unpatched), or an estimate of it.
+
+    An edge is patched where one receiver reads, in place of what a sender wrote in its run, what the sender wrote in the
+    other run, at all positions; everybody else reads what they did.
+
+    Attributes:
+        values: Float[Tensor, "prompt sender receiver"], in units of the metric; 0 where there is no edge, or none was
+            asked for.
+        edges: Bool[Tensor, "sender receiver"]: the edges that the values are of.
+        senders, receivers: their names, as in `edge_attribution`.
+        method, direction, metric: "edge_patching" or the estimate, "denoising" or "noising", the metric's name.
+        clean, corrupted: the metric of the unpatched prompts.
+        reliability: of method "second_order": the second-order term's share, |second| / (2 |first|), shaped as values;
+            large ones are suspect.
+        cells_run: how many edges of prompts were run, or estimated; the others are exactly 0, since nothing differs
+            there or nothing that the metric reads depends on them.
+        flops: floating-point operations spent, and of running the whole model for each edge; None if not counted.
+    """
+
+    values: Float[Tensor, "prompt sender receiver"]
+    edges: Bool[Tensor, "sender receiver"]
+    senders: tuple[str, ...]
+    receivers: tuple[str, ...]
+    method: str
+    direction: str
+    metric: str
+    clean: Float[Tensor, " prompt"]
+    corrupted: Float[Tensor, " prompt"]
+    reliability: Float[Tensor, "prompt sender receiver"] | None = None
+    cells_run: int = 0
+    flops: tuple[float, float] | None = None
+
+    def __getitem__(self, prompts: slice | Tensor) -> EdgeEffect:
+        """The effects of some of the prompts."""
+        of_prompts = ("values", "clean", "corrupted", "reliability")
+        return replace(self, **{f: v[prompts] for f in of_prompts if (v := getattr(self, f)) is not None})
+
+    def table(self, k: int | None = None, *, draws: int = 1000, seed: int = 0):
+        """One row per edge, the largest mean effects first.
+
+        Columns sender, receiver, effect (mean over prompts), low, high (its 95% interval, studentised bootstrap over
+        prompts: nan with a single one) and, where there is one, reliability (its median over prompts).
+
+        Args:
+            k: only so many rows.
+            draws: bootstrap resamples of the prompts.
+        """
+        import pandas as pd
+
+        sender, receiver = (x.numpy() for x in self.edges.cpu().nonzero(as_tuple=True))
+        values = self.values.detach().cpu().double().numpy()[:, sender, receiver]
+        mean = values.mean(0)
+        order = np.argsort(-np.abs(mean), kind="stable")[:k]
+        parts = np.split(order, range(AT_ONCE, len(order), AT_ONCE))
+        bounds = [mean_interval(values[:, part], draws=draws, seed=seed) for part in parts]
+        low, high = (np.concatenate(side) for side in zip(*bounds))
+        columns = {
+            "sender": np.array(self.senders)[sender[order]],
+            "receiver": np.array(self.receivers)[receiver[order]],
+            "effect": mean[order],
+            "low": low,
+            "high": high,
+        }
+        if self.reliability is not None:
+            suspect = self.reliability.detach().cpu().double()[:, sender[order], receiver[order]]
+            columns["reliability"] = suspect.median(0).values.numpy()
+        return pd.DataFrame(columns)
