@@ -60,6 +60,7 @@ from .patching import (
     edge_patching as edge_patching,
     patching_error as patching_error,
     screen as screen,
+    screen_edges as screen_edges,
 )
 from .schedule import RemovalSchedule as RemovalSchedule
 from .weights import read_weights as read_weights, why_not_read as why_not_read

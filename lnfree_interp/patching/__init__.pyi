@@ -1,6 +1,11 @@
 from .activation import activation_patching as activation_patching
 from .attribution import attribution_patching as attribution_patching
-from .edges import EdgeEffect as EdgeEffect, edge_attribution as edge_attribution, edge_patching as edge_patching
+from .edges import (
+    EdgeEffect as EdgeEffect,
+    edge_attribution as edge_attribution,
+    edge_patching as edge_patching,
+    screen_edges as screen_edges,
+)
 from .effect import (
     PatchingEffect as PatchingEffect,
     PatchingError as PatchingError,

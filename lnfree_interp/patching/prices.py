@@ -108,9 +108,13 @@ def _written(model: LensModel, request: Request, row: Site, start: Tensor) -> Te
 def runs_flops(model: LensModel, request: Request, pairs: PromptPairs, weights: Weights | None) -> float:
     """What activation patching costs before any cell: the two runs, and what a site needs of them as a whole."""
     block, n, n_layers = Block.of(model, request.n_read), request.n_read, model.cfg.n_layers
-    flops = 2 * (n * n_layers * block.whole + read_flops(model, request, pairs)) * len(pairs)
+    flops = 2 * len(pairs) * read_flops(model, request, pairs)
     if weights is None:
-        return flops + 2 * forward_flops(model, request.n_pos)  # is the first prompt's run the same twice?
+        # And the first prompt's run, twice: is it the same?
+        return flops + 2 * len(pairs) * n * n_layers * block.whole + 2 * forward_flops(model, request.n_pos)
+    # The other run begins where the prompts differ.
+    rows = len(pairs) * n + int((tokens_differ(weights, pairs)[:, :n].cumsum(1) > 0).sum())
+    flops += rows * n_layers * block.whole
     if request.row.unit == "head":  # patterns compared, or z of other queries, keys or values
         flops += 2 * len(pairs) * len(request.layers) * n * block.attention
     return flops

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from ..weights import read_weights
 from .activation import activation_patching
 from .attribution import attribution_patching, estimate_of
 from .cells import MetricLike, PairsLike, checked
+from .edges.result import EdgeEffect
 from .effect import PatchingEffect, moved, total_effect
 from .estimates import Estimate
 from .prices import cell_prices, counted, forward_flops, runs_flops
@@ -37,8 +39,9 @@ FLAGS: Mapping[str, Score] = {
     "difference": lambda values, reliability, other: (values - other).abs(),
 }
 SHARE = 0.1
-"""Of the budget, for cells drawn at random, by which the error left is measured."""
-MOST_DRAWS = 10_000
+"""Of the budget, for cells drawn at random, by which the error left is measured; more, up to half, if that pays for fewer
+than DRAWN."""
+DRAWN, MOST_DRAWS = 10, 10_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class ErrorLeft:
     Attributes:
         relative: sum |estimate - exact| over the cells that are still estimates / sum |exact| over all cells, effects
             as shares of each prompt's total effect: `patching_error`'s. nan if nothing could be drawn.
-        interval: its 95% interval, over which cells were drawn.
+        interval: its 95% interval, over which cells were drawn; it holds from about ten of them on, unless a few cells
+            are wrong by much that are thought to be small. nan if fewer than two were drawn.
         drawn: how many cells it is measured on.
         left: how many are still estimates.
     """
@@ -76,8 +80,8 @@ class Screening:
         error_left: what is still wrong.
     """
 
-    effect: PatchingEffect
-    estimate: PatchingEffect
+    effect: PatchingEffect | EdgeEffect
+    estimate: PatchingEffect | EdgeEffect
     fixed: Bool[Tensor, "prompt _ *cell"]
     drawn: Bool[Tensor, "prompt _ *cell"]
     flag: str
@@ -87,10 +91,13 @@ class Screening:
     error_left: ErrorLeft
 
     def table(self):
-        """One row per prompt and cell, as the effect's, with the estimate and whether it was fixed."""
-        table = self.effect.table()
-        table["estimate"] = self.estimate.values.flatten().float().cpu().numpy()
-        table["fixed"] = self.fixed.flatten().numpy()
+        """The effect's table, with columns estimate and fixed: a row per prompt and cell, or per edge its mean."""
+        table, estimate, fixed = self.effect.table(), self.estimate.values.detach().cpu().double(), self.fixed
+        if isinstance(self.effect, EdgeEffect):
+            names = (self.effect.senders, self.effect.receivers)
+            at = [[n.index(label) for label in table[c]] for n, c in zip(names, ("sender", "receiver"))]
+            estimate, fixed = estimate.mean(0)[at[0], at[1]], fixed.all(0)[at[0], at[1]]
+        table["estimate"], table["fixed"] = estimate.flatten().numpy(), fixed.flatten().numpy()
         return table
 
 
@@ -101,7 +108,7 @@ def screen(
     budget: float | int,
     site: str = "resid_pre",
     metric: MetricLike = logit_diff,
-    method: Estimate | str = "second_order",
+    method: Estimate | str = "gradient",
     against: Estimate | str | None = None,
     flag: str | None = None,
     each_prompt: bool = False,
@@ -134,7 +141,8 @@ def screen(
             the second order changed. "difference": |estimate - other estimate|. Default: "difference" where there is
             another, else "correction" where there is a reliability, else "largest".
         each_prompt: flag cells of each prompt by themselves; else a cell is run on all prompts or on none.
-        share: of the budget, for the random sample; 0: no error left is known.
+        share: of the budget, for the random sample (more, up to half, if it pays for fewer than ten); 0: no error left
+            is known.
         site, metric, direction, layers, units, by_position, max_memory: as for `activation_patching`.
         normalize, least: of the error left, as for `patching_error`.
         seed: of the random sample.
@@ -167,24 +175,17 @@ def screen(
     }
     weights, on_cpu = read_weights(model), pairs.to("cpu")
     forward = forward_flops(model, request.n_pos) * len(pairs)
+    run = partial(attribution_patching, model, pairs, **where)
     work = Work(
-        estimate=lambda method: attribution_patching(model, pairs, method=method, **where),
+        estimate=partial(run, method=estimate),
+        other=None if other is None else partial(run, method=other),
         exact=lambda only: activation_patching(model, pairs, only=only, progress=progress, **where),
         prices=lambda: cell_prices(model, request, on_cpu, weights) / forward,
         of_runs=runs_flops(model, request, on_cpu, weights) / forward,
         forward=forward,
     )
     return screened(
-        work,
-        estimate,
-        other,
-        flag,
-        budget,
-        each_prompt=each_prompt,
-        share=share,
-        normalize=normalize,
-        least=least,
-        seed=seed,
+        work, flag, budget, each_prompt=each_prompt, share=share, normalize=normalize, least=least, seed=seed
     )
 
 
@@ -197,7 +198,7 @@ class Work:
     """What screening needs of cells, or of edges.
 
     Attributes:
-        estimate: an estimate -> effects of all cells [prompt, *cell].
+        estimate, other: makes effects of all cells [prompt, *cell], and another estimate of them.
         exact: a mask of them -> their exact effects.
         prices: what each costs to run, in forwards; 0 for those known to be 0.
         of_runs: what is to be paid before the first.
@@ -205,7 +206,8 @@ class Work:
         together: a cell is run on all prompts or on none.
     """
 
-    estimate: Callable[[Any], Any]
+    estimate: Callable[[], Any]
+    other: Callable[[], Any] | None
     exact: Callable[[Tensor], Any]
     prices: Callable[[], Float[Tensor, "prompt _ *cell"]]
     of_runs: float
@@ -215,12 +217,10 @@ class Work:
 
 def screened(
     work: Work,
-    estimate: Any,
-    other: Any | None,
     flag: str | None,
     budget: float | int,
     *,
-    each_prompt: bool,
+    each_prompt: bool = False,
     share: float | int,
     normalize: bool,
     least: float | int,
@@ -231,16 +231,16 @@ def screened(
     if share >= 1:
         raise ValueError(f"share is {share}, it must be from 0 to below 1")
     seed = whole(seed, "seed", least=0)
-    _check_flag(flag, other)
-    found, flops = counted(work.estimate, estimate)
+    _check_flag(flag, work.other)
+    found, flops = counted(work.estimate)
     values, compared = found.values.detach().cpu().double(), None
-    if other is not None:
-        another, more = counted(work.estimate, other)
+    if work.other is not None:
+        another, more = counted(work.other)
         compared, flops = another.values.detach().cpu().double(), flops + more
     reliability = None if found.reliability is None else found.reliability.detach().cpu().double()
-    flag = _flag(flag, found, other)
+    flag = _flag(flag, found, work.other)
     score = FLAGS[flag](values, reliability, compared).nan_to_num(0.0, math.inf)
-    weight = _weight(found, normalize, least)
+    weight = prompt_weights(found, normalize, least)
     price = work.prices()
     plan = planned(
         score,
@@ -296,7 +296,7 @@ def _flag(flag: str | None, found: Any, other: Any | None) -> str:
     return flag
 
 
-def _weight(found: Any, normalize: bool, least: float | int) -> Float[Tensor, " prompt"]:
+def prompt_weights(found: Any, normalize: bool, least: float | int) -> Float[Tensor, " prompt"]:
     """What each prompt's errors count: as shares of its total effect, or as they are."""
     total = total_effect(found).detach().cpu().double()
     if not normalize:
@@ -348,7 +348,7 @@ def planned(
     share: float | int = SHARE,
     seed: int = 0,
 ) -> Plan:
-    """The cells of the largest scores whose prices the budget pays but for a share, which goes to a random sample.
+    """The cells of the largest scores that the budget pays for, but for its share for a random sample of the others.
 
     Half of the draws are of the rest as it is, half in proportion to size: errors are large where effects are.
 
@@ -362,8 +362,9 @@ def planned(
     prices = grouped(price)
     order = grouped(score).flatten().argsort(descending=True, stable=True)
     order = order[prices.flatten()[order] > 0]
+    sample = _for_sample(_summed(price) if whole_draws else price, budget, share)
     everything = float(price.sum()) <= budget
-    paid = order if everything else _paid(order, prices.flatten(), budget * (1 - share))
+    paid = order if everything else _paid(order, prices.flatten(), budget - sample)
     flagged = _mask(prices, paid).expand(price.shape) & (price > 0)
     grouped = _summed if whole_draws else _each
     unflagged = (price > 0) & ~flagged
@@ -391,6 +392,14 @@ def _paid(order: Tensor, prices: Tensor, budget: float) -> Tensor:
         order = order[n:]
         order = order[prices[order] <= budget]
     return torch.cat(chosen) if chosen else order
+
+
+def _for_sample(price: Tensor, budget: float, share: float | int) -> float:
+    """What of the budget goes to the sample."""
+    dear = price[price > 0]
+    if not share or not len(dear):
+        return 0.0
+    return max(share * budget, min(DRAWN * float(dear.mean()), budget / 2))
 
 
 def _each(x: Tensor) -> Tensor:
@@ -447,6 +456,6 @@ def error_left(
     chance = plan.chance.flatten()[plan.draws]
     errors, sizes = (x.flatten()[plan.draws] / chance for x in (error, size))
     errors, sizes = (errors - error.flatten()[distinct].sum()).numpy(), (sizes + flagged).numpy()
-    low, high = ratio_interval(errors, sizes, seed=seed)
-    relative = float(ratio(errors.sum(), sizes.sum()))
-    return ErrorLeft(max(0.0, relative), (max(0.0, float(low)), max(0.0, float(high))), len(distinct), left)
+    bounds = ratio_interval(errors, sizes, seed=seed) if len(distinct) > 1 else (math.nan, math.nan)
+    low, high = (float(np.maximum(bound, 0)) for bound in bounds)
+    return ErrorLeft(max(0.0, float(ratio(errors.sum(), sizes.sum()))), (low, high), len(distinct), left)
