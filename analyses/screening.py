@@ -72,6 +72,7 @@ class Case:
         price: of each cell; 0 for those that are 0, or not looked at.
         weight: of each prompt.
         together: cells are run, and drawn, on all prompts or on none.
+        only: those looked at, of all that an estimate tells; None: all.
     """
 
     values: Tensor
@@ -81,6 +82,12 @@ class Case:
     forward: float
     weight: Tensor
     together: bool
+    only: Tensor | None = None
+
+    def told(self, x: Tensor) -> Tensor:
+        """Of what an estimate tells of all cells, that of those looked at, on the CPU in fp64."""
+        x = x.double().cpu()
+        return x if self.only is None else x[:, self.only][:, None]
 
 
 def cells(model, pairs, site: str, layers) -> Case:
@@ -111,8 +118,8 @@ def edges(model, pairs, n: int, seed: int) -> Case:
 
     from lnfree_interp import edge_attribution, edge_patching, logit_diff, read_weights
     from lnfree_interp.patching.cells import checked
-    from lnfree_interp.patching.edges.screen import edge_prices
-    from lnfree_interp.patching.prices import forward_flops, runs_flops
+    from lnfree_interp.patching.edges.screen import edge_prices, edge_runs_flops
+    from lnfree_interp.patching.prices import forward_flops
     from lnfree_interp.patching.screen import prompt_weights
 
     request = checked(model, pairs, "resid_pre", logit_diff, "denoising", None, None, False)
@@ -126,13 +133,14 @@ def edges(model, pairs, n: int, seed: int) -> Case:
     with cli.bar("edges: edge patching", "edge") as progress:
         exact = edge_patching(model, pairs, edges=only, max_memory=MEMORY, progress=progress)
     return Case(
-        values=exact.values.double().cpu(),
+        values=exact.values.double().cpu()[:, only][:, None],
         estimate=partial(edge_attribution, model, pairs, max_memory=MEMORY),
-        price=price * only,
-        of_runs=runs_flops(model, request, pairs, weights) / forward,
+        price=price[:, only][:, None],
+        of_runs=edge_runs_flops(model, request, pairs, weights) / forward,
         forward=forward,
         weight=prompt_weights(exact, True, page.LEAST),
         together=True,
+        only=only,
     )
 
 
@@ -146,49 +154,49 @@ def curves(case: Case, methods: Sequence[str], k: int, seed: int) -> pd.DataFram
     import torch
 
     from lnfree_interp.patching.prices import counted
-    from lnfree_interp.patching.screen import FLAGS, planned
+    from lnfree_interp.patching.screen import planned
 
-    found, cost = {}, {}
+    every_options = {repr(METHODS[name].options): METHODS[name].options for name in methods if METHODS[name].options}
+    found = {key: counted(case.estimate, **options) for key, options in every_options.items()}
+    weight, every = case.weight.view(-1, *[1] * (case.values.ndim - 1)), float(case.price.sum())
+    rows = []
     for name in methods:
-        key = repr(METHODS[name].options)
-        if key not in found and METHODS[name].options:
-            found[key], flops = counted(case.estimate, **METHODS[name].options)
-            cost[key] = flops / case.forward
-    weight, rows = case.weight.view(-1, *[1] * (case.values.ndim - 1)), []
-    for name in methods:
-        method, key = METHODS[name], repr(METHODS[name].options)
-        if key in found:
-            values, reliability = found[key].values.double().cpu(), found[key].reliability
-            reliability = None if reliability is None else reliability.double().cpu()
-            other = None if method.against is None else repr(METHODS[method.against].options)
-            compared = None if other is None else found[other].values.double().cpu()
-            score = FLAGS[method.flag](values, reliability, compared).nan_to_num(0.0, math.inf)
-            of_method = cost[key] + (0.0 if other is None else cost[other])
-        else:
-            generator = torch.Generator().manual_seed(seed)
-            values, of_method = torch.zeros_like(case.values), 0.0
-            score = torch.rand(values.shape[1:], generator=generator).double().expand(values.shape)
-        values, size = values * (case.price > 0), values.abs() * weight * (case.price > 0)
-        planned_at = partial(planned, score, size, case.price, together=True, whole_draws=case.together)
-        every = float(case.price.sum())
+        values, score, cost = scored(case, METHODS[name], found, seed)
+        planned_at = partial(planned, score, values.abs() * weight, case.price, together=True)
+        row = {"method": name, "flag": METHODS[name].flag, "cost": cost, "everything": case.of_runs + every}
+        if cost:
+            samples = (planned_at(every * COVERED_AT, whole_draws=case.together, seed=s) for s in range(SEEDS))
+            row |= coverage(list(samples), values, case)
         for share in SHARES:
-            plan = planned_at(every * share * 1.0001, share=0)
-            screened = torch.where(plan.run, case.values, values)
+            plan = planned_at(every * share * (1 + 1e-9), share=0)
             paid = case.of_runs + float(case.price[plan.run].sum()) if plan.run.any() else 0.0
-            row = {"method": name, "flag": method.flag, "share": share, "cost": of_method}
-            row |= {"forwards": of_method + paid, "everything": case.of_runs + every}
-            row |= recall(screened, case.values, k, seed) | error(screened, case.values, weight, seed)
-            rows.append(row)
-        if of_method:
-            held = [covered(planned_at(every * COVERED_AT, seed=s), values, case, s) for s in range(SEEDS)]
-            known = [x for x in held if x is not None]
-            rows[-1]["covered"], rows[-1]["drawn"] = (
-                (sum(h for h, _ in known) / len(known), sum(n for _, n in known) / len(known))
-                if known
-                else (math.nan, 0)
-            )
+            screened = torch.where(plan.run, case.values, values)
+            measures = recall(screened, case.values, k, seed) | error(screened, case.values, weight, seed)
+            rows.append(row | {"share": share, "forwards": cost + paid} | measures)
     n_cells = int((case.price > 0).flatten(1).any(0).sum())
     return pd.DataFrame(rows).assign(cells=n_cells, prompts=int((case.weight > 0).sum()))
+
+
+def scored(case: Case, method: Method, found: dict, seed: int) -> tuple[Tensor, Tensor, float]:
+    """What a method says of each cell, by what it flags it, and what that takes in forwards.
+
+    Args:
+        found: options -> (effects, floating-point operations).
+    """
+    import torch
+
+    from lnfree_interp.patching.screen import FLAGS
+
+    if not method.options:
+        score = torch.rand(case.values.shape[1:], generator=torch.Generator().manual_seed(seed))
+        return torch.zeros_like(case.values), score.double().expand(case.values.shape), 0.0
+    effect, flops = found[repr(method.options)]
+    values, reliability, other = case.told(effect.values), effect.reliability, None
+    if method.against is not None:
+        another, more = found[repr(METHODS[method.against].options)]
+        other, flops = case.told(another.values), flops + more
+    score = FLAGS[method.flag](values, None if reliability is None else case.told(reliability), other)
+    return values * (case.price > 0), score.nan_to_num(0.0, math.inf), flops / case.forward
 
 
 def recall(found: Tensor, exact: Tensor, k: int, seed: int) -> dict[str, float]:
@@ -218,16 +226,19 @@ def error(found: Tensor, exact: Tensor, weight: Tensor, seed: int) -> dict[str, 
     return {"error": float(ratio(a.sum(), b.sum())), "error_low": float(low), "error_high": float(high)}
 
 
-def covered(plan, values: Tensor, case: Case, seed: int) -> tuple[bool, int] | None:
-    """Whether the interval of the error left holds what is left, and of how many cells it is made."""
+def coverage(samples: Sequence, values: Tensor, case: Case) -> dict[str, float]:
+    """How often the interval of the error left holds what is left, and how many cells it is made of on average."""
     from lnfree_interp.patching.screen import error_left
 
-    left = error_left(values, case.values, plan, case.weight, seed=seed)
-    if math.isnan(left.interval[1]):
-        return None
     weight = case.weight.view(-1, *[1] * (values.ndim - 1))
-    wrong = float(((values - case.values).abs() * weight * ~plan.run).sum() / (case.values.abs() * weight).sum())
-    return left.interval[0] <= wrong <= left.interval[1], left.drawn
+    error, size = ((values - case.values).abs() * weight, float((case.values.abs() * weight).sum()))
+    held, drawn = [], []
+    for seed, plan in enumerate(samples):
+        left = error_left(values, case.values, plan, case.weight, seed=seed)
+        if not math.isnan(left.interval[1]):
+            held.append(left.interval[0] <= float((error * ~plan.run).sum()) / size <= left.interval[1])
+            drawn.append(left.drawn)
+    return {"covered": sum(held) / len(held), "drawn": sum(drawn) / len(drawn)} if held else {}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import HOOKED, KINDS, make_model, random_tokens
+from conftest import HOOKED, KINDS, NEW_KINDS, make_model, random_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_patching import make_pairs
@@ -19,10 +19,14 @@ from lnfree_interp.patching import (
     SecondOrder,
     activation_patching,
     attribution_patching,
+    edge_attribution,
+    edge_patching,
     patching_error,
     screen,
+    screen_edges,
 )
 from lnfree_interp.patching.cells import checked
+from lnfree_interp.patching.edges.screen import edge_prices, edge_runs_flops
 from lnfree_interp.patching.prices import cell_prices, counted, forward_flops, runs_flops
 from lnfree_interp.patching.screen import Plan, error_left, planned
 from lnfree_interp.weights import read_weights
@@ -274,6 +278,85 @@ def test_table(random_model):
     assert table.fixed.sum() == int(found.fixed.sum()) and 0 < table.fixed.sum() < len(table)
     assert (table.effect[~table.fixed] == table.estimate[~table.fixed]).all()
     assert (table.effect[table.fixed] != table.estimate[table.fixed]).any()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Edges
+
+
+def edge_prices_of(model, pairs, metric=logit_diff):
+    request, weights = checked(model, pairs, "resid_pre", metric, "denoising", None, None, False), read_weights(model)
+    return edge_prices(model, request, pairs, weights), edge_runs_flops(model, request, pairs, weights)
+
+
+@pytest.mark.parametrize("kind, metric", [("GPT-2", last_two), *((kind, logit_diff) for kind in NEW_KINDS)])
+def test_no_edge_costs_more_than_its_price(model_of, kind, metric):
+    model = model_of(kind, n_layers=3)
+    pairs = make_pairs(model, pos=9, changed=((2, 4), (5,), (7,)))
+    price, of_runs = edge_prices_of(model, pairs, metric)
+    there = (price > 0).all(0)
+    assert torch.equal(there, edge_attribution(model, pairs, metric=metric).edges)
+    receivers = edge_attribution(model, pairs, metric=metric).receivers
+    of_kind = {kind: torch.tensor([r.endswith(kind) for r in receivers]) for kind in (".q", ".v", ".mlp", "logits")}
+    for only in (there, *(there & some(there.shape, share=0.2) & mine for mine in of_kind.values())):
+        if only.any():
+            _, flops = counted(edge_patching, model, pairs, edges=only, metric=metric)
+            assert flops <= of_runs + float(price[:, only].sum()) < 4 * flops + of_runs
+
+
+@pytest.mark.parametrize(
+    "kind, normalised, options",
+    [("GPT-2", False, METHODS[1]), ("GPT-2", True, {"method": "second_order"}), ("Llama", True, METHODS[0])],
+    ids=str,
+)
+def test_edges_within_the_budget(model_of, kind, normalised, options):
+    model = model_of(kind, normalised)
+    pairs = make_pairs(model, n=4, changed=CHANGED)
+    exact = edge_patching(model, pairs)
+    price, of_runs = edge_prices_of(model, pairs)
+    forward = len(pairs) * forward_flops(model, 7)
+    for part in (-0.1, 0.4, 1.001):
+        budget = max(0, (of_runs + part * float(price.sum())) / forward)
+        found = screen_edges(model, pairs, budget=budget, normalize=False, **options)
+        assert 0 <= found.spent <= budget and found.cost > 0
+        run = found.fixed
+        torch.testing.assert_close(found.effect.values[run], exact.values[run], atol=1e-9, rtol=1e-9)
+        assert torch.equal(found.effect.values[~run], found.estimate.values[~run])
+        assert torch.equal(run.any(0), run.all(0))
+        if part > 1:
+            assert run.all() and found.error_left.left == 0
+        elif part < 0:
+            assert math.isnan(found.error_left.relative) and found.spent == 0
+        else:
+            assert found.drawn.any() and not run.all() and found.error_left.left > 0
+    table = screen_edges(model, pairs, budget=budget / 2, normalize=False, **options).table()
+    assert {"sender", "receiver", "effect", "estimate", "fixed"} <= set(table.columns)
+    assert len(table) == int(exact.edges.sum()) and 0 < table.fixed.sum() < len(table)
+    left = table[~table.fixed]
+    assert (left.effect - left.estimate).abs().max() < 1e-12
+
+
+def test_edges_of_a_model_that_goes_through_its_own_forward():
+    model = make_model("LNPre", positional_embedding_type="alibi", act_fn="gelu_new")
+    if read_weights(model) is not None or not HOOKED:
+        pytest.skip("TransformerLens 4 builds it otherwise")
+    pairs = make_pairs(model, n=2, pos=5, changed=((1,), (3,)))
+    price, of_runs = edge_prices_of(model, pairs)
+    budget = (of_runs + 0.5 * float(price.sum())) / (2 * forward_flops(model, 5))
+    found = screen_edges(model, pairs, budget=budget, normalize=False)
+    exact = edge_patching(model, pairs)
+    assert 0 < found.spent <= budget and found.drawn.any() and not found.fixed.all()
+    torch.testing.assert_close(found.effect.values[found.fixed], exact.values[found.fixed])
+
+
+def test_bad_edges(random_model):
+    model = random_model("LNPre")
+    with pytest.raises(ValueError, match="budget is -1, it must be a number of at least 0"):
+        screen_edges(model, make_pairs(model), budget=-1)
+    with pytest.raises(ValueError, match="flag 'correction' needs a method with a reliability"):
+        screen_edges(model, make_pairs(model), budget=1, flag="correction", normalize=False)
+    with pytest.raises(ValueError, match="unknown method 'exact'"):
+        screen_edges(model, make_pairs(model), budget=1, method="exact")
 
 
 # ---------------------------------------------------------------------------------------------------------

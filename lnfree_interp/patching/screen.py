@@ -24,7 +24,7 @@ from .activation import activation_patching
 from .attribution import attribution_patching, estimate_of
 from .cells import MetricLike, PairsLike, checked
 from .edges.result import EdgeEffect
-from .effect import PatchingEffect, moved, total_effect
+from .effect import PatchingEffect
 from .estimates import Estimate
 from .prices import cell_prices, counted, forward_flops, runs_flops
 from .sites import LEAST
@@ -39,8 +39,8 @@ FLAGS: Mapping[str, Score] = {
     "difference": lambda values, reliability, other: (values - other).abs(),
 }
 SHARE = 0.1
-"""Of the budget, for cells drawn at random, by which the error left is measured; more, up to half, if that pays for fewer
-than DRAWN."""
+"""Of the budget, for cells drawn at random, by which the error left is measured; up to half of it goes to them where
+that pays for fewer than DRAWN."""
 DRAWN, MOST_DRAWS = 10, 10_000
 
 
@@ -298,16 +298,16 @@ def _flag(flag: str | None, found: Any, other: Any | None) -> str:
 
 def prompt_weights(found: Any, normalize: bool, least: float | int) -> Float[Tensor, " prompt"]:
     """What each prompt's errors count: as shares of its total effect, or as they are."""
-    total = total_effect(found).detach().cpu().double()
+    total = (found.clean - found.corrupted).detach().cpu().double().abs()
     if not normalize:
         return torch.ones_like(total)
-    there = moved(found, least).cpu()
+    there = total >= least
     if not there.any():
         raise ValueError(
             f"the metric moves by {least} or more on none of {len(total)} prompts: nothing to normalise by, "
             "take normalize=False"
         )
-    return torch.where(there, 1 / total.abs(), 0.0)
+    return torch.where(there, 1 / total, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def screen_edges(
         other=None if against is None else partial(estimate, method=against),
         exact=lambda only: edge_patching(model, pairs, edges=only[0], progress=progress, **where),
         prices=lambda: edge_prices(model, request, on_cpu, weights) / forward,
-        of_runs=runs_flops(model, request, on_cpu, weights) / forward,
+        of_runs=edge_runs_flops(model, request, on_cpu, weights) / forward,
         forward=forward,
         together=True,
     )
@@ -103,10 +103,10 @@ def edge_prices(
         there = rows if layer < n_layers - 1 else read
         # A sender's change is made and read at all positions, in the last layer by queries and MLPs at those read.
         seen = rows if kind in ("k", "v") else there
-        if kind == "logits":
+        if weights is None:
+            flops = n_read * (sent + (n_layers - layer) * block.whole + torch.zeros_like(rows))
+        elif kind == "logits":
             flops = seen * sent
-        elif weights is None:
-            flops = rows * sent + (n_layers - layer) * n_read * block.whole
         else:
             own = seen * sent + there * block.mlp
             if kind != "mlp":
@@ -114,3 +114,11 @@ def edge_prices(
             flops = own + rest_flops(model, request, torch.full_like(start, layer + 1), start)
         prices[:, :before, which] = torch.where(rows > 0, flops + of_metric, 0.0)[:, None, None]
     return prices
+
+
+def edge_runs_flops(model: LensModel, request: Request, pairs: PromptPairs, weights: Weights | None) -> float:
+    """What edge patching costs before any edge."""
+    # Through hooks, it is seen on the first prompt whether splitting the inputs leaves the model what it is.
+    return runs_flops(model, request, pairs, weights) + (
+        2 * forward_flops(model, request.n_pos) if weights is None else 0
+    )
