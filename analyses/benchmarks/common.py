@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from lnfree_interp import lens
+
 from .shapes import SHAPES
 
 LOGITS = 2.5  # standard deviation of the logits, about a trained model's
@@ -17,8 +19,10 @@ WRITERS = (".W_O", ".W_out", ".o._original_component.weight", "out._original_com
 
 
 @torch.no_grad()
-def random_model(shape: str, normalised: bool = True, device="cpu", dtype=torch.float32, seed=0):
-    """A model of a shape with random weights: a HookedTransformer or, where there is none, a native TransformerBridge.
+def random_model(shape: str, normalised: bool = True, device="cpu", dtype=torch.float32, seed=0, native: bool = True):
+    """A model of a shape with random weights: a HookedTransformer or, where there is none, a TransformerBridge.
+
+    native: that of a native model; else, for what a native one cannot (split inputs), of a module of Hugging Face's.
 
     Every block adds the same share to the stream, activations are of the size of 1 and logits of `LOGITS`, with norms
     and without, so that nothing is denormal and nothing overflows.
@@ -26,7 +30,7 @@ def random_model(shape: str, normalised: bool = True, device="cpu", dtype=torch.
     fields = SHAPES[shape] | {"device": str(device), "dtype": dtype, "seed": seed}
     if not normalised:
         fields |= {"normalization_type": None, "final_rms": False}
-    model, generator = _empty(fields), torch.Generator(device=device).manual_seed(seed)
+    model, generator = _empty(fields, native), torch.Generator(device=device).manual_seed(seed)
     for name, p in model.named_parameters():
         if p.ndim == 1 and name.endswith((".w", ".weight")):
             p.fill_(1.0)
@@ -42,7 +46,7 @@ def random_model(shape: str, normalised: bool = True, device="cpu", dtype=torch.
     return model
 
 
-def _empty(fields: dict):
+def _empty(fields: dict, native: bool):
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
     except ImportError:
@@ -51,6 +55,8 @@ def _empty(fields: dict):
 
         kind = fields["normalization_type"]  # a native model has the whole norms alone
         fields = fields | {"normalization_type": kind and kind.removesuffix("Pre")}
+        if not native:  # split inputs leave a Bridge's norms without weights out
+            return lens.build(fields)
         return TransformerBridge.boot_native(TransformerBridgeConfig(**fields))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)

@@ -1,4 +1,4 @@
-"""Edge attribution: what each sender's output does through each receiver, estimated from gradients, all edges at once."""
+"""Edge attribution: what each sender does through each receiver, estimated from gradients, all edges at once."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def edge_attribution(
     """Estimates of `edge_patching` from gradients, of all edges at once.
 
     With d the sender's output in the patching run less that in the patched run, and g the gradient of the metric with
-    respect to the receiver's own copy of the residual stream (before its norm) in the patched run, both at all positions:
+    respect to the receiver's own copy of the residual stream (before its norm) in the patched run, both at all
+    positions:
 
     - "gradient": g.d, two forwards and one backward (edge attribution patching, arXiv 2310.10348).
     - "integrated": g averaged along the straight way between the two prompts' embeddings (EAP-IG, arXiv 2403.17806), at

@@ -39,8 +39,10 @@ def of_integrated(case: EdgeCase, estimate: Integrated) -> Found:
 
 
 def of_second_order(case: EdgeCase, estimate: SecondOrder) -> Found:
-    """g and half of its derivative along the change of what enters, from one product with the Hessian: the derivative of
-    a gradient along a change is the gradient of the metric's derivative along it."""
+    """g and half of its derivative along the change of what enters, from one product with the Hessian.
+
+    The derivative of a gradient along a change is the gradient of the metric's derivative along it.
+    """
     window, along = case.sides.window, case.entering["source"] - case.entering["base"]
     resid = case.entering["base"].clone().requires_grad_()
     case, value = _run_from(case, resid, explicit_attention(window.model.cfg.n_layers, 0))
@@ -113,19 +115,17 @@ def _by_softmax(
     g = grads[block + "attn.hook_z"][rows]
     late = i == case.wiring.n_layers - 1
     queries = torch.arange(case.request.n_read, device=x.device)[window.reads] if late else everywhere
-    base = {"q": layer.place_q(q, queries), "k": layer.place_k(k, everywhere)}
+    base = {"q": layer.place_q(q, queries), "k": layer.place_k(k, everywhere), "v": v}
     place = {"q": layer.place_q, "k": layer.place_k}[kind]
     for senders, change in pieces(case, rows, slice(None), False, case.wiring.before(i, kind)):
         stream = (x + change).flatten(0, 1)
         stream = stream[:, window.reads] if late and kind == "q" else stream
         (new,) = products(layer.ln1(stream), layer.of_qkv[ATTENTION.index(kind)])
 
-        def every(x: Tensor) -> Tensor:  # of each prompt, once for each sender
-            return x.expand(len(change), *x.shape).flatten(0, 1)
-
-        read = {"q": every(base["q"]), "k": every(base["k"])}
+        # Of each prompt, once for each sender.
+        read = {name: x.expand(len(change), *x.shape).flatten(0, 1) for name, x in base.items()}
         read[kind] = place(new, queries if kind == "q" else everywhere)
-        patched = layer.attend(read["q"], read["k"], every(v), queries).unflatten(0, change.shape[:2])
+        patched = layer.attend(read["q"], read["k"], read["v"], queries).unflatten(0, change.shape[:2])
         terms = ((patched - z) * g).sum((2, 4))  # [sender, prompt, head]
         if kind == "k":
             terms = terms.unflatten(2, (case.wiring.n_keys, -1)).sum(3)

@@ -22,7 +22,8 @@ from ..cells import Cells, MetricLike, PairsLike, Request, checked, itemsize, me
 from ..changes import Sweep, at_positions, by_heads, change_of_keys, keys_of, of_units, sweep_of
 from ..reading import Sample, check_finite, check_rows, read_metric
 from ..runs import numbers_kept
-from ..sweep import Rows, carried, finals as final_streams, rows_from
+from ..sweep import Rows, carried, rows_from
+from ..sweep import finals as final_streams
 from ..tally import Tally
 from . import hooked as through_hooks
 from .cells import Group, differing, find_edges, grouped, sent
@@ -64,7 +65,8 @@ def edge_patching(
     Example:
         >>> from lnfree_interp import edge_patching, induction_pairs, load_model
         >>> model = load_model("tiny-noLN")
-        >>> effect = edge_patching(model, induction_pairs(model, 2, length=8), edges=[("L0H1", "L1H2.k"), ("embed", "logits")])
+        >>> edges = [("L0H1", "L1H2.k"), ("embed", "logits")]
+        >>> effect = edge_patching(model, induction_pairs(model, 2, length=8), edges=edges)
         >>> int(effect.edges.sum()), len(effect.table())
         (2, 2)
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -19,8 +18,8 @@ AT_ONCE = 1024
 class EdgeEffect:
     """Effects of edges, metric(edge patched) - metric(unpatched), or an estimate of it.
 
-    An edge is patched where one receiver reads, in place of what a sender wrote in its run, what the sender wrote in the
-    other run, at all positions; everybody else reads what they did.
+    An edge is patched where one receiver reads, in place of what a sender wrote in its run, what the sender wrote in
+    the other run, at all positions; everybody else reads what they did.
 
     Attributes:
         values: Float[Tensor, "prompt sender receiver"], in units of the metric; 0 where there is no edge, or none was
