@@ -66,12 +66,15 @@ from .patching import (
     PatchingEffect as PatchingEffect,
     PatchingError as PatchingError,
     RelP as RelP,
+    Screening as Screening,
     SecondOrder as SecondOrder,
     activation_patching as activation_patching,
     attribution_patching as attribution_patching,
     edge_attribution as edge_attribution,
     edge_patching as edge_patching,
     patching_error as patching_error,
+    screen as screen,
+    screen_edges as screen_edges,
 )
 from .schedule import RemovalSchedule as RemovalSchedule
 from .weights import read_weights as read_weights, why_not_read as why_not_read

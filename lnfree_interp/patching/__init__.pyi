@@ -1,6 +1,11 @@
 from .activation import activation_patching as activation_patching
 from .attribution import attribution_patching as attribution_patching
-from .edges import EdgeEffect as EdgeEffect, edge_attribution as edge_attribution, edge_patching as edge_patching
+from .edges import (
+    EdgeEffect as EdgeEffect,
+    edge_attribution as edge_attribution,
+    edge_patching as edge_patching,
+    screen_edges as screen_edges,
+)
 from .effect import (
     PatchingEffect as PatchingEffect,
     PatchingError as PatchingError,
@@ -18,4 +23,5 @@ from .estimates import (
     RelP as RelP,
     SecondOrder as SecondOrder,
 )
+from .screen import FLAGS as FLAGS, ErrorLeft as ErrorLeft, Screening as Screening, screen as screen
 from .sites import DIRECTIONS as DIRECTIONS, METHODS as METHODS, SITES as SITES

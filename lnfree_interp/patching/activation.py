@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from ..batching import Places, Progress
@@ -22,6 +23,7 @@ from .cells import (
     PairsLike,
     Request,
     checked,
+    checked_mask,
     find_cells,
     itemsize,
     memory_budget,
@@ -30,6 +32,7 @@ from .cells import (
 )
 from .changes import differs_in, needs, sweep_of
 from .effect import PatchingEffect
+from .prices import forward_flops
 from .reading import Sample, check_finite, check_rows, read_metric
 from .runs import numbers_kept
 from .sweep import sweep_cells
@@ -47,6 +50,7 @@ def activation_patching(
     layers: Places | None = None,
     units: Places | None = None,
     by_position: bool = False,
+    only: Bool[Tensor, "*cell"] | None = None,
     max_memory: int | None = None,
     progress: Progress | None = None,
     fast: bool = True,
@@ -65,6 +69,7 @@ def activation_patching(
         units: the heads or neurons to patch (default: all), in the same ways.
         by_position: patch heads or neurons position by position, not at all positions together. A pattern's
             position is the query's.
+        only: the cells wanted, a mask shaped as the values; the others are not run and their values are nan.
         max_memory: bytes to stay within, roughly, beyond the model (default: from the device).
         progress: called with (cells done, cells in all).
         fast: compute only what a patch changes, where `read_weights` reads the model. False: hooks only, slower; for
@@ -75,9 +80,9 @@ def activation_patching(
         fourth axis pos if `by_position`.
 
     Raises:
-        ValueError: unknown site or direction, layers or units that are not there, tokens outside the vocabulary,
-            prompts beyond the context, a metric of the wrong shape, not finite, or one that depends on other prompts
-            or on their place.
+        ValueError: unknown site or direction, layers or units that are not there, a mask of another shape, tokens
+            outside the vocabulary, prompts beyond the context, a metric of the wrong shape, not finite, or one that
+            depends on other prompts or on their place.
             A model that draws random numbers as it runs; hooks of its own at the final norm.
 
     Hooks that the model carries are part of it, and may mix positions, but not prompts.
@@ -92,6 +97,7 @@ def activation_patching(
     """
     model, pairs = as_model(model), as_pairs(pairs).to("cpu")
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
+    only = checked_mask(only, request.shape(len(pairs)))
     budget = memory_budget(model, max_memory)
     pairs = pairs.to(model.cfg.device)
     weights = read_weights(model)
@@ -104,12 +110,17 @@ def activation_patching(
         here = slice(i, i + n_together)
         part = request.of_prompts(here, model.cfg.device)
         report = None if progress is None else shifted(progress, i, len(pairs), n_together)
-        parts.append(_patch(model, weights, swept, part, pairs[here], budget, i, report))
-    values, clean, corrupted, cells_run, flops = zip(*parts)
-    check_finite(request, torch.cat(values), "the patched")
-    plain = plain_flops(model, request, torch.Size(request.shape(len(pairs))).numel())
+        wanted = None if only is None else only[here]
+        parts.append(_patch(model, weights, swept, part, pairs[here], wanted, budget, i, report))
+    patched, clean, corrupted, cells_run, flops = zip(*parts)
+    values = torch.cat(patched)
+    check_finite(request, values, "the patched")
+    n_cells = values.numel() if only is None else int(only.sum())
+    plain = plain_flops(model, request, n_cells)
+    if only is not None:
+        values = values.masked_fill(~on_device(only, values.device), torch.nan)
     return PatchingEffect(
-        values=torch.cat(values),
+        values=values,
         site=site,
         method="activation",
         direction=direction,
@@ -150,17 +161,12 @@ def _prompts_at_a_time(model: LensModel, weights: Weights | None, request: Reque
 
 def plain_flops(model: LensModel, request: Request, n_cells: int) -> float:
     """Floating-point operations of running the whole model once for each cell, all logits included."""
-    cfg, n = model.cfg, request.n_pos
-    tally = Tally()
-    d_attn, d_keys = cfg.n_heads * cfg.d_head, (getattr(cfg, "n_key_value_heads", None) or cfg.n_heads) * cfg.d_head
-    mlp = 0 if getattr(cfg, "attn_only", False) else (3 if getattr(cfg, "gated_mlp", False) else 2) * (cfg.d_mlp or 0)
-    tally.linear(n * cfg.n_layers, cfg.d_model, 2 * d_attn + 2 * d_keys + mlp)
-    tally.linear(n, cfg.d_model, cfg.d_vocab)
-    tally.flops += 4.0 * cfg.n_layers * d_attn * n * n
-    return tally.flops * n_cells
+    return forward_flops(model, request.n_pos) * n_cells
 
 
-def _patch(model: LensModel, weights, swept, request: Request, pairs: PromptPairs, budget: int, first: int, progress):
+def _patch(
+    model: LensModel, weights, swept, request: Request, pairs: PromptPairs, only, budget: int, first: int, progress
+):
     """values, metric of clean and corrupted, cells run and FLOPs, of prompts whose activations fit in memory."""
     denoising = request.direction == "denoising"
     base_tokens, source_tokens = (pairs.corrupted, pairs.clean) if denoising else (pairs.clean, pairs.corrupted)
@@ -189,6 +195,8 @@ def _patch(model: LensModel, weights, swept, request: Request, pairs: PromptPair
     check_rows(request.metric, sample)
     check_finite(request, torch.stack([at_base, at_source], 1), first=first)
     cells = find_cells(request, differs, differ, n_layers, device)
+    if only is not None:
+        cells = cells[only.flatten()[request.place(cells)]]
     values = at_base.new_zeros(request.shape(len(pairs)))
 
     max_rows, done = rows_at_a_time(model, swept, request, budget), 0

@@ -182,6 +182,22 @@ def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layer
     return Request(site, layers, units, by_position, direction, metric, n_pos, causal)
 
 
+def checked_mask(only: Any, shape: tuple[int, ...]) -> Bool[Tensor, "*cell"] | None:
+    """The mask of the cells wanted, on the CPU.
+
+    Raises:
+        ValueError: it is no mask, or not shaped as the values.
+    """
+    if only is None:
+        return None
+    if not isinstance(only, Tensor) or only.dtype != torch.bool:
+        kind = only.dtype if isinstance(only, Tensor) else type(only).__name__
+        raise ValueError(f"only must be a mask, a bool tensor shaped as the values, not {kind}")
+    if only.shape != shape:
+        raise ValueError(f"only has shape {list(only.shape)}, the values have {list(shape)}")
+    return only.cpu()
+
+
 def _named(argument: str, which: Places | None, n: int, what: str, those: str) -> tuple[int, ...]:
     """The layers or units that an argument names; None: all."""
     if which is None:
@@ -213,6 +229,18 @@ def may_differ(request: Request, differ: Bool[Tensor, "prompt pos"], layer: int)
     return differ.cumsum(1) > 0
 
 
+def may_matter(
+    request: Request, differ: Bool[Tensor, "prompt pos"], n_layers: int
+) -> Bool[Tensor, "layer prompt read"]:
+    """Where the layers' activations can differ between the runs and something that the metric reads depends on them."""
+    allowed = torch.stack([may_differ(request, differ, layer) for layer in request.layers])
+    if request.causal and n_layers - 1 in request.layers and not request.row.spreads:
+        read = torch.zeros(request.n_read, dtype=torch.bool)
+        read[list(request.reads)] = True
+        allowed[request.layers.index(n_layers - 1)] &= read
+    return allowed
+
+
 def find_cells(request: Request, differs: Callable[[int], Tensor], differ: Tensor, n_layers: int, device) -> Cells:
     """The cells in which the prompts differ and on which something that the metric reads depends.
 
@@ -221,12 +249,7 @@ def find_cells(request: Request, differs: Callable[[int], Tensor], differ: Tenso
             positional sites, else Bool[Tensor, "prompt pos unit"] for the units asked for.
         differ: where the tokens do, on the CPU.
     """
-    n_pos = request.n_read
-    allowed = torch.stack([may_differ(request, differ, layer) for layer in request.layers])
-    if request.causal and n_layers - 1 in request.layers and not request.row.spreads:
-        read = torch.zeros(n_pos, dtype=torch.bool)
-        read[list(request.reads)] = True
-        allowed[request.layers.index(n_layers - 1)] &= read
+    n_pos, allowed = request.n_read, may_matter(request, differ, n_layers)
     by_unit = not (request.positional or request.by_position)
     found = []
     for i, mask in zip(request.layers, on_device(allowed, device)):

@@ -21,7 +21,7 @@ class PatchingEffect:
     Attributes:
         values: Float[Tensor, "prompt layer pos"] for the residual stream, attn_out and mlp_out; "prompt layer head"
             for z, q, k, v, pattern and "prompt layer neuron" for neurons, all positions together; a fourth
-            axis "pos" if positions were asked for one by one. In units of the metric.
+            axis "pos" if positions were asked for one by one. In units of the metric; nan where not asked for.
         site, method, direction: "resid_pre", "activation", "denoising", ...
         axes: what the axes of `values` are.
         layers, units: the layers, and the positions, heads or neurons, that the second and third axis stand for.

@@ -1,0 +1,190 @@
+"""The figures and the page of screening.py, all numbers from its table."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import common
+from real_model_page import markdown
+
+from lnfree_interp import cli
+from lnfree_interp.figures.style import COLOURS, styled
+from lnfree_interp.patching.sites import LEAST as LEAST
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+REAL = "SmolLM2-135M"
+ENOUGH = 0.05
+"""The error left at which a screening is compared with running everything."""
+MEASURES = {"recall": "recall of the top {k}", "error": "error left / effects"}
+
+
+def figure(table: pd.DataFrame, measure: str, k: int) -> go.Figure:
+    """A panel per model and site; forwards on the x axis, a line per method."""
+    from plotly.subplots import make_subplots
+
+    models, sites, methods = (list(table[c].unique()) for c in ("model", "site", "method"))
+    titles = [f"{model}, {site}" for model in models for site in sites]
+    fig = make_subplots(
+        rows=len(models),
+        cols=len(sites),
+        subplot_titles=titles,
+        horizontal_spacing=0.045,
+        vertical_spacing=0.28 / max(2, len(models)),
+    )
+    for n, (model, site) in enumerate((m, s) for m in models for s in sites):
+        row, col = n // len(sites) + 1, n % len(sites) + 1
+        part = table[(table.model == model) & (table.site == site)]
+        for i, method in enumerate(methods):
+            line = part[part.method == method]
+            fig.add_scatter(
+                x=line.forwards,
+                y=line[measure],
+                error_y=common.bars(line[measure], line[f"{measure}_low"], line[f"{measure}_high"])
+                | {"width": 0, "thickness": 0.7},
+                name=method,
+                legendgroup=method,
+                mode="lines+markers",
+                marker={"size": 4},
+                line={"color": COLOURS[i % len(COLOURS)], "width": 1.5, "dash": "dot" if i >= len(COLOURS) else None},
+                hovertemplate=f"{method}: %{{y:.3f}} at %{{x:.2f}} forwards<extra></extra>",
+                row=row,
+                col=col,
+            )
+        if len(part):
+            everything = {"dash": "dash", "color": "#999999", "width": 1}
+            fig.add_vline(x=part.everything.iloc[0], line=everything, row=row, col=col)
+    names = set()
+    fig.for_each_trace(lambda t: t.update(showlegend=not (t.name in names or names.add(t.name))))
+    fig.update_yaxes(rangemode="tozero")
+    if measure == "recall":
+        fig.update_yaxes(range=[0, 1.05])
+    fig.update_yaxes(title_text=MEASURES[measure].format(k=k), col=1)
+    fig.update_xaxes(title_text="forwards", row=len(models))
+    title = f"{MEASURES[measure].format(k=k).capitalize()} against forwards, the estimate's included"
+    styled(fig, title=title, height=170 + 230 * len(models), width=1100)
+    fig.update_annotations(font_size=12)
+    legend = {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0}
+    return fig.update_layout(legend=legend, margin={"b": 110})
+
+
+def number(row, measure: str) -> str:
+    return f"{row[measure]:.2f} [{row[f'{measure}_low']:.2f}, {row[f'{measure}_high']:.2f}]"
+
+
+def needed(line: pd.DataFrame, there: pd.Series) -> float:
+    """The forwards from which on a line is where it should be; nan: nowhere."""
+    reached = [x for i, x in enumerate(line.forwards) if there.iloc[i:].all()]
+    return reached[0] if reached else float("nan")
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per model, site and method: what the estimate costs, what it finds alone, and what more it takes."""
+    import pandas as pd
+
+    rows = []
+    for key, line in table.groupby(["model", "site", "method"], sort=False):
+        first = line.iloc[0]
+        row = dict(zip(("model", "site", "method"), key)) | {"cost": first.cost, "everything": first.everything}
+        row |= {"recall": number(first, "recall"), "error": number(first, "error")}
+        row["to_recall"] = needed(line, line.recall == 1)
+        row["to_error"] = needed(line, line.error <= ENOUGH)
+        rows.append(row | {"covered": line.iloc[-1].get("covered"), "drawn": line.iloc[-1].get("drawn")})
+    return pd.DataFrame(rows)
+
+
+def body(table: pd.DataFrame, args, folder: str) -> str:
+    short, sections = summary(table), []
+    for model, of_model in short.groupby("model", sort=False):
+        rows = []
+        for r in of_model.itertuples():
+            share = f"{r.covered:.0%} ({r.drawn:.0f})" if r.covered == r.covered and r.covered is not None else ""
+            rows.append([f"`{r.site}`" if r.site != "edges" else "edges", r.method, f"{r.cost:.1f}", r.recall, r.error])
+            rows[-1] += [f"{x:.1f}" if x == x else "" for x in (r.to_recall, r.to_error, r.everything)] + [share]
+        of = table[table.model == model].iloc[0]
+        header = [
+            "",
+            "method",
+            "its forwards",
+            "recall alone",
+            "error alone",
+            "to recall all",
+            f"to {ENOUGH:.0%} error",
+        ]
+        header += ["all exact", "intervals hold (drawn)"]
+        sections.append(f"## {model}, {of.prompts} {of.pairs} pairs\n\n{markdown(header, rows)}\n")
+    figures = "\n\n".join(
+        f"[![{m}]({folder}/{m}.png)]({folder}/{m}.html)\n\n[Interactive]({folder}/{m}.html), "
+        f"[table]({folder}/curves.csv)."
+        for m in MEASURES
+    )
+    real = ""
+    if args.real:
+        real = f" Of {REAL} {args.real_layers} layers are looked at, and {args.edges} of its edges, drawn at random."
+    return f"""# Screen, flag, fix
+
+Written by `python analyses/screening.py`. An estimate says what every cell, or every edge, does; the cells with the
+largest scores are run exactly; the rest stay estimates (`screen`, `screen_edges`). How much of that pays?
+
+A *forward* is the model run once on every clean prompt, all logits included; what takes a part of its floating-point
+operations is that part of a forward. Estimates are counted as they run, exact runs at their price, which is a bound and
+what a budget must hold; both are on the x axis. *Recall*: the share of the {args.top} cells of the largest |mean exact
+effect| over prompts that are among the {args.top} largest of what screening says. *Error*: sum |said - exact| / sum
+|exact|, effects as shares of each prompt's total effect. 95% intervals over prompts, for plans made once. Cells are run
+on all prompts or on none.{real}
+
+Flags: *gradient*, *integrated*, *RelP* and *AtP\\** run the largest estimates; *gradient against integrated* the
+largest differences of the two; *second order* (one Hessian-vector product per layer where joint, else one per cell; for
+edges one for all) the largest corrections, |estimate| x reliability, and *the same by reliability* the largest
+reliabilities alone, as arXiv 2606.09899 has it. *No estimate* runs cells at random and says 0 of the rest.
+
+{figures}
+
+{said(short)}
+
+In the tables: *recall alone* and *error alone* are the estimate's before anything is run exactly; *to recall all* and
+*to {ENOUGH:.0%} error* the forwards from which on every larger budget has it; *all exact* what running all cells costs
+without any estimate: where a method takes more than that, screening with it is a loss. *Intervals hold*: how often the
+interval of the error left holds what is left, over random samples, at a budget of about a third of all cells; in
+brackets how many cells are drawn.
+
+{chr(10).join(sections)}"""
+
+
+def said(short: pd.DataFrame) -> str:
+    """Whether screening pays, in words."""
+    pays = short[(short.cost > 0) & (short.to_error < short.everything)]
+    lines = []
+    for site, part in short[short.cost > 0].groupby("site", sort=False):
+        best = part.loc[(part.to_error / part.everything).groupby(part.model).idxmin().dropna()]
+        saves = ", ".join(
+            f"{r.everything / r.to_error:.1f} times cheaper on {r.model} ({r.method})"
+            if r.to_error < r.everything
+            else f"no gain on {r.model}"
+            for r in best.itertuples()
+        )
+        name = site if site == "edges" else f"`{site}`"
+        lines.append(f"- {name}: to an error of {ENOUGH:.0%}, against running everything: {saves}.")
+    never = [m for m in short.method.unique() if m != "no estimate" and m not in set(pays.method)]
+    if never:
+        lines.append(f"- Nowhere cheaper than running everything: {', '.join(never)}.")
+    return "\n".join(lines)
+
+
+def write(table: pd.DataFrame, args, out: Path, where: Path) -> None:
+    """Figures and table into `out`, the page to `where`."""
+    for i, measure in enumerate(MEASURES):
+        fig = figure(table, measure, args.top)
+        cli.save(out, measure, None, fig)
+        if i == 0:
+            cli.save(out, "curves", table)
+        common.picture(fig, out / f"{measure}.png")
+    where.parent.mkdir(parents=True, exist_ok=True)
+    text = body(table, args, Path(os.path.relpath(out, where.parent)).as_posix()).rstrip() + "\n"
+    cli.replace_file(where, lambda path: path.write_text(text))
+    cli.show(summary(table).drop(columns=["recall", "error"]), "Screening")
+    print(f"\nwrote {where}")

@@ -1,0 +1,461 @@
+"""Screen, flag, fix: estimate every cell, run the doubtful ones exactly within a budget, and say what error is left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..batching import Places, Progress, whole
+from ..lens import ModelOrName
+from ..metrics import logit_diff
+from ..models import as_model
+from ..pairs import as_pairs
+from ..statistics import ratio, ratio_interval
+from ..weights import read_weights
+from .activation import activation_patching
+from .attribution import attribution_patching, estimate_of
+from .cells import MetricLike, PairsLike, checked
+from .edges.result import EdgeEffect
+from .effect import PatchingEffect
+from .estimates import Estimate
+from .prices import cell_prices, counted, forward_flops, runs_flops
+from .sites import LEAST
+
+Score = Callable[..., Tensor]
+"""Of estimates, their reliability and other estimates: how much each cell wants to be run."""
+
+FLAGS: Mapping[str, Score] = {
+    "largest": lambda values, reliability, other: values.abs(),
+    "reliability": lambda values, reliability, other: reliability,
+    "correction": lambda values, reliability, other: values.abs() * reliability,
+    "difference": lambda values, reliability, other: (values - other).abs(),
+}
+SHARE = 0.1
+"""Of the budget, for cells drawn at random, by which the error left is measured; up to half of it goes to them where
+that pays for fewer than DRAWN."""
+DRAWN, MOST_DRAWS = 10, 10_000
+
+
+@dataclass(frozen=True)
+class ErrorLeft:
+    """What is still wrong after screening, by a random sample of the cells that were not flagged, run exactly too.
+
+    Attributes:
+        relative: sum |estimate - exact| over the cells that are still estimates / sum |exact| over all cells, effects
+            as shares of each prompt's total effect: `patching_error`'s. nan if nothing could be drawn.
+        interval: its 95% interval, over which cells were drawn; it holds from about ten of them on, unless a few cells
+            are wrong by much that are thought to be small. nan if fewer than two were drawn.
+        drawn: how many cells it is measured on.
+        left: how many are still estimates.
+    """
+
+    relative: float
+    interval: tuple[float, float]
+    drawn: int
+    left: int
+
+
+@dataclass(frozen=True)
+class Screening:
+    """Effects of which some are exact, the others estimates, and what that took.
+
+    Attributes:
+        effect: exact where `fixed`, else the estimate.
+        estimate: before anything was fixed.
+        fixed: the cells that were run, and those that are 0 without being run.
+        drawn: those of them that were drawn at random, not flagged.
+        flag: what cells were flagged by.
+        budget: forwards that exact runs were allowed.
+        spent: forwards that they took. A forward is the model run once on every clean prompt, all logits included;
+            what takes a part of its floating-point operations is that part of a forward.
+        cost: forwards that the estimates took, on top of that.
+        error_left: what is still wrong.
+    """
+
+    effect: PatchingEffect | EdgeEffect
+    estimate: PatchingEffect | EdgeEffect
+    fixed: Bool[Tensor, "prompt _ *cell"]
+    drawn: Bool[Tensor, "prompt _ *cell"]
+    flag: str
+    budget: float
+    spent: float
+    cost: float
+    error_left: ErrorLeft
+
+    def table(self):
+        """The effect's table, with columns estimate and fixed: a row per prompt and cell, or per edge its mean."""
+        table, estimate, fixed = self.effect.table(), self.estimate.values.detach().cpu().double(), self.fixed
+        if isinstance(self.effect, EdgeEffect):
+            names = (self.effect.senders, self.effect.receivers)
+            at = [[n.index(label) for label in table[c]] for n, c in zip(names, ("sender", "receiver"))]
+            estimate, fixed = estimate.mean(0)[at[0], at[1]], fixed.all(0)[at[0], at[1]]
+        table["estimate"], table["fixed"] = estimate.flatten().numpy(), fixed.flatten().numpy()
+        return table
+
+
+def screen(
+    model: ModelOrName,
+    pairs: PairsLike,
+    *,
+    budget: float | int,
+    site: str = "resid_pre",
+    metric: MetricLike = logit_diff,
+    method: Estimate | str = "gradient",
+    against: Estimate | str | None = None,
+    flag: str | None = None,
+    each_prompt: bool = False,
+    share: float | int = SHARE,
+    direction: str = "denoising",
+    layers: Places | None = None,
+    units: Places | None = None,
+    by_position: bool = False,
+    normalize: bool = True,
+    least: float | int = LEAST,
+    seed: int = 0,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Screening:
+    """Effects of all cells: estimated, those flagged run exactly within a budget, the error left measured.
+
+    The workflow of arXiv 2606.09899, with a choice of estimates and flags. Of the budget a share goes to cells drawn at
+    random, which are run like those flagged: what the estimate is off by there, is what it is off by where nobody
+    looked.
+
+    Args:
+        pairs: PromptPairs, or (clean, corrupted, answers).
+        budget: forwards of the model (see `Screening`) that exact runs may take; `math.inf`: all cells are run. Two of
+            them are the runs that patching starts from.
+        method: the estimate, or its name with its options beside it, as for `attribution_patching`.
+        against: another estimate, for the flag "difference".
+        flag: by what cells are flagged, the largest first. "largest": the size of the estimate. "reliability": that of
+            "second_order", as in the paper, whatever the cell's size. "correction": their product, which is about what
+            the second order changed. "difference": |estimate - other estimate|. Default: "difference" where there is
+            another, else "correction" where there is a reliability, else "largest".
+        each_prompt: flag cells of each prompt by themselves; else a cell is run on all prompts or on none.
+        share: of the budget, for the random sample (more, up to half, if it pays for fewer than ten); 0: no error left
+            is known.
+        site, metric, direction, layers, units, by_position, max_memory: as for `activation_patching`.
+        normalize, least: of the error left, as for `patching_error`.
+        seed: of the random sample.
+        progress: of the exact runs, called with (cells done, cells in all).
+
+    Raises:
+        ValueError: as for `attribution_patching`; a budget that is negative or no number, a share that is not in
+            [0, 1), an unknown flag, or one that the method does not go with; nothing to normalise by.
+
+    Example:
+        >>> from lnfree_interp import load_model
+        >>> from lnfree_interp.pairs import induction_pairs
+        >>> model = load_model("tiny-noLN")
+        >>> pairs = induction_pairs(model, 4, length=8)
+        >>> found = screen(model, pairs, method="gradient", against="integrated", budget=2)
+        >>> found.spent <= 2, found.fixed.shape
+        (True, torch.Size([4, 4, 8]))
+    """
+    estimate, other = estimate_of(method, options), None if against is None else estimate_of(against, {})
+    model, pairs = as_model(model), as_pairs(pairs)
+    request = checked(model, pairs.to("cpu"), site, metric, direction, layers, units, by_position)
+    where = {
+        "site": site,
+        "metric": metric,
+        "direction": direction,
+        "layers": layers,
+        "units": units,
+        "by_position": by_position,
+        "max_memory": max_memory,
+    }
+    weights, on_cpu = read_weights(model), pairs.to("cpu")
+    forward = forward_flops(model, request.n_pos) * len(pairs)
+    run = partial(attribution_patching, model, pairs, **where)
+    work = Work(
+        estimate=partial(run, method=estimate),
+        other=None if other is None else partial(run, method=other),
+        exact=lambda only: activation_patching(model, pairs, only=only, progress=progress, **where),
+        prices=lambda: cell_prices(model, request, on_cpu, weights) / forward,
+        of_runs=runs_flops(model, request, on_cpu, weights) / forward,
+        forward=forward,
+    )
+    return screened(
+        work, flag, budget, each_prompt=each_prompt, share=share, normalize=normalize, least=least, seed=seed
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The same for cells and for edges
+
+
+@dataclass(frozen=True)
+class Work:
+    """What screening needs of cells, or of edges.
+
+    Attributes:
+        estimate, other: makes effects of all cells [prompt, *cell], and another estimate of them.
+        exact: a mask of them -> their exact effects.
+        prices: what each costs to run, in forwards; 0 for those known to be 0.
+        of_runs: what is to be paid before the first.
+        forward: floating-point operations of one.
+        together: a cell is run on all prompts or on none.
+    """
+
+    estimate: Callable[[], Any]
+    other: Callable[[], Any] | None
+    exact: Callable[[Tensor], Any]
+    prices: Callable[[], Float[Tensor, "prompt _ *cell"]]
+    of_runs: float
+    forward: float
+    together: bool = False
+
+
+def screened(
+    work: Work,
+    flag: str | None,
+    budget: float | int,
+    *,
+    each_prompt: bool = False,
+    share: float | int,
+    normalize: bool,
+    least: float | int,
+    seed: int,
+) -> Screening:
+    """Estimate, plan, run what is planned, measure."""
+    budget, share = _number("budget", budget), _number("share", share)
+    if share >= 1:
+        raise ValueError(f"share is {share}, it must be from 0 to below 1")
+    seed = whole(seed, "seed", least=0)
+    _check_flag(flag, work.other)
+    found, flops = counted(work.estimate)
+    values, compared = found.values.detach().cpu().double(), None
+    if work.other is not None:
+        another, more = counted(work.other)
+        compared, flops = another.values.detach().cpu().double(), flops + more
+    reliability = None if found.reliability is None else found.reliability.detach().cpu().double()
+    flag = _flag(flag, found, work.other)
+    score = FLAGS[flag](values, reliability, compared).nan_to_num(0.0, math.inf)
+    weight = prompt_weights(found, normalize, least)
+    price = work.prices()
+    plan = planned(
+        score,
+        values.abs() * weight.view(-1, *[1] * (values.ndim - 1)),
+        price,
+        budget - work.of_runs,
+        together=work.together or not each_prompt,
+        whole_draws=work.together,
+        share=share,
+        seed=seed,
+    )
+    effect, spent, exact = found, 0.0, values
+    if plan.run.any():
+        run, ran = counted(work.exact, plan.run)
+        spent, exact = ran / work.forward, run.values.detach().cpu().double()
+        chosen = plan.run.to(found.values.device)
+        effect = replace(
+            found, values=torch.where(chosen, run.values, found.values), method=f"{found.method}, screened"
+        )
+    return Screening(
+        effect=effect,
+        estimate=found,
+        fixed=plan.run | (price == 0),
+        drawn=plan.drawn,
+        flag=flag,
+        budget=budget,
+        spent=spent,
+        cost=flops / work.forward,
+        error_left=error_left(values, exact, plan, weight, seed=seed),
+    )
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, (bool, str)) or not (np.isscalar(value) and value >= 0):
+        raise ValueError(f"{name} is {value!r}, it must be a number of at least 0")
+    return float(value)
+
+
+def _check_flag(flag: str | None, other: Any | None) -> None:
+    if flag is not None and flag not in FLAGS:
+        raise ValueError(f"unknown flag {flag!r}; known are {', '.join(FLAGS)}")
+    if flag == "difference" and other is None:
+        raise ValueError("flag 'difference' needs another estimate, for example against='integrated'")
+    if flag not in (None, "difference") and other is not None:
+        raise ValueError(f"flag {flag!r} does not look at another estimate, and against= is one")
+
+
+def _flag(flag: str | None, found: Any, other: Any | None) -> str:
+    if flag is None:
+        return "difference" if other is not None else "largest" if found.reliability is None else "correction"
+    if flag in ("reliability", "correction") and found.reliability is None:
+        raise ValueError(f"flag {flag!r} needs a method with a reliability, such as second_order, not {found.method!r}")
+    return flag
+
+
+def prompt_weights(found: Any, normalize: bool, least: float | int) -> Float[Tensor, " prompt"]:
+    """What each prompt's errors count: as shares of its total effect, or as they are."""
+    total = (found.clean - found.corrupted).detach().cpu().double().abs()
+    if not normalize:
+        return torch.ones_like(total)
+    there = total >= least
+    if not there.any():
+        raise ValueError(
+            f"the metric moves by {least} or more on none of {len(total)} prompts: nothing to normalise by, "
+            "take normalize=False"
+        )
+    return torch.where(there, 1 / total, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Which cells to run, and what is left
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which cells are run.
+
+    Attributes:
+        flagged: those of the largest scores.
+        draws: those drawn at random of the rest, as places in the flattened cells, some of them drawn repeatedly.
+        chance: with which probability a draw is of each cell; 0 where nothing is left to be known.
+    """
+
+    flagged: Bool[Tensor, "prompt _ *cell"]
+    draws: Int[Tensor, " draw"]
+    chance: Float[Tensor, "prompts _ *cell"]  # of one prompt, if cells are drawn for all of them
+
+    @property
+    def drawn(self) -> Bool[Tensor, "prompt _ *cell"]:
+        return _mask(self.chance, self.draws).expand(self.flagged.shape) & ~self.flagged
+
+    @property
+    def run(self) -> Bool[Tensor, "prompt _ *cell"]:
+        return self.flagged | self.drawn
+
+
+def planned(
+    score: Float[Tensor, "prompt _ *cell"],
+    size: Float[Tensor, "prompt _ *cell"],
+    price: Float[Tensor, "prompt _ *cell"],
+    budget: float,
+    *,
+    together: bool,
+    whole_draws: bool = False,
+    share: float | int = SHARE,
+    seed: int = 0,
+) -> Plan:
+    """The cells of the largest scores that the budget pays for, but for its share for a random sample of the others.
+
+    Half of the draws are of the rest as it is, half in proportion to size: errors are large where effects are.
+
+    Args:
+        size: what is thought to be there, in the units in which the error is measured; 0 where it does not count.
+        price: 0 for cells that need no run.
+        together: cells are flagged for all prompts or for none, by their mean score.
+        whole_draws: they are drawn so, too.
+    """
+    grouped = _summed if together else _each
+    prices = grouped(price)
+    order = grouped(score).flatten().argsort(descending=True, stable=True)
+    order = order[prices.flatten()[order] > 0]
+    sample = _for_sample(_summed(price) if whole_draws else price, budget, share)
+    everything = float(price.sum()) <= budget
+    paid = order if everything else _paid(order, prices.flatten(), budget - sample)
+    flagged = _mask(prices, paid).expand(price.shape) & (price > 0)
+    grouped = _summed if whole_draws else _each
+    unflagged = (price > 0) & ~flagged
+    pool, size, price = (grouped(x * unflagged) for x in (torch.ones_like(size) * (size > 0), size, price))
+    chance = (_share(pool > 0) + _share(size)) / 2
+    rest = budget - float(prices.flatten()[paid].sum())
+    draws = _draws(chance.flatten(), price.flatten(), rest if share else 0.0, seed)
+    return Plan(flagged, draws, chance)
+
+
+def _mask(like: Tensor, chosen: Tensor) -> Tensor:
+    mask = torch.zeros(like.numel(), dtype=torch.bool)
+    mask[chosen] = True
+    return mask.view(like.shape)
+
+
+def _paid(order: Tensor, prices: Tensor, budget: float) -> Tensor:
+    """As many as the budget pays, in order; what is too dear is passed over."""
+    chosen = []
+    while len(order):
+        cost = prices[order].cumsum(0)
+        n = int((cost <= budget).sum())
+        chosen.append(order[:n])
+        budget -= float(cost[n - 1]) if n else 0.0
+        order = order[n:]
+        order = order[prices[order] <= budget]
+    return torch.cat(chosen) if chosen else order
+
+
+def _for_sample(price: Tensor, budget: float, share: float | int) -> float:
+    """What of the budget goes to the sample."""
+    dear = price[price > 0]
+    if not share or not len(dear):
+        return 0.0
+    return max(share * budget, min(DRAWN * float(dear.mean()), budget / 2))
+
+
+def _each(x: Tensor) -> Tensor:
+    return x
+
+
+def _summed(x: Tensor) -> Tensor:
+    return x.sum(0, keepdim=True)
+
+
+def _share(x: Tensor) -> Tensor:
+    total = x.double().sum()
+    return x / total if total > 0 else torch.zeros_like(x, dtype=torch.float64)
+
+
+def _draws(chance: Tensor, price: Tensor, budget: float, seed: int) -> Int[Tensor, " draw"]:
+    """Draws, with replacement, until the next one is too dear; what is drawn again costs nothing more."""
+    expected = float((chance * price).sum())
+    most = int(min(2 * budget / expected, MOST_DRAWS)) if expected > 0 and budget > 0 else 0
+    if not most:
+        return torch.zeros(0, dtype=torch.long)
+    draws = torch.multinomial(chance, most, replacement=True, generator=torch.Generator().manual_seed(seed))
+    first = torch.zeros(most, dtype=torch.bool)
+    first[torch.from_numpy(np.unique(draws.numpy(), return_index=True)[1])] = True
+    return draws[: int(((price[draws] * first).cumsum(0) <= budget).sum())]
+
+
+def error_left(
+    values: Float[Tensor, "prompt _ *cell"],
+    exact: Float[Tensor, "prompt _ *cell"],
+    plan: Plan,
+    weight: Float[Tensor, " prompt"],
+    *,
+    seed: int = 0,
+) -> ErrorLeft:
+    """The error of the estimates that are left, from those that were drawn.
+
+    Args:
+        exact: what was run; anything elsewhere.
+        weight: of each prompt; 0: it does not count.
+    """
+    weight = weight.view(-1, *[1] * (values.ndim - 1))
+    error, size = (torch.where(plan.run, x.abs() * weight, 0.0) for x in (values - exact, exact))
+    flagged = float(size[plan.flagged].sum())
+    error, size = ((x * ~plan.flagged).sum(0) if len(plan.chance) < len(x) else x for x in (error, size))
+    distinct = plan.draws.unique()
+    left = int((plan.chance > 0).sum()) - len(distinct)
+    if not left:
+        return ErrorLeft(0.0, (0.0, 0.0), len(distinct), 0)
+    if not len(distinct):
+        return ErrorLeft(math.nan, (math.nan, math.nan), 0, left)
+    # Each draw by itself says what the whole error and size of the cells not flagged are, unbiased; what is drawn is
+    # exact and no longer wrong.
+    chance = plan.chance.flatten()[plan.draws]
+    errors, sizes = (x.flatten()[plan.draws] / chance for x in (error, size))
+    errors, sizes = (errors - error.flatten()[distinct].sum()).numpy(), (sizes + flagged).numpy()
+    bounds = ratio_interval(errors, sizes, seed=seed) if len(distinct) > 1 else (math.nan, math.nan)
+    low, high = (float(np.maximum(bound, 0)) for bound in bounds)
+    return ErrorLeft(max(0.0, float(ratio(errors.sum(), sizes.sum()))), (low, high), len(distinct), left)
