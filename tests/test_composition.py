@@ -108,6 +108,15 @@ def test_nor_is_what_happens_inside_mlps():
         virtual_weights(experts, "L0.mlp", "logits")
 
 
+def test_a_head_set_to_zero_scores_zero():
+    model = make_model("LN")
+    given = lens.parameters(model)
+    given["blocks.0.attn.W_O"][1] = 0
+    given["blocks.1.attn.W_Q"][2] = 0
+    scores = composition_scores(model, "Q")
+    assert not scores[0, 1].any() and not scores[0, :, 1, 2].any() and scores[0, 0, 1, 0] > 0
+
+
 def test_one_layer_has_no_later_one():
     assert not composition_scores(make_model(None, n_layers=1), "Q").any()
 

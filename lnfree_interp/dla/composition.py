@@ -100,7 +100,8 @@ def composition_scores(model: ModelOrName, kind: str) -> Float[Tensor, "layer he
         for i, sender in enumerate(senders[:j]):
             both = sender.flatten(0, 1) @ receiver.transpose(0, 1).flatten(1)  # [head d_head, later_head d_head]
             size = both.unflatten(0, sender.shape[:2]).unflatten(-1, (n_heads, -1)).norm(dim=(1, 3))
-            scores[i, :, j] = size / (sender.norm(dim=(1, 2))[:, None] * receiver.norm(dim=(1, 2)))
+            whole = sender.norm(dim=(1, 2))[:, None] * receiver.norm(dim=(1, 2))
+            scores[i, :, j] = size / whole.clamp(min=torch.finfo(whole.dtype).tiny)  # of a head set to zero: 0
     return scores
 
 
