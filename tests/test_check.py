@@ -153,7 +153,7 @@ def test_the_command_on_embedded_models(name, capsys):
     assert command.main([name, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert "log-probabilities = the Hugging Face model's" in printed and "FAILS" not in printed
-    assert f"All {37 if name == 'tiny-noLN' else 34} laws that were measured hold." in printed
+    assert f"All {41 if name == 'tiny-noLN' else 38} laws that were measured hold." in printed
     assert "activation patching: of each cell only what it changes" in printed
 
 
