@@ -9,6 +9,7 @@ Without a norm that sum is exact; with one the scale is held too, and `discrepan
 from __future__ import annotations
 
 from dataclasses import replace
+from numbers import Real
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -136,7 +137,7 @@ def attribution_graph(
 
 
 def _share(value: float, what: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= 1:
         raise ValueError(f"{what} is {value!r}; it must be above 0 and at most 1")
     return float(value)
 

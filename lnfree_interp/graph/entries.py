@@ -212,9 +212,9 @@ def discrepancy(nodes: Sequence[Nodes], held: Held, adjacency: Float[Tensor, "re
         entry, c, where = entry[:, senders], vectors[senders], pos[senders]
         exact = entry
         if not readers.norm.linear:
-            x, share = readers.stream[where], readers.share[:, where]
-            before, after = readers.scale[where].T, readers.norm.scale(x - c).T
-            exact = share * (readers.u @ x.T / before - readers.u @ (x - c).T / after)
+            whole, part = (readers.u @ readers.stream.T)[:, where], readers.u @ c.T
+            before, after = readers.scale[where].T, readers.norm.scale(readers.stream[where] - c).T
+            exact = readers.share[:, where] * (whole / before - (whole - part) / after)
             exact = torch.where(entry == 0, 0.0, exact)
         wrong, right = wrong + float((entry - exact).abs().sum()), right + float(exact.abs().sum())
     return wrong / right if right else 0.0

@@ -49,13 +49,14 @@ class AttributionGraph:
             along its direction), the logit itself; 0 of tokens, biases, what is left out.
         activations: what each node writes: a neuron its activation, a token, head or MLP the length of its vector, the
             logit its probability (0 of a difference); 0 of biases, what is left out.
-        influence: each node's share in the logit, in [0, 1], over all paths of absolute entries, each receiver's
-            divided by their sum; 1 of the logit.
+        influence: each node's share in the logit, in [0, 1]: over all paths in this graph, the product of the entries'
+            sizes, as shares of those of all entries of their receiver. 1 of the logit; tokens, biases and what is left
+            out, where all paths begin, sum to 1.
         effects: by how many logits the logit falls, over all paths, when the node's vector is taken out while
             patterns, scales and ratios stay; of what is left out, all of it. Of the logit its value.
         discrepancy: with norms, sum |entry - exact| / sum |exact| over the entries that are kept, exact being what
             the input loses when the sender's vector is taken out of the stream and the norm computed again.
-        kept: the share of the influence that the nodes here hold.
+        kept: the share of the influence, before pruning, of all heads and neurons (or MLPs) that those here hold.
         model: its name.
         n_layers: its blocks.
         target, versus: the logit's token id, and the one whose logit is subtracted.
