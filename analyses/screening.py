@@ -57,7 +57,7 @@ METHODS = {
     "RelP": Method({"method": "relp"}),
     "AtP*": Method({"method": "atp_star"}),
     "second order, joint": Method({"method": "second_order", "joint": True}, "correction"),
-    "the same by reliability": Method({"method": "second_order", "joint": True}, "reliability"),
+    "joint, by reliability": Method({"method": "second_order", "joint": True}, "reliability"),
     "second order": Method({"method": "second_order"}, "correction"),
 }
 
@@ -316,7 +316,7 @@ def run(args: argparse.Namespace) -> None:
     table = common.rounded(pd.concat(tables, ignore_index=True))
     first = ["model", "pairs", "site", "prompts", "cells"]
     table = table[[*first, *(c for c in table.columns if c not in first)]]
-    page.write(table, args, args.out, PAGE if args.out.resolve() == OUT else args.out / PAGE.name)
+    page.write(table, list(METHODS), args, args.out, PAGE if args.out.resolve() == OUT else args.out / PAGE.name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,14 +22,15 @@ if TYPE_CHECKING:
 REAL = "SmolLM2-135M"
 ENOUGH = 0.05
 """The error left at which a screening is compared with running everything."""
+LOWEST, HIGHEST = 0.005, 2.0
 MEASURES = {"recall": "recall of the top {k}", "error": "error left / effects"}
 
 
-def figure(table: pd.DataFrame, measure: str, k: int) -> go.Figure:
+def figure(table: pd.DataFrame, methods: Sequence[str], measure: str, k: int) -> go.Figure:
     """A panel per model and site; forwards on the x axis, a line per method."""
     from plotly.subplots import make_subplots
 
-    models, sites, methods = (list(table[c].unique()) for c in ("model", "site", "method"))
+    models, sites = (list(table[c].unique()) for c in ("model", "site"))
     titles = [f"{model}, {site}" for model in models for site in sites]
     fig = make_subplots(
         rows=len(models),
@@ -41,17 +44,22 @@ def figure(table: pd.DataFrame, measure: str, k: int) -> go.Figure:
         part = table[(table.model == model) & (table.site == site)]
         for i, method in enumerate(methods):
             line = part[part.method == method]
+            if not len(line):
+                continue
+            value, low, high = (line[f"{measure}{end}"] for end in ("", "_low", "_high"))
+            if measure == "error":  # what is beyond the panel is drawn at its edge
+                value, low, high = (x.clip(LOWEST, HIGHEST) for x in (value, low, high))
             fig.add_scatter(
                 x=line.forwards,
-                y=line[measure],
-                error_y=common.bars(line[measure], line[f"{measure}_low"], line[f"{measure}_high"])
-                | {"width": 0, "thickness": 0.7},
+                y=value,
+                error_y=common.bars(value, low, high) | {"width": 0, "thickness": 0.7},
+                customdata=line[measure],
                 name=method,
                 legendgroup=method,
                 mode="lines+markers",
                 marker={"size": 4},
-                line={"color": COLOURS[i % len(COLOURS)], "width": 1.5, "dash": "dot" if i >= len(COLOURS) else None},
-                hovertemplate=f"{method}: %{{y:.3f}} at %{{x:.2f}} forwards<extra></extra>",
+                line={"color": COLOURS[max(0, i - 1)], "width": 1.5, "dash": None if i else "dot"},
+                hovertemplate=f"{method}: %{{customdata:.3f}} at %{{x:.2f}} forwards<extra></extra>",
                 row=row,
                 col=col,
             )
@@ -60,16 +68,19 @@ def figure(table: pd.DataFrame, measure: str, k: int) -> go.Figure:
             fig.add_vline(x=part.everything.iloc[0], line=everything, row=row, col=col)
     names = set()
     fig.for_each_trace(lambda t: t.update(showlegend=not (t.name in names or names.add(t.name))))
-    fig.update_yaxes(rangemode="tozero")
     if measure == "recall":
         fig.update_yaxes(range=[0, 1.05])
+    else:
+        ticks = (0.01, 0.03, 0.1, 0.3, 1)
+        bounds = [math.log10(0.9 * LOWEST), math.log10(1.1 * HIGHEST)]
+        fig.update_yaxes(type="log", range=bounds, tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
     fig.update_yaxes(title_text=MEASURES[measure].format(k=k), col=1)
     fig.update_xaxes(title_text="forwards", row=len(models))
     title = f"{MEASURES[measure].format(k=k).capitalize()} against forwards, the estimate's included"
     styled(fig, title=title, height=170 + 230 * len(models), width=1100)
     fig.update_annotations(font_size=12)
     legend = {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0}
-    return fig.update_layout(legend=legend, margin={"b": 110})
+    return fig.update_layout(legend=legend, margin={"b": 140})
 
 
 def number(row, measure: str) -> str:
@@ -139,7 +150,7 @@ on all prompts or on none.{real}
 
 Flags: *gradient*, *integrated*, *RelP* and *AtP\\** run the largest estimates; *gradient against integrated* the
 largest differences of the two; *second order* (one Hessian-vector product per layer where joint, else one per cell; for
-edges one for all) the largest corrections, |estimate| x reliability, and *the same by reliability* the largest
+edges one for all) the largest corrections, |estimate| x reliability, and *joint, by reliability* the largest
 reliabilities alone, as arXiv 2606.09899 has it. *No estimate* runs cells at random and says 0 of the rest.
 
 {figures}
@@ -172,13 +183,16 @@ def said(short: pd.DataFrame) -> str:
     never = [m for m in short.method.unique() if m != "no estimate" and m not in set(pays.method)]
     if never:
         lines.append(f"- Nowhere cheaper than running everything: {', '.join(never)}.")
+    for site, part in short[short.method == "gradient"].groupby("site", sort=False):
+        alone = "; ".join(f"{r.model} {r.error}" for r in part.itertuples())
+        lines.append(f"- The gradient's error alone, {site if site == 'edges' else f'`{site}`'}: {alone}.")
     return "\n".join(lines)
 
 
-def write(table: pd.DataFrame, args, out: Path, where: Path) -> None:
+def write(table: pd.DataFrame, methods: Sequence[str], args, out: Path, where: Path) -> None:
     """Figures and table into `out`, the page to `where`."""
     for i, measure in enumerate(MEASURES):
-        fig = figure(table, measure, args.top)
+        fig = figure(table, methods, measure, args.top)
         cli.save(out, measure, None, fig)
         if i == 0:
             cli.save(out, "curves", table)

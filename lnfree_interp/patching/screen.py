@@ -97,7 +97,8 @@ class Screening:
             names = (self.effect.senders, self.effect.receivers)
             at = [[n.index(label) for label in table[c]] for n, c in zip(names, ("sender", "receiver"))]
             estimate, fixed = estimate.mean(0)[at[0], at[1]], fixed.all(0)[at[0], at[1]]
-        table["estimate"], table["fixed"] = estimate.flatten().numpy(), fixed.flatten().numpy()
+        table["estimate"] = estimate.flatten().numpy().astype(table["effect"].dtype)
+        table["fixed"] = fixed.flatten().numpy()
         return table
 
 
