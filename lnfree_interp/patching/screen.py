@@ -165,7 +165,7 @@ def screen(
     estimate, other = estimate_of(method, options), None if against is None else estimate_of(against, {})
     model, pairs = as_model(model), as_pairs(pairs)
     request = checked(model, pairs.to("cpu"), site, metric, direction, layers, units, by_position)
-    where = {
+    where: dict[str, Any] = {
         "site": site,
         "metric": metric,
         "direction": direction,
@@ -275,7 +275,7 @@ def screened(
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, (bool, str)) or not (np.isscalar(value) and value >= 0):
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not value >= 0:
         raise ValueError(f"{name} is {value!r}, it must be a number of at least 0")
     return float(value)
 
@@ -456,7 +456,7 @@ def error_left(
     # exact and no longer wrong.
     chance = plan.chance.flatten()[plan.draws]
     errors, sizes = (x.flatten()[plan.draws] / chance for x in (error, size))
-    errors, sizes = (errors - error.flatten()[distinct].sum()).numpy(), (sizes + flagged).numpy()
-    bounds = ratio_interval(errors, sizes, seed=seed) if len(distinct) > 1 else (math.nan, math.nan)
+    wrong, all_of_it = (errors - error.flatten()[distinct].sum()).numpy(), (sizes + flagged).numpy()
+    bounds = ratio_interval(wrong, all_of_it, seed=seed) if len(distinct) > 1 else (math.nan, math.nan)
     low, high = (float(np.maximum(bound, 0)) for bound in bounds)
-    return ErrorLeft(max(0.0, float(ratio(errors.sum(), sizes.sum()))), (low, high), len(distinct), left)
+    return ErrorLeft(max(0.0, float(ratio(wrong.sum(), all_of_it.sum()))), (low, high), len(distinct), left)
