@@ -21,11 +21,7 @@ from .evaluate import (
     loss_table as loss_table,
 )
 from .finetune import remove_layernorm as remove_layernorm
-from .graph import (
-    AttributionGraph as AttributionGraph,
-    GraphNode as GraphNode,
-    attribution_graph as attribution_graph,
-)
+from .graph import AttributionGraph as AttributionGraph, GraphNode as GraphNode, attribution_graph as attribution_graph
 from .metrics import (
     Metric as Metric,
     cross_entropy as cross_entropy,
