@@ -68,7 +68,7 @@ def screen_edges(
     on_cpu, weights = pairs.to("cpu"), read_weights(model)
     request = checked(model, on_cpu, "resid_pre", metric, direction, None, None, False)
     forward = forward_flops(model, request.n_pos) * len(pairs)
-    where = {"metric": metric, "direction": direction, "max_memory": max_memory}
+    where: dict[str, Any] = {"metric": metric, "direction": direction, "max_memory": max_memory}
     estimate = partial(edge_attribution, model, pairs, **where)
     work = Work(
         estimate=partial(estimate, method=method, **options),
