@@ -28,6 +28,8 @@ from lnfree_interp import (
     compare_models,
     direct_effect,
     direct_logit_attribution,
+    edge_attribution,
+    edge_patching,
     evaluate_loss,
     generate_samples,
     hellaswag,
@@ -133,6 +135,8 @@ def of_model(folder, pairs):
     return {
         "activation_patching": lambda m: activation_patching(m, pairs, layers=[0]),
         "attribution_patching": lambda m: attribution_patching(m, pairs, layers=[0]),
+        "edge_patching": lambda m: edge_patching(m, pairs, edges=[("embed", "logits")]),
+        "edge_attribution": lambda m: edge_attribution(m, pairs),
         "kl_from_clean": lambda m: kl_from_clean(m, pairs).context,
         "rank_confidence_neurons": rank_confidence_neurons,
         "read_weights": lambda m: read_weights(m).layers[-1].W_O,

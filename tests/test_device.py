@@ -28,6 +28,8 @@ from lnfree_interp import (
     cross_entropy,
     direct_effect,
     direct_logit_attribution,
+    edge_attribution,
+    edge_patching,
     entropy,
     evaluate_loss,
     generate_samples,
@@ -230,12 +232,21 @@ CASES = {
     ),
     "attribution_patching:atp_star": patching(attribution_patching, method="atp_star", site="q"),
     "attribution_patching:relp": patching(attribution_patching, method="relp"),
+    "edge_patching": patching(edge_patching),
+    "edge_patching:some": patching(edge_patching, edges=[("L0H1", "L1H0.k"), ("embed", "logits")], metric=last_logit),
+    "edge_attribution:gradient": patching(edge_attribution),
+    "edge_attribution:plain": patching(edge_attribution, metric=last_logit, direction="noising"),
+    "edge_attribution:integrated": patching(edge_attribution, method="integrated", steps=2),
+    "edge_attribution:second_order": patching(edge_attribution, method="second_order"),
+    "edge_attribution:atp_star": patching(edge_attribution, method="atp_star"),
+    "edge_attribution:relp": patching(edge_attribution, method="relp"),
 } | {
     f"activation_patching:{site}": patching(activation_patching, site=site)
     for site in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
 }
 # These have no other path, or (the sites that differ only by name) share one.
 ONLY_FAST = {"attribution_patching:atp_star", "attribution_patching:relp", "remove_layernorm"}
+ONLY_FAST |= {"edge_attribution:atp_star", "edge_attribution:relp"}
 ONLY_FAST |= {f"activation_patching:{site}" for site in ("resid_mid", "resid_post", "attn_out", "q", "k", "v")}
 
 # These choose a device or know of none; the first is `test_models`'.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -46,34 +46,35 @@ def of_second_order(case: EdgeCase, estimate: SecondOrder) -> Found:
     window, along = case.sides.window, case.entering["source"] - case.entering["base"]
     resid = case.entering["base"].clone().requires_grad_()
     case, value = _run_from(case, resid, explicit_attention(window.model.cfg.n_layers, 0))
-    nodes = {"entering": resid} | case.nodes
-    first = gradients(value, nodes, create_graph=True)
-    second = gradients((first["entering"] * along).sum((1, 2)), case.nodes, create_graph=True)
-    moving = {} if window.weights is None else _derivatives(case.streams, resid, along)
-    first, second, streams = ({k: x.detach() for k, x in xs.items()} for xs in (first, second, case.streams))
-    case = replace(case, streams=streams)
+    grads = gradients(value, {"entering": resid} | case.nodes, create_graph=True)
+    streams = list(case.streams.values())
+    moving = dict(zip(case.streams, _derivatives(streams, [resid], [along]) if streams else ()))
+    second = gradients((grads["entering"] * along).sum((1, 2)), case.nodes)
+    first, still = ({name: x.detach() for name, x in xs.items()} for xs in (grads, case.streams))
+    case = replace(case, streams=still)
 
     def receive(layer: int, kind: str, rows: slice, at: slice) -> tuple[Tensor, Tensor]:
-        x, grads = gradients_at(case, first, layer, kind, rows, at)
-        dx, dgrads = gradients_at(replace(case, streams=moving), second, layer, kind, rows, at)
+        x, here = gradients_at(case, first, layer, kind, rows, at)
+        dx, changes = gradients_at(replace(case, streams=moving), second, layer, kind, rows, at)
         if x is None or dx is None:  # gradients at the copies themselves
-            return tuple(brought_back(window.weights, layer, kind, None, g) for g in (grads, dgrads))
-
-        def back(x: Tensor, *grads: Tensor) -> Tensor:
-            return brought_back(window.weights, layer, kind, x, grads)
-
-        return torch.func.jvp(back, (x, *grads), (dx, *dgrads))
+            one, other = (brought_back(window.weights, layer, kind, None, g) for g in (here, changes))
+            return one, other
+        inputs = [t.clone().requires_grad_() for t in (x, *here)]
+        at_copies = brought_back(window.weights, layer, kind, inputs[0], inputs[1:])
+        (derivative,) = _derivatives([at_copies], inputs, [dx, *changes])
+        return at_copies.detach(), derivative
 
     value, curvature = contracted(case, receive)
     return value + curvature / 2, torch.where(curvature == 0, 0.0, curvature.abs() / (2 * value.abs()))
 
 
-def _derivatives(streams: dict[str, Tensor], resid: Tensor, along: Tensor) -> dict[str, Tensor]:
-    """Of streams along a change of what enters: of a product of their Jacobian from the left, the derivative by what it
-    is multiplied with."""
-    left = [torch.zeros_like(x, requires_grad=True) for x in streams.values()]
-    (product,) = torch.autograd.grad(list(streams.values()), resid, left, create_graph=True)
-    return dict(zip(streams, torch.autograd.grad((product * along).sum(), left, materialize_grads=True)))
+def _derivatives(made: Sequence[Tensor], inputs: Sequence[Tensor], along: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of what was made of inputs, along changes of them: of the product of the Jacobian with something from the left,
+    the derivative by that something."""
+    left = [torch.zeros_like(x, requires_grad=True) for x in made]
+    pulled = torch.autograd.grad(made, inputs, left, create_graph=True, materialize_grads=True)
+    product = torch.stack([(x * d).sum() for x, d in zip(pulled, along)]).sum()
+    return torch.autograd.grad(product, left, materialize_grads=True)
 
 
 def _run_from(case: EdgeCase, resid: Tensor, hooks: dict[str, Callable] | None = None) -> tuple[EdgeCase, Tensor]:

@@ -22,8 +22,7 @@ from ..cells import Cells, MetricLike, PairsLike, Request, checked, itemsize, me
 from ..changes import Sweep, at_positions, by_heads, change_of_keys, keys_of, of_units, sweep_of
 from ..reading import Sample, check_finite, check_rows, read_metric
 from ..runs import numbers_kept
-from ..sweep import Rows, carried, rows_from
-from ..sweep import finals as final_streams
+from ..sweep import Rows, carried, finals, rows_from
 from ..tally import Tally
 from . import hooked as through_hooks
 from .cells import Group, differing, find_edges, grouped, sent
@@ -155,16 +154,16 @@ def _patch(
     values = at_base.new_zeros(len(pairs), *mask.shape)
     max_rows, done = rows_at_a_time(model, weights, request, budget), 0
     for batch in batches(cells, request, max_rows):
-        finals: Iterable[tuple[Tensor, Tensor]]
+        found: Iterable[tuple[Tensor, Tensor]]
         if weights is not None:
             final = swept_edges(sweep, wiring, batch)
             if request.reads != sweep.reads:  # the metric's own order
                 final = final[:, torch.searchsorted(sweep.on_device, reads)]
-            finals = [(torch.arange(len(batch)), final)]
+            found = [(torch.arange(len(batch)), final)]
         else:
             n_runs = max(1, max_rows // request.n_read)
-            finals = through_hooks.final_residuals(model, wiring, request, base, source, batch, n_runs)
-        for index, rows in finals:
+            found = through_hooks.final_residuals(model, wiring, request, base, source, batch, n_runs)
+        for index, rows in found:
             c = batch[index]
             prompt, at = on_device(torch.stack([c.prompt, c.prompt * mask.numel() + c.unit]), device)
             values.view(-1)[at] = metric_of(rows, prompt) - at_base[prompt]
@@ -188,7 +187,7 @@ def swept_edges(sweep: Sweep, wiring: Wiring, cells: Cells) -> Tensor:
     joined = carried(
         sweep, min(groups), lambda i: [], lambda i: [rows_of(sweep, wiring, group) for group in groups.get(i, [])]
     )
-    return final_streams(sweep, cells.prompt, [*joined, *(rows_of(sweep, wiring, g) for g in groups.get(n_layers, []))])
+    return finals(sweep, cells.prompt, [*joined, *(rows_of(sweep, wiring, g) for g in groups.get(n_layers, []))])
 
 
 def rows_of(sweep: Sweep, wiring: Wiring, group: Group) -> Rows:
