@@ -29,6 +29,7 @@ SCRIPTS = (
     "training_curve",
     "dla_vs_direct_effect",
     "readers",
+    "graph_faithfulness",
     "attribution_vs_activation",
     "confidence_neurons",
     "norms_and_sinks",

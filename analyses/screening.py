@@ -162,7 +162,7 @@ def curves(case: Case, methods: Sequence[str], k: int, seed: int) -> pd.DataFram
     rows = []
     for name in methods:
         values, score, cost = scored(case, METHODS[name], found, seed)
-        planned_at = partial(planned, score, values.abs() * weight, case.price, together=True)
+        planned_at = partial(planned, score, values.abs() * weight, case.price, together=True, counts=case.weight > 0)
         row = {"method": name, "flag": METHODS[name].flag, "cost": cost, "everything": case.of_runs + every}
         if cost:
             samples = (planned_at(every * COVERED_AT, whole_draws=case.together, seed=s) for s in range(SEEDS))

@@ -436,7 +436,8 @@ def test_errors_left_are_estimated_without_bias(whole_draws):
     found, truth, covered = [], [], []
     budget = 3.0
     for seed in range(80):
-        plan = planned(values.abs(), size, price, budget, together=True, whole_draws=whole_draws, share=0.4, seed=seed)
+        options = {"counts": weight > 0, "whole_draws": whole_draws, "share": 0.4, "seed": seed}
+        plan = planned(values.abs(), size, price, budget, together=True, **options)
         assert float(price[plan.run].sum()) <= budget and not (plan.drawn & plan.flagged).any()
         left = error_left(values, exact, plan, weight, seed=seed)
         error, everything = ((x * weight.view(-1, 1, 1)) for x in ((values - exact).abs(), exact.abs()))
@@ -463,6 +464,15 @@ def test_intervals_hold_on_models(random_model):
                 assert left.drawn > 5 and left.left > 5 and truth > 0
                 covered.append(left.interval[0] <= truth <= left.interval[1])
     assert sum(covered) > 0.75 * len(covered)
+
+
+def test_cells_of_which_an_estimate_says_nothing_are_drawn_too():
+    exact = torch.ones(4, 2, 10, dtype=torch.float64)
+    values = torch.zeros_like(exact)
+    for whole_draws in (False, True):
+        plan = planned(values, values, exact, 40.0, together=True, whole_draws=whole_draws, share=0.5)
+        left = error_left(values, exact, plan, torch.ones(4))
+        assert left.relative == pytest.approx(float((~plan.run).double().mean())) and left.drawn > 1
 
 
 def test_what_is_left_when_all_is_drawn_but_one():

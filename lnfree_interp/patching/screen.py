@@ -249,6 +249,7 @@ def screened(
         price,
         budget - work.of_runs,
         together=work.together or not each_prompt,
+        counts=weight > 0,
         whole_draws=work.together,
         share=share,
         seed=seed,
@@ -345,6 +346,7 @@ def planned(
     budget: float,
     *,
     together: bool,
+    counts: Bool[Tensor, " prompt"] | None = None,
     whole_draws: bool = False,
     share: float | int = SHARE,
     seed: int = 0,
@@ -354,10 +356,11 @@ def planned(
     Half of the draws are of the rest as it is, half in proportion to size: errors are large where effects are.
 
     Args:
-        size: what is thought to be there, in the units in which the error is measured; 0 where it does not count.
+        size: what is thought to be there, in the units in which the error is measured.
         price: 0 for cells that need no run.
         together: cells are flagged for all prompts or for none, by their mean score.
-        whole_draws: they are drawn so, too.
+        counts: the prompts whose errors count; None: all.
+        whole_draws: cells are drawn so, too.
     """
     grouped = _summed if together else _each
     prices = grouped(price)
@@ -369,8 +372,9 @@ def planned(
     flagged = _mask(prices, paid).expand(price.shape) & (price > 0)
     grouped = _summed if whole_draws else _each
     unflagged = (price > 0) & ~flagged
-    pool, size, price = (grouped(x * unflagged) for x in (torch.ones_like(size) * (size > 0), size, price))
-    chance = (_share(pool > 0) + _share(size)) / 2
+    open_ = unflagged if counts is None else unflagged & counts.view(-1, *[1] * (price.ndim - 1))
+    pool, size, price = grouped(open_.double()) > 0, grouped(size * open_), grouped(price * unflagged)
+    chance = _share(_share(pool) + _share(size))
     rest = budget - float(prices.flatten()[paid].sum())
     draws = _draws(chance.flatten(), price.flatten(), rest if share else 0.0, seed)
     return Plan(flagged, draws, chance)
@@ -456,7 +460,7 @@ def error_left(
     # exact and no longer wrong.
     chance = plan.chance.flatten()[plan.draws]
     errors, sizes = (x.flatten()[plan.draws] / chance for x in (error, size))
-    wrong, all_of_it = (errors - error.flatten()[distinct].sum()).numpy(), (sizes + flagged).numpy()
-    bounds = ratio_interval(wrong, all_of_it, seed=seed) if len(distinct) > 1 else (math.nan, math.nan)
+    a, b = (errors - error.flatten()[distinct].sum()).numpy(), (sizes + flagged).numpy()
+    bounds = ratio_interval(a, b, seed=seed) if len(distinct) > 1 else (math.nan, math.nan)
     low, high = (float(np.maximum(bound, 0)) for bound in bounds)
-    return ErrorLeft(max(0.0, float(ratio(wrong.sum(), all_of_it.sum()))), (low, high), len(distinct), left)
+    return ErrorLeft(max(0.0, float(ratio(a.sum(), b.sum()))), (low, high), len(distinct), left)
