@@ -101,9 +101,9 @@ def edge_attribution(
             here = slice(i, i + n_together)
             part = request.of_prompts(here, model.cfg.device)
             case = _case(model, part, pairs[here], weights, wiring, estimate, budget // 2)
-            at_base, at_source = case.sides.at_base, case.sides.at_source
-            check_finite(request, torch.stack([at_base, at_source], 1), first=i)
-            parts.append((*EFFECTS[type(estimate)](case, estimate), at_source, at_base))
+            metrics = case.sides.at_source, case.sides.at_base
+            check_finite(request, torch.stack(metrics, 1), first=i)
+            parts.append((*EFFECTS[type(estimate)](case, estimate), *metrics))
             if progress is not None:
                 progress(min(len(pairs), i + n_together), len(pairs))
     values, reliability, at_source, at_base = zip(*parts)
