@@ -115,10 +115,11 @@ def _swap_norms(module: Any, adapter: Any, fields: Mapping[str, Any]) -> None:
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
     d_model, d_head, eps = fields["d_model"], fields["d_head"], float(fields.get("eps", 1e-5))
+    plain = {"elementwise_affine": False}  # run in place of its component where inputs are split by head
     kinds: dict[str | None, tuple[Any, Any]] = {
         None: (nn.Identity, GeneralizedComponent),
-        "LNPre": (nn.Identity, components.LayerNormPreBridge),
-        "RMSPre": (nn.Identity, components.RMSNormPreBridge),
+        "LNPre": (lambda: nn.LayerNorm(d_model, eps, **plain), components.LayerNormPreBridge),
+        "RMSPre": (lambda: nn.RMSNorm(d_model, eps, **plain), components.RMSNormPreBridge),
         "LN": (lambda: nn.LayerNorm(d_model, eps), components.NormalizationBridge),
         "RMS": (lambda: nn.RMSNorm(d_model, eps), components.RMSNormalizationBridge),
     }

@@ -515,6 +515,19 @@ def test_a_hook_that_a_bridge_never_runs_is_said():
 # TransformerLens 4's own tools on what load_model returns there
 
 
+@pytest.mark.skipif(HOOKED, reason="HookedTransformers run their norms in whatever way their inputs are split")
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama", "Qwen"])
+def test_split_inputs_are_normalised(model_of, kind):
+    model = model_of(kind)
+    tokens = random_tokens(model)
+    logits = model(tokens)
+    model.set_use_split_qkv_input(True)
+    try:
+        torch.testing.assert_close(model(tokens), logits)
+    finally:
+        model.set_use_split_qkv_input(False)
+
+
 @pytest.mark.skipif(HOOKED, reason="in TransformerLens 3.9 they are for its HookedTransformer, or not there")
 @pytest.mark.parametrize("checkpoint", ["tiny", "tiny-noLN"])
 def test_transformer_lens_own_tools_run_on_loaded_models(checkpoint):

@@ -90,6 +90,8 @@ def resolve(model: LensModel, reader: Reader, tokens: Int[Tensor, "batch pos"], 
     Raises:
         ValueError: it does not exist there; a direction of another size; a position that is not there.
     """
+    if not isinstance(reader, Reader):
+        raise ValueError(f"reader is a {type(reader).__name__}, not a Reader: Reader.neuron(layer, n), for example")
     if reader.kind == "logits":
         if (getattr(model.cfg, "output_logits_soft_cap", -1.0) or -1.0) > 0:
             raise ValueError("this model caps its logits with tanh, so they are not a sum over components")
