@@ -153,8 +153,8 @@ def curves(case: Case, methods: Sequence[str], k: int, seed: int) -> pd.DataFram
     import pandas as pd
     import torch
 
+    from lnfree_interp.patching.plans import planned
     from lnfree_interp.patching.prices import counted
-    from lnfree_interp.patching.screen import planned
 
     every_options = {repr(METHODS[name].options): METHODS[name].options for name in methods if METHODS[name].options}
     found = {key: counted(case.estimate, **options) for key, options in every_options.items()}
@@ -228,7 +228,7 @@ def error(found: Tensor, exact: Tensor, weight: Tensor, seed: int) -> dict[str, 
 
 def coverage(samples: Sequence, values: Tensor, case: Case) -> dict[str, float]:
     """How often the interval of the error left holds what is left, and how many cells it is made of on average."""
-    from lnfree_interp.patching.screen import error_left
+    from lnfree_interp.patching.plans import error_left
 
     weight = case.weight.view(-1, *[1] * (values.ndim - 1))
     error, size = ((values - case.values).abs() * weight, float((case.values.abs() * weight).sum()))

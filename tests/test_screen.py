@@ -27,8 +27,8 @@ from lnfree_interp.patching import (
 )
 from lnfree_interp.patching.cells import checked
 from lnfree_interp.patching.edges.screen import edge_prices, edge_runs_flops
+from lnfree_interp.patching.plans import Plan, error_left, planned
 from lnfree_interp.patching.prices import cell_prices, counted, forward_flops, runs_flops
-from lnfree_interp.patching.screen import Plan, error_left, planned
 from lnfree_interp.weights import read_weights
 
 CHANGED = ((2, 4), (5,), (3,))

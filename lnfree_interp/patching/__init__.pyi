@@ -23,5 +23,6 @@ from .estimates import (
     RelP as RelP,
     SecondOrder as SecondOrder,
 )
-from .screen import FLAGS as FLAGS, ErrorLeft as ErrorLeft, Screening as Screening, screen as screen
+from .plans import ErrorLeft as ErrorLeft
+from .screen import FLAGS as FLAGS, Screening as Screening, screen as screen
 from .sites import DIRECTIONS as DIRECTIONS, METHODS as METHODS, SITES as SITES

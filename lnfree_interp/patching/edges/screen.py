@@ -17,8 +17,9 @@ from ...pairs import PromptPairs, as_pairs
 from ...weights import Weights, read_weights
 from ..cells import MetricLike, PairsLike, Request, checked, may_matter, tokens_differ
 from ..estimates import Estimate
+from ..plans import SHARE
 from ..prices import Block, forward_flops, read_flops, rest_flops, runs_flops
-from ..screen import SHARE, Screening, Work, screened
+from ..screen import Screening, Work, screened
 from ..sites import LEAST
 from .attribution import edge_attribution
 from .patching import edge_patching
