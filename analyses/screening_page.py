@@ -12,8 +12,6 @@ import common
 from real_model_page import markdown
 
 from lnfree_interp import cli
-from lnfree_interp.figures.style import COLOURS, styled
-from lnfree_interp.patching.sites import LEAST as LEAST
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +27,8 @@ MEASURES = {"recall": "recall of the top {k}", "error": "error left / effects"}
 def figure(table: pd.DataFrame, methods: Sequence[str], measure: str, k: int) -> go.Figure:
     """A panel per model and site; forwards on the x axis, a line per method."""
     from plotly.subplots import make_subplots
+
+    from lnfree_interp.figures.style import COLOURS, styled
 
     models, sites = (list(table[c].unique()) for c in ("model", "site"))
     titles = [f"{model}, {site}" for model in models for site in sites]

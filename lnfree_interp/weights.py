@@ -263,7 +263,13 @@ def normalises_writes(model: LensModel) -> bool:
     if is_bridge(model):
         return not bridge.writes_plainly(model)
     after = getattr(model.cfg, "use_normalization_before_and_after", False)
-    return bool(after) or model.cfg.original_architecture in ("Olmo2ForCausalLM", "Olmo3ForCausalLM")
+    return bool(after) or normalises_writes_alone(model)
+
+
+def normalises_writes_alone(model: LensModel) -> bool:
+    """Whether no norm comes before attention and MLP: they read the stream as it is."""
+    names = {getattr(model.cfg, name, None) for name in ("original_architecture", "architecture")}
+    return bool(names & {"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
 
 
 def own_hooks(model: LensModel | torch.nn.Module | None) -> tuple[str, ...]:

@@ -19,17 +19,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lnfree_interp
 from lnfree_interp import (
+    Reader,
     ablate_cumulatively,
     ablate_neurons,
     activation_patching,
+    attention_score_attribution,
     attention_sinks,
+    attribution_graph,
     attribution_patching,
+    attribution_to,
+    attributions_to,
     check_model,
     compare_models,
+    composition_scores,
     direct_effect,
     direct_logit_attribution,
     edge_attribution,
     edge_patching,
+    effect_on,
     evaluate_loss,
     generate_samples,
     hellaswag,
@@ -43,6 +50,9 @@ from lnfree_interp import (
     read_documents,
     read_weights,
     residual_norms,
+    screen,
+    screen_edges,
+    virtual_weights,
     why_not_read,
 )
 from lnfree_interp.batching import check_ids, check_tokens, token_batches
@@ -121,6 +131,10 @@ OF_TOKENS = {
     "attention_sinks": attention_sinks,
     "evaluate_loss": evaluate_loss,
     "compare_models": lambda model, tokens: compare_models({"m": model}, tokens),
+    "attribution_to": lambda model, tokens: attribution_to(model, tokens, Reader.neuron(1, 3)),
+    "effect_on": lambda model, tokens: effect_on(model, tokens, Reader.query(1, 0), top=3),
+    "attributions_to": lambda model, tokens: list(attributions_to(model, tokens, Reader.value(1, 0))),
+    "attention_score_attribution": lambda model, tokens: attention_score_attribution(model, tokens, 1, 0),
 }
 
 
@@ -137,6 +151,11 @@ def of_model(folder, pairs):
         "attribution_patching": lambda m: attribution_patching(m, pairs, layers=[0]),
         "edge_patching": lambda m: edge_patching(m, pairs, edges=[("embed", "logits")]),
         "edge_attribution": lambda m: edge_attribution(m, pairs),
+        "screen": lambda m: screen(m, pairs, budget=3, site="z", seed=1),
+        "screen_edges": lambda m: screen_edges(m, pairs, budget=3, seed=1),
+        "attribution_graph": lambda m: attribution_graph(m, TEXT),
+        "composition_scores": lambda m: composition_scores(m, "K"),
+        "virtual_weights": lambda m: virtual_weights(m, "L0H1", "L1.mlp").AB,
         "kl_from_clean": lambda m: kl_from_clean(m, pairs).context,
         "rank_confidence_neurons": rank_confidence_neurons,
         "read_weights": lambda m: read_weights(m).layers[-1].W_O,

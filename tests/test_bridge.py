@@ -13,10 +13,12 @@ from conftest import HOOKED, random_tokens, randomise
 
 from lnfree_interp import (
     PromptPairs,
+    Reader,
     ablate_neurons,
     activation_patching,
     attention_sinks,
     attribution_patching,
+    attribution_to,
     direct_logit_attribution,
     evaluate_loss,
     forward,
@@ -496,6 +498,11 @@ def test_architectures_that_would_come_out_wrong_are_refused(unread):
     for by in ("head", "neuron"):
         with pytest.raises(ValueError, match=f"by='{by}' is undefined"):
             direct_logit_attribution(model, random_tokens(model), by=by)
+    tokens = random_tokens(model)
+    for reader, hook in ((Reader.query(1), "attn.hook_q"), (Reader.neuron(1), "mlp.hook_pre")):
+        found = attribution_to(model, tokens, reader)  # of the stream itself: no norm comes before
+        wanted = model.run_with_cache(tokens)[1][f"blocks.1.{hook}"].flatten(2).permute(2, 0, 1)
+        torch.testing.assert_close(found.values.sum(1) + found.bias, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_ln_free_bridges_have_an_affine_norm():

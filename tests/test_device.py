@@ -17,19 +17,26 @@ from virtual_device import DEVICE, MISSING, host_syncs, on_device, register
 import lnfree_interp
 from lnfree_interp import (
     PromptPairs,
+    Reader,
     ablate_cumulatively,
     ablate_neurons,
     activation_patching,
+    attention_score_attribution,
     attention_sinks,
     attribution_error,
+    attribution_graph,
     attribution_patching,
+    attribution_to,
+    attributions_to,
     check_model,
     compare_models,
+    composition_scores,
     cross_entropy,
     direct_effect,
     direct_logit_attribution,
     edge_attribution,
     edge_patching,
+    effect_on,
     entropy,
     evaluate_loss,
     generate_samples,
@@ -44,6 +51,9 @@ from lnfree_interp import (
     patching_error,
     rank_confidence_neurons,
     residual_norms,
+    screen,
+    screen_edges,
+    virtual_weights,
 )
 from lnfree_interp.layernorm import collect_std, export_ln_free, freeze, make_removable, removal_sites, update_averages
 from lnfree_interp.metrics import kl_from_clean, right_log_prob
@@ -240,6 +250,18 @@ CASES = {
     "edge_attribution:second_order": patching(edge_attribution, method="second_order"),
     "edge_attribution:atp_star": patching(edge_attribution, method="atp_star"),
     "edge_attribution:relp": patching(edge_attribution, method="relp"),
+    "attribution_to": lambda m, n: attribution_to(m, tokens(m, n), Reader.neuron(1), by="head"),
+    "attribution_to:source": lambda m, n: attribution_to(m, tokens(m, n), Reader.query(1, 0), by="source", top=3),
+    "effect_on": lambda m, n: effect_on(m, tokens(m, n), Reader.value(1), by="neuron", positions=[0, -1]),
+    "attributions_to": lambda m, n: tuple(attributions_to(m, tokens(m, n), Reader.key(1), max_memory=10**4)),
+    "attention_score_attribution": lambda m, n: attention_score_attribution(m, tokens(m, n), 1, 0),
+    "attention_score_attribution:top": lambda m, n: attention_score_attribution(m, tokens(m, 1), 1, 0, top=3),
+    "composition_scores": lambda m, n: composition_scores(m, "Q"),
+    "virtual_weights": lambda m, n: virtual_weights(m, "L0.mlp", "L1H0.q").AB,
+    "attribution_graph": lambda m, n: attribution_graph(m, tokens(m, 1)[0], 3, bos=False),
+    # What it cost is the device's own matter: it takes attention apart in other operations.
+    "screen": lambda m, n: patching(screen, budget=3)(m, n).effect,
+    "screen_edges": lambda m, n: patching(screen_edges, budget=4)(m, n).effect,
 } | {
     f"activation_patching:{site}": patching(activation_patching, site=site)
     for site in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern")
@@ -247,6 +269,7 @@ CASES = {
 # These have no other path, or (the sites that differ only by name) share one.
 ONLY_FAST = {"attribution_patching:atp_star", "attribution_patching:relp", "remove_layernorm"}
 ONLY_FAST |= {"edge_attribution:atp_star", "edge_attribution:relp"}
+ONLY_FAST |= {"attribution_graph"}  # wants weights that are read
 ONLY_FAST |= {f"activation_patching:{site}" for site in ("resid_mid", "resid_post", "attn_out", "q", "k", "v")}
 
 # These choose a device or know of none; the first is `test_models`'.

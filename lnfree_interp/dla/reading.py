@@ -12,7 +12,7 @@ from ..batching import Places, Targets, check_next_token, indices, target_ids
 from ..bridge import norm_of_bridge
 from ..layers import NO_NORM, Norm, wide
 from ..lens import LensModel, is_bridge
-from ..weights import block_of, final_norm, norm_of, own_hooks
+from ..weights import block_of, final_norm, norm_of, normalises_writes_alone, own_hooks
 from .readers import Reader
 from .record import Place
 
@@ -208,6 +208,8 @@ def _norm_before(model: LensModel, layer: int, part: str) -> Norm:
             raise ValueError(
                 f"the model carries a hook at {before}{hook}, between the stream and its reader; remove it"
             )
+    if normalises_writes_alone(model):
+        return NO_NORM
     if is_bridge(model):
         return norm_of_bridge(getattr(block, name))
     return norm_of(getattr(block, name, None), model.cfg.normalization_type, model.cfg.eps)
