@@ -320,12 +320,6 @@ def test_through_hooks_the_results_are_the_same(some_block):
     some_block.add_hook("blocks.0.hook_attn_out", lambda x, hook: x)
     try:
         assert read_weights(some_block) is None
-        if not HOOKED and some_block.cfg.normalization_type in ("LNPre", "RMSPre"):
-            # TransformerLens 4.3's Bridge leaves out such norms with split inputs.
-            for call in (edge_patching, edge_attribution):
-                with pytest.raises(ValueError, match="runs otherwise with split inputs"):
-                    call(some_block, pairs)
-            return
         slow = [edge_patching(some_block, pairs), *(edge_attribution(some_block, pairs, **o) for o in options)]
     finally:
         some_block.reset_hooks()
