@@ -58,7 +58,7 @@ class Norm:
             return F.rms_norm(x, x.shape[-1:], self.w, self.eps)
         if self.linear:
             assert self.w is not None and self.b is not None
-            return torch.addcmul(self.b, x - x.mean(-1, keepdim=True), self.w)
+            return torch.addcmul(self.b, self.centred(x), self.w)
         return F.layer_norm(x, x.shape[-1:], self.w, self.b, self.eps)
 
     @property
@@ -75,10 +75,26 @@ class Norm:
         """What x is divided by: its standard deviation (LN) or root mean square (RMS); 1 where it is linear."""
         if self.linear:
             return torch.ones_like(x[..., :1])
-        x = wide(x)
-        if self.centres:
-            x = x - x.mean(-1, keepdim=True)
-        return (x.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        return (self.centred(wide(x)).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+
+    # Its linear part: but for the scale and the bias, the norm of a sum is the sum of what it makes of each part.
+
+    def centred(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        """x without its mean, if the norm takes that away."""
+        return x - x.mean(-1, keepdim=True) if self.centres else x
+
+    def written(self, v: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        """What it makes of a part of what it reads, but for the scale and the bias."""
+        v = self.centred(v)
+        return v if self.w is None else v * wide(self.w)
+
+    def read(self, u: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
+        """The direction of what it reads, but for the scale, where u is that of what it hands on."""
+        return self.centred(u if self.w is None else u * wide(self.w))
+
+    def of_bias(self, u: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows"]:
+        """What u reads of its bias."""
+        return u.new_zeros(u.shape[:-1]) if self.b is None else u @ wide(self.b)
 
 
 NO_NORM = Norm(None, 0.0)

@@ -27,19 +27,13 @@ from ..weights import Weights, weights_alone
 
 
 def _reads(norm: Norm, W: Float[Tensor, "*heads d_model d"]) -> Float[Tensor, "*heads d_model d"]:
-    """W as it reads the stream that the norm takes in: C diag(w) W, C the centring."""
-    W = wide(W) if norm.w is None else wide(W) * wide(norm.w)[:, None]
-    return W - W.mean(-2, keepdim=True) if norm.centres else W
+    """W as it reads the stream that the norm takes in."""
+    return norm.read(wide(W).mT).mT
 
 
 def _writes(norm: Norm, W: Float[Tensor, "*heads d d_model"]) -> Float[Tensor, "*heads d d_model"]:
-    """W as it adds to the stream what the norm gives out: W C diag(w)."""
-    W = _centred(wide(W)) if norm.centres else wide(W)
-    return W if norm.w is None else W * wide(norm.w)
-
-
-def _centred(W: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-    return W - W.mean(-1, keepdim=True)
+    """W as it adds to the stream what the norm gives out."""
+    return norm.written(wide(W))
 
 
 def _queries(layer: Layer) -> Float[Tensor, "head d_model d_head"]:
@@ -114,7 +108,7 @@ def _rows(layer: Layer) -> Float[Tensor, "head d_head_at_most d_model"]:
     """W_OV of each head but for a rotation on its left."""
     outputs = _outputs(layer)
     # The mean over d_model is read by nobody where norms centre: models differ in whether it was taken out.
-    return _square(_of_heads(layer, layer.W_V)) @ (_centred(outputs) if layer.ln1.centres else outputs)
+    return _square(_of_heads(layer, layer.W_V)) @ layer.ln1.centred(outputs)
 
 
 def _columns(layer: Layer, kind: str) -> Float[Tensor, "head d_model d_head_at_most"]:
@@ -122,7 +116,7 @@ def _columns(layer: Layer, kind: str) -> Float[Tensor, "head d_model d_head_at_m
     end."""
     if kind == "V":
         outputs = _outputs(layer)
-        outputs = _centred(outputs) if layer.ln1.centres else outputs
+        outputs = layer.ln1.centred(outputs)
         return _of_heads(layer, layer.W_V) @ _square(outputs.transpose(1, 2)).transpose(1, 2)
     queries = _writes(layer.q_norm, _queries(layer))
     keys = _writes(layer.k_norm, _of_heads(layer, layer.W_K))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..weights import Norm
 from .pieces import Piece, Whole, dot
-from .reading import Directions, centred
+from .reading import Directions
 from .record import Recorded
 
 # Shares of |x|^2 below which |x - c|^2 is not taken from the closed form.
@@ -42,17 +42,17 @@ class Removal:
 
 def removals(recorded: Recorded, norm: Norm) -> tuple[Removal, ...]:
     """Of each piece. The norm must not be linear: without one nothing but the reading changes."""
-    x = centred(recorded.x, norm)
+    x = norm.centred(recorded.x)
     return tuple(_removal(piece, x, norm) for piece in recorded.pieces)
 
 
 def _removal(piece: Piece, x: Tensor, norm: Norm) -> Removal:
     size = dot(x, x)
     if isinstance(piece, Whole):
-        left = (x - centred(piece.out, norm)).pow(2).sum(-1)[None]
+        left = (x - norm.centred(piece.out)).pow(2).sum(-1)[None]
     else:
         size_at = size[:, None] if piece.moves else size
-        left = size_at - 2 * piece.along(x) + piece.square(lambda c: centred(c, norm))
+        left = size_at - 2 * piece.along(x) + piece.square(norm.centred)
     cancelled = left < CANCELLED * (size[:, None] if piece.moves else size)
     for unit in cancelled.flatten(1).any(1).nonzero()[:, 0].tolist():
         cells = cancelled[unit].nonzero().unbind(1)
@@ -63,7 +63,7 @@ def _removal(piece: Piece, x: Tensor, norm: Norm) -> Removal:
 
 def _rest(piece: Piece, unit: int, cells: tuple[Tensor, ...], x: Tensor, norm: Norm) -> Float[Tensor, "cell d_model"]:
     """x - c, of one unit at some tokens (and sources)."""
-    return x[cells[0]] - centred(piece.output(unit, *cells), norm)
+    return x[cells[0]] - norm.centred(piece.output(unit, *cells))
 
 
 def project(
@@ -82,7 +82,7 @@ def project(
         linear: what is read as well, into this one, if it is given.
     """
     scale, u = norm.scale(recorded.x)[:, 0], directions.u
-    x = centred(recorded.x, norm) / scale[:, None]
+    x = norm.centred(recorded.x) / scale[:, None]
     r = u / scale[:, None] if directions.per_token else None
     whole = None if removed is None else dot(x, u)[:, None] if directions.per_token else x @ u.T
     first, tokens = 0, torch.arange(len(x), device=x.device)
@@ -117,7 +117,7 @@ def _lose(
     torch.lerp(whole[:, None] if piece.moves else whole, read, removal.ratio[..., None], out=into)
     if removal.cancelled is None:
         return
-    x, scale = centred(recorded.x, norm), norm.scale(recorded.x)[:, 0]
+    x, scale = norm.centred(recorded.x), norm.scale(recorded.x)[:, 0]
     for unit in removal.cancelled.flatten(1).any(1).nonzero()[:, 0].tolist():
         cells = removal.cancelled[unit].nonzero().unbind(1)
         rest = _rest(piece, unit, cells, x, norm) * (removal.ratio[unit][cells] / scale[cells[0]])[:, None]

@@ -72,16 +72,7 @@ class Reading:
 
 def _through(norm: Norm, u: Tensor, bias: Tensor, per_token: bool = False) -> Directions:
     """Directions after a norm as directions before it."""
-    if norm.b is not None:
-        bias = bias + u @ wide(norm.b)
-    if norm.w is not None:
-        u = u * norm.w
-    return Directions(centred(u, norm), bias, per_token)
-
-
-def centred(x: Float[Tensor, "*rows d_model"], norm: Norm) -> Float[Tensor, "*rows d_model"]:
-    """x as the norm sees it: without its mean, if the norm centres."""
-    return x - x.mean(-1, keepdim=True) if norm.centres else x
+    return Directions(norm.read(u), bias + norm.of_bias(u), per_token)
 
 
 def resolve(model: LensModel, reader: Reader, tokens: Int[Tensor, "batch pos"], positions: Places | None) -> Reading:

@@ -22,7 +22,7 @@ from ..lens import LensModel, ModelOrName
 from ..models import as_model
 from ..weights import read_weights, why_not_read
 from .entries import Chosen, Nodes, discrepancy, entries
-from .held import Effects, Held, along_bias, logit_without, read_through, run_prompt, total_effects
+from .held import Effects, Held, logit_without, run_prompt, total_effects
 from .prune import influence, prune
 from .result import AttributionGraph, GraphNode
 
@@ -181,7 +181,7 @@ def _reading(weights: Weights, target: int, versus: int | None) -> tuple[Float[T
     u, bias = wide(weights.W_U[:, target]), wide(weights.b_U[target])
     if versus is not None:
         u, bias = u - weights.W_U[:, versus], bias - weights.b_U[versus]
-    return read_through(weights.ln_final, u), float(bias + along_bias(weights.ln_final, u))
+    return weights.ln_final.read(u), float(bias + weights.ln_final.of_bias(u))
 
 
 def _candidates(effects: Effects, nodes: str, max_neurons: int) -> Chosen:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..layers import Norm, wide
-from .held import Held, HeldLayer, along_bias, read_through
+from .held import Held, HeldLayer
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,11 @@ def _heads(ran: HeldLayer, i: int, mask: Bool[Tensor, "pos head"]) -> tuple[Node
     """The heads that are nodes, and what the others wrote."""
     layer, vectors = ran.layer, ran.head_vectors()
     along, length = _along(vectors)
-    by_sum = read_through(layer.ln1_post, along) / ran.scale1_post[:, None]
+    by_sum = layer.ln1_post.read(along) / ran.scale1_post[:, None]
     by_value = torch.einsum("phd,hed->phe", by_sum, ran.W_O)
     by_normed = torch.einsum("phe,hde->phd", by_value, ran.W_V)
-    constant = (by_value * ran.b_V).sum(-1) + along_bias(layer.ln1, by_normed)
-    u, share = read_through(layer.ln1, by_normed), ran.pattern.transpose(0, 1)
+    constant = (by_value * ran.b_V).sum(-1) + layer.ln1.of_bias(by_normed)
+    u, share = layer.ln1.read(by_normed), ran.pattern.transpose(0, 1)
     readers = Readers(layer.ln1, ran.pre, ran.scale1, u[mask], share[mask], constant[mask])
     pos, head = mask.nonzero(as_tuple=True)
     nodes = Nodes("head", i, pos, head, length[mask], length[mask], vectors[mask], readers)
@@ -160,8 +160,8 @@ def _neurons(ran: HeldLayer, i: int, mask: Bool[Tensor, "pos d_mlp"]) -> tuple[N
     layer, (pos, unit) = ran.layer, mask.nonzero(as_tuple=True)
     assert layer.W_in is not None
     by_normed = wide(layer.W_in.T[unit])
-    constant = ran.neuron_bias[unit] + along_bias(layer.ln2, by_normed)
-    u = read_through(layer.ln2, by_normed)
+    constant = ran.neuron_bias[unit] + layer.ln2.of_bias(by_normed)
+    u = layer.ln2.read(by_normed)
     readers = Readers(layer.ln2, ran.reads, ran.scale2, u, _stands(ran, pos), constant)
     vectors = ran.neuron_vectors(pos, unit)
     nodes = Nodes("neuron", i, pos, unit, ran.inputs[mask], ran.post[mask], vectors, readers)
@@ -173,12 +173,12 @@ def _mlps(ran: HeldLayer, i: int) -> tuple[Nodes, Float[Tensor, "pos d_model"]]:
     layer, vectors = ran.layer, ran.mlp_vectors(ran.post)
     assert layer.W_in is not None and layer.W_out is not None
     along, length = _along(vectors)
-    by_sum = read_through(layer.ln2_post, along) / ran.scale2_post
+    by_sum = layer.ln2_post.read(along) / ran.scale2_post
     by_input = by_sum @ wide(layer.W_out).T * ran.ratio
     by_normed = by_input @ wide(layer.W_in).T
-    constant = by_input @ ran.neuron_bias + along_bias(layer.ln2, by_normed)
+    constant = by_input @ ran.neuron_bias + layer.ln2.of_bias(by_normed)
     pos = torch.arange(len(vectors), device=vectors.device)
-    u = read_through(layer.ln2, by_normed)
+    u = layer.ln2.read(by_normed)
     readers = Readers(layer.ln2, ran.reads, ran.scale2, u, _stands(ran, pos), constant)
     nodes = Nodes("mlp", i, pos, torch.full_like(pos, -1), length, length, vectors, readers)
     return nodes, torch.zeros_like(vectors)

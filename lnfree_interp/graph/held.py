@@ -18,26 +18,6 @@ from ..forward import Stream, run_streams
 from ..layers import Layer, Norm, Weights, wide, widened_norms
 
 
-def centred(norm: Norm, v: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-    return v - v.mean(-1, keepdim=True) if norm.centres else v
-
-
-def written_through(norm: Norm, v: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-    """What a norm makes of a part of what it reads, but for its scale and its bias."""
-    v = centred(norm, v)
-    return v if norm.w is None else v * wide(norm.w)
-
-
-def read_through(norm: Norm, u: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_model"]:
-    """The direction before a norm that is read, but for its scale, where u is read after it."""
-    return centred(norm, u if norm.w is None else u * wide(norm.w))
-
-
-def along_bias(norm: Norm, u: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows"]:
-    """What u reads of a norm's bias."""
-    return u.new_zeros(u.shape[:-1]) if norm.b is None else u @ wide(norm.b)
-
-
 @dataclass(frozen=True)
 class HeldLayer:
     """A block as it ran.
@@ -105,7 +85,7 @@ class HeldLayer:
     def head_vectors(self) -> Float[Tensor, "pos head d_model"]:
         """What each head adds to the stream."""
         v = torch.einsum("phe,hed->phd", self.z, self.W_O)
-        return written_through(self.layer.ln1_post, v) / self.scale1_post[:, None]
+        return self.layer.ln1_post.written(v) / self.scale1_post[:, None]
 
     def attn_biases(self) -> Float[Tensor, "pos d_model"]:
         """What attention adds to the stream that no head does."""
@@ -114,13 +94,13 @@ class HeldLayer:
     def mlp_vectors(self, post: Float[Tensor, "pos d_mlp"]) -> Float[Tensor, "pos d_model"]:
         """What neurons together add to the stream."""
         assert self.layer.W_out is not None
-        return written_through(self.layer.ln2_post, post @ wide(self.layer.W_out)) / self.scale2_post
+        return self.layer.ln2_post.written(post @ wide(self.layer.W_out)) / self.scale2_post
 
     def neuron_vectors(self, pos: Int[Tensor, " node"], unit: Int[Tensor, " node"]) -> Float[Tensor, "node d_model"]:
         """What some neurons at some positions add to the stream."""
         assert self.layer.W_out is not None
         v = self.post[pos, unit][:, None] * wide(self.layer.W_out[unit])
-        return written_through(self.layer.ln2_post, v) / self.scale2_post[pos]
+        return self.layer.ln2_post.written(v) / self.scale2_post[pos]
 
     def mlp_biases(self) -> Float[Tensor, "pos d_model"]:
         """What the MLP adds to the stream that no neuron does."""
@@ -128,7 +108,7 @@ class HeldLayer:
 
 
 def _constant(norm: Norm, b: Float[Tensor, " d_model"], scale: Float[Tensor, "pos 1"]) -> Float[Tensor, "pos d_model"]:
-    made = written_through(norm, b) / scale
+    made = norm.written(b) / scale
     return made if norm.b is None else made + wide(norm.b)
 
 
@@ -221,21 +201,21 @@ def total_effects(held: Held) -> Effects:
         if ran.has_mlp:
             assert layer.W_in is not None and layer.W_out is not None
             bias = bias + (g * ran.mlp_biases()).sum()
-            onto = (read_through(layer.ln2_post, g) / ran.scale2_post) @ wide(layer.W_out).T
+            onto = (layer.ln2_post.read(g) / ran.scale2_post) @ wide(layer.W_out).T
             neurons[-1] = onto * ran.post
             onto = onto * ran.ratio
             by_normed = onto @ wide(layer.W_in).T
-            bias = bias + (onto @ ran.neuron_bias).sum() + along_bias(layer.ln2, by_normed).sum()
-            of_mlp = read_through(layer.ln2, by_normed) / ran.scale2
+            bias = bias + (onto @ ran.neuron_bias).sum() + layer.ln2.of_bias(by_normed).sum()
+            of_mlp = layer.ln2.read(by_normed) / ran.scale2
         if not layer.parallel:
             g, of_mlp = g + of_mlp, torch.zeros_like(g)
         bias = bias + (g * ran.attn_biases()).sum()
-        onto = torch.einsum("pd,hed->phe", read_through(layer.ln1_post, g) / ran.scale1_post, ran.W_O)
+        onto = torch.einsum("pd,hed->phe", layer.ln1_post.read(g) / ran.scale1_post, ran.W_O)
         heads.append((onto * ran.z).sum(-1))
         of_values = torch.einsum("hqk,qhe->khe", ran.pattern, onto)
         by_normed = torch.einsum("khe,hde->kd", of_values, ran.W_V)
-        bias = bias + (of_values * ran.b_V).sum() + along_bias(layer.ln1, by_normed).sum()
-        g = g + of_mlp + read_through(layer.ln1, by_normed) / ran.scale1
+        bias = bias + (of_values * ran.b_V).sum() + layer.ln1.of_bias(by_normed).sum()
+        g = g + of_mlp + layer.ln1.read(by_normed) / ran.scale1
     return Effects((g * held.embed).sum(-1), torch.stack(heads[::-1]), neurons[::-1], float(bias))
 
 
@@ -249,7 +229,7 @@ def logit_without(
         values = torch.einsum("kd,hde->khe", _normed(layer.ln1, x, ran.scale1), ran.W_V) + ran.b_V
         z = torch.einsum("hqk,khe->qhe", ran.pattern, values) * of_heads[..., None]
         sums = torch.einsum("phe,hed->pd", z, ran.W_O)
-        mid = x + written_through(layer.ln1_post, sums) / ran.scale1_post + ran.attn_biases()
+        mid = x + layer.ln1_post.written(sums) / ran.scale1_post + ran.attn_biases()
         if ran.has_mlp:
             assert layer.W_in is not None
             reads = _normed(layer.ln2, x if layer.parallel else mid, ran.scale2)
@@ -261,5 +241,5 @@ def logit_without(
 
 def _normed(norm: Norm, x: Float[Tensor, "pos d_model"], scale: Float[Tensor, "pos 1"]) -> Float[Tensor, "pos d_model"]:
     """What a norm makes of a stream, its scale held."""
-    made = written_through(norm, x) / scale
+    made = norm.written(x) / scale
     return made if norm.b is None else made + wide(norm.b)

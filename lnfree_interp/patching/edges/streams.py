@@ -126,16 +126,14 @@ def _through_norm(
     scale = norm.scale(x)
     total: Tensor | None = None
     for W, grad in zip(matrices, grads):
-        W = W.to(grad.dtype)
-        W = W if norm.w is None else norm.w.to(W.dtype)[:, None] * W
-        W = W - W.mean(1, keepdim=True) if norm.centres else W
+        W = norm.read(W.to(grad.dtype).mT)
         rows = (grad if norm.linear else grad / scale[..., None]).permute(2, 0, 1, 3)
-        part = torch.bmm(rows.flatten(1, 2), W.transpose(1, 2)).unflatten(1, rows.shape[1:3])
+        part = torch.bmm(rows.flatten(1, 2), W).unflatten(1, rows.shape[1:3])
         total = part if total is None else total + part
     assert total is not None
     if plain:
         return total
-    n = (x - x.mean(-1, keepdim=True) if norm.centres else x) / scale
+    n = norm.centred(x) / scale
     along = torch.einsum("rbpd,bpd->rbp", total, n) / x.shape[-1]
     return torch.addcmul(total, along[..., None], n, value=-1)
 

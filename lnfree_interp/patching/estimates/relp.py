@@ -60,8 +60,7 @@ class DetachedNorm(Norm):
     def __call__(self, x: Tensor) -> Tensor:
         if self.kind is None:
             return x
-        centred = x - x.mean(-1, keepdim=True) if self.centres else x
-        y = centred / self.scale(x).detach().to(x.dtype)
+        y = self.centred(x) / self.scale(x).detach().to(x.dtype)
         y = y if self.w is None else y * self.w
         return y if self.b is None else y + self.b
 
