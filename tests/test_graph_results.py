@@ -61,9 +61,12 @@ def test_activations_are_what_nodes_write(tiny, graph):
 
 def test_tables_list_edges_and_nodes(graph):
     table = graph.table()
-    assert list(table.columns) == ["sender", "receiver", "entry", "share"]
+    assert list(table.columns) == ["sender", "receiver", "entry", "share", "influence"]
     assert len(table) == int(graph.adjacency.count_nonzero())
-    assert (np.diff(table.entry.abs()) <= 0).all()
+    assert (np.diff(table.influence) <= 0).all()
+    by_receiver = table.groupby("receiver").influence.sum()
+    wanted = {node.label: float(x) for node, x in zip(graph.nodes, graph.influence) if node.label in by_receiver}
+    np.testing.assert_allclose(by_receiver, [wanted[label] for label in by_receiver.index], rtol=1e-4)
     np.testing.assert_allclose(table.groupby("receiver").share.sum(), 1, atol=2e-3)
     labels = [node.label for node in graph.nodes]
     row = table.iloc[0]

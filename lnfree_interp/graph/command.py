@@ -26,8 +26,8 @@ def run(args) -> None:
     for graph in graphs:
         nodes = graph.node_table().sort_values("influence", ascending=False, kind="stable")
         cli.show(nodes.head(args.top), f"{graph.model}: nodes with the largest influence on {graph.nodes[-1].label}")
-        cli.show(_edges(graph).head(args.top), f"{graph.model}: edges that carry the most of it")
-    tables = {"graph": _edges, "graph-nodes": AttributionGraph.node_table}
+        cli.show(graph.table(args.top), f"{graph.model}: edges that carry the most of it")
+    tables = {"graph": AttributionGraph.table, "graph-nodes": AttributionGraph.node_table}
     for stem, table in tables.items():
         cli.save(args.out, stem, pd.concat([_with_model(table(graph), graph.model) for graph in graphs]))
     page = graph_page(graphs)
@@ -60,15 +60,6 @@ def _stems(names: Iterable[str]) -> list[str]:
         same = sum(re.fullmatch(rf"{re.escape(stem)}(-\d+)?", other) is not None for other in stems)
         stems.append(f"{stem}-{same + 1}" if same else stem)
     return stems
-
-
-def _edges(graph: AttributionGraph) -> pd.DataFrame:
-    """The edges with their influence on the logit, largest first: entries of different receivers have other units."""
-    table, influence = graph.table(), dict(zip((node.label for node in graph.nodes), graph.influence.tolist()))
-    sizes = table["entry"].abs()
-    of_receiver = sizes / sizes.groupby(table["receiver"]).transform("sum")
-    table["influence"] = of_receiver * table["receiver"].map(influence)
-    return table.sort_values("influence", ascending=False, kind="stable")
 
 
 def _with_model(table: pd.DataFrame, name: str) -> pd.DataFrame:

@@ -27,6 +27,14 @@ def _influence(sizes: Float[Tensor, "receiver sender"]) -> Float[Tensor, " node"
     return total
 
 
+def of_edges(
+    adjacency: Float[Tensor, "receiver sender"], nodes: Float[Tensor, " node"]
+) -> Float[Tensor, "receiver sender"]:
+    """Each edge's influence on the logit, of that of the nodes: a receiver's own, by entries' sizes as shares."""
+    sizes = adjacency.abs()
+    return sizes * (_per_read(sizes) * nodes)[:, None]
+
+
 def _per_read(sizes: Float[Tensor, "receiver sender"]) -> Float[Tensor, " receiver"]:
     """1 / the sizes of all that is read; 0 of what reads nothing."""
     total = sizes.sum(1)
@@ -92,8 +100,7 @@ def _reaching(adjacency: Tensor, kept: Bool[Tensor, " node"]) -> Bool[Tensor, " 
 
 
 def _edges(adjacency: Tensor, edge_share: float) -> Bool[Tensor, "receiver sender"]:
-    sizes = adjacency.abs()
-    sizes *= (_influence(sizes) * _per_read(sizes))[:, None]
+    sizes = of_edges(adjacency, influence(adjacency))
     sizes[:, -3:] = 0
     found = sizes[sizes > 0].sort(descending=True).values.cpu().double()
     if not len(found):

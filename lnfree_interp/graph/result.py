@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-KINDS = ("token", "head", "neuron", "mlp", "bias", "error", "logit")
+from .prune import of_edges
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class GraphNode:
     """A node of an attribution graph.
 
     Attributes:
-        kind: one of KINDS.
+        kind: "token", "head", "neuron", "mlp", "bias", "error" (what is left out) or "logit".
         layer: the block of a head, a neuron or an MLP; n_layers of the logit; -1 of tokens, biases, what is left out.
         pos: position in the prompt, the logit's too; -1 of the biases and of what is left out, one node each.
         unit: number of the head or neuron, token id of a token or the logit; else None.
@@ -86,7 +86,10 @@ class AttributionGraph:
         )
 
     def table(self, k: int | None = None):
-        """One row per edge, largest first: sender, receiver, entry, and its share of what the receiver reads.
+        """One row per edge: sender, receiver, entry, its share of what the receiver reads, its influence on the logit.
+
+        The largest influence first: entries of different receivers have different units. It is the receiver's own times
+        the entry's size, as a share of those of all its entries.
 
         Args:
             k: how many; None: all.
@@ -99,8 +102,9 @@ class AttributionGraph:
         if k is not None and k < 1:
             raise ValueError(f"k is {k}; it must be at least 1")
         entries = self.adjacency.double()
+        influence = of_edges(entries, self.influence.double())
         to, of = entries.nonzero(as_tuple=True)
-        order = entries[to, of].abs().argsort(descending=True, stable=True)[:k]
+        order = influence[to, of].argsort(descending=True, stable=True)[:k]
         to, of = to[order], of[order]
         values, inputs = entries[to, of], self.inputs.double()[to]
         return pd.DataFrame(
@@ -109,6 +113,7 @@ class AttributionGraph:
                 "receiver": [self.nodes[i].label for i in to.tolist()],
                 "entry": values.numpy(),
                 "share": (values / inputs).numpy(),
+                "influence": influence[to, of].numpy(),
             }
         )
 
