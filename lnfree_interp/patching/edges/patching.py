@@ -24,8 +24,8 @@ from ..reading import Sample, check_finite, check_rows, read_metric
 from ..runs import numbers_kept
 from ..sweep import Rows, carried, finals, rows_from
 from ..tally import Tally
-from . import hooked as through_hooks
 from .cells import Group, differing, find_edges, grouped, sent
+from .hooked import final_residuals, record
 from .result import EdgeEffect
 from .streams import split_inputs
 from .wiring import ATTENTION, Edges, Wiring, wiring_of
@@ -139,7 +139,7 @@ def _patch(
         sweep = sweep_of(weights, base_tokens, source_tokens, differ, request, tally, needs(wiring))
         base, source = sweep.base, sweep.source
     else:
-        base, source = (through_hooks.record(model, wiring, tokens) for tokens in (base_tokens, source_tokens))
+        base, source = (record(model, wiring, tokens) for tokens in (base_tokens, source_tokens))
     reads = on_device(torch.tensor(request.reads), device)
 
     def metric_of(final: Tensor, prompt: Tensor, sample: list[Sample] | None = None) -> Tensor:
@@ -162,7 +162,7 @@ def _patch(
             found = [(torch.arange(len(batch)), final)]
         else:
             n_runs = max(1, max_rows // request.n_read)
-            found = through_hooks.final_residuals(model, wiring, request, base, source, batch, n_runs)
+            found = final_residuals(model, wiring, request, base, source, batch, n_runs)
         for index, rows in found:
             c = batch[index]
             prompt, at = on_device(torch.stack([c.prompt, c.prompt * mask.numel() + c.unit]), device)
