@@ -24,6 +24,7 @@ import screening_page as page
 import smollm2
 
 from lnfree_interp import cli
+from lnfree_interp.patching.sites import LEAST
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -107,7 +108,7 @@ def cells(model, pairs, site: str, layers) -> Case:
         price=cell_prices(model, request, pairs, weights) / forward,
         of_runs=runs_flops(model, request, pairs, weights) / forward,
         forward=forward,
-        weight=prompt_weights(exact, True, page.LEAST),
+        weight=prompt_weights(exact, True, LEAST),
         together=False,
     )
 
@@ -138,7 +139,7 @@ def edges(model, pairs, n: int, seed: int) -> Case:
         price=price[:, only][:, None],
         of_runs=edge_runs_flops(model, request, pairs, weights) / forward,
         forward=forward,
-        weight=prompt_weights(exact, True, page.LEAST),
+        weight=prompt_weights(exact, True, LEAST),
         together=True,
         only=only,
     )

@@ -77,7 +77,8 @@ class ScoreAttribution:
             values = values.reshape(values.shape[0] * n_keys, -1)
             values = values if values.size else values[:0]
             pair, n = np.arange(len(values)), np.full(len(values), values.shape[1])
-            total, sizes, squares = values.sum(1), np.abs(values).sum(1), values.var(1) * n
+            total, sizes = values.sum(1), np.abs(values).sum(1)
+            squares = ((values - (total / n)[:, None]) ** 2).sum(1)
         else:
             first, second = self.pairs[..., self.visible].cpu().numpy()
             pair, where = np.unique(first * n_keys + second, return_inverse=True)
