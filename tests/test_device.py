@@ -55,7 +55,8 @@ from lnfree_interp import (
     screen_edges,
     virtual_weights,
 )
-from lnfree_interp.layernorm import collect_std, export_ln_free, freeze, make_removable, removal_sites, update_averages
+from lnfree_interp.finetune.export import export_ln_free
+from lnfree_interp.finetune.removable import collect_std, freeze, make_removable, removal_sites, update_averages
 from lnfree_interp.metrics import kl_from_clean, right_log_prob
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))

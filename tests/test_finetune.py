@@ -15,8 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 from lnfree_interp.data import Blocks, StreamedBlocks
 from lnfree_interp.finetune import Diverged, LossGuard, last_checkpoint, remove_layernorm
 from lnfree_interp.finetune.__main__ import main
+from lnfree_interp.finetune.removable import auxiliary_loss, removal_sites
 from lnfree_interp.finetune.training import CHECKPOINTING
-from lnfree_interp.layernorm import auxiliary_loss, is_ln_free, removal_sites
+from lnfree_interp.layernorm import is_ln_free
 from lnfree_interp.schedule import KINDS, PRESETS, RemovalSchedule
 
 # -- the schedule -----------------------------------------------------------------------------------------

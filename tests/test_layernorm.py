@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lnfree_interp.layernorm import (
+from lnfree_interp.finetune.export import export_ln_free
+from lnfree_interp.finetune.removable import (
     auxiliary_loss,
     collect_std,
-    export_ln_free,
     freeze,
-    is_ln_free,
     make_removable,
     removal_sites,
     update_averages,
 )
+from lnfree_interp.layernorm import is_ln_free
 
 EOT = 3
 

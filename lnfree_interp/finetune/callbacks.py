@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ..layernorm import collect_std, freeze, update_averages
 from ..schedule import RemovalSchedule
+from .removable import collect_std, freeze, update_averages
 
 
 class Diverged(RuntimeError):

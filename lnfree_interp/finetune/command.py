@@ -12,7 +12,8 @@ from ..data import Blocks, StreamedBlocks, token_blocks
 from ..documents import read_documents
 from ..schedule import RemovalSchedule
 from .callbacks import Diverged, StatusLine
-from .training import CHECKPOINTING, checkpoint_to_resume, load_trainable, remove_layernorm
+from .trainable import load_trainable
+from .training import CHECKPOINTING, checkpoint_to_resume, remove_layernorm
 
 
 def run(args) -> int:
