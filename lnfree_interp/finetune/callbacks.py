@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..schedule import RemovalSchedule
-from .removable import collect_std, freeze, update_averages
+from .removable import collect_std, final_norm, freeze, n_layers, update_averages
 
 
 class Diverged(RuntimeError):
@@ -27,12 +27,12 @@ class RemovalCallback(TrainerCallback):
     def apply(self, model: Any, step: int, out: str | Path) -> None:
         if not self.schedule.order:
             return
-        state = self.schedule.state(step, model.config.n_layer)
+        state = self.schedule.state(step, n_layers(model))
         try:
             freeze(model, state.frozen, position0=state.position0, eot=state.eot)
         except ValueError as error:  # an average that is not finite: what it averages was not
             raise Diverged(f"{error} (step {step}): stopped; {_kept(out)}") from None
-        model.transformer.ln_f.keep_std = state.auxiliary
+        final_norm(model).keep_std = state.auxiliary
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.apply(model, state.global_step, args.output_dir)
@@ -97,7 +97,7 @@ class StatusLine(TrainerCallback):
     def on_log(self, args, state, control, logs=None, model=None, **kwargs):
         if "ce" not in logs or not state.is_world_process_zero:
             return
-        step, n_layer = state.global_step, model.config.n_layer
+        step, n_layer = state.global_step, n_layers(model)
         left = (time.monotonic() - self.began) / (step - self.first) * (state.max_steps - step)
         words = [f"step {step}/{state.max_steps}", f"loss {logs['loss']:.4f}"]
         if "aux" in logs:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.activations import ACT2FN
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..schedule import RemovalSchedule
 from .callbacks import LossGuard, RemovalCallback, StatusLine, last_checkpoint, steps_of
-from .export import export_ln_free, plain_model
-from .removable import auxiliary_loss, make_removable
+from .export import export_ln_free, plain_model, plain_state
+from .removable import auxiliary_loss, final_norm, make_removable
+from .trainable import ready
 
 # The flag's name in TrainingArguments: transformers is about to rename it.
 CHECKPOINTING = (
@@ -35,7 +35,7 @@ DEFAULT_BATCH = 16
 class RemovalTrainer(Trainer):
     """Trainer plus the auxiliary loss; logs cross-entropy "ce" and unweighted auxiliary loss "aux"."""
 
-    model: Any  # a GPT2LMHeadModel made removable
+    model: Any  # made removable
 
     def __init__(self, *args, auxiliary_weight: float | int = 0.0, eot: int = -1, **kwargs):
         super().__init__(*args, **kwargs)
@@ -52,11 +52,11 @@ class RemovalTrainer(Trainer):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             self._add("ce", loss)
-            ln_f = self.model.transformer.ln_f
+            ln_f = final_norm(self.model)
             if getattr(ln_f, "std", None) is not None:
                 # The cross-entropy comes as this micro-batch's share of the step's mean; so must this.
                 share = 1 / self.current_gradient_accumulation_steps
-                auxiliary = auxiliary_loss(ln_f.std, inputs["input_ids"], self.eot) * share
+                auxiliary = auxiliary_loss(ln_f.std, ln_f.target) * share
                 ln_f.std = None
                 self._add("aux", auxiliary)
                 loss = loss + self.auxiliary_weight * auxiliary
@@ -71,7 +71,7 @@ class RemovalTrainer(Trainer):
         super().log(logs, start_time)
 
 
-def save_checkpoint(model: GPT2LMHeadModel, tokenizer, directory: str | Path) -> None:
+def save_checkpoint(model: PreTrainedModel, tokenizer, directory: str | Path) -> None:
     """Write model and tokenizer as an HF directory: beside first, then renamed; it is whole or not there."""
     directory = Path(directory)
     beside = directory.with_name(f".{directory.name}.writing")
@@ -111,7 +111,7 @@ def _check_same_run(out: Path, settings: dict) -> None:
 
 
 def remove_layernorm(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     tokenizer,
     dataset,
     schedule: RemovalSchedule,
@@ -125,7 +125,7 @@ def remove_layernorm(
     callbacks: Sequence[TrainerCallback] = (),
     note: dict | None = None,
     **training_arguments,
-) -> GPT2LMHeadModel:
+) -> PreTrainedModel:
     """Fine-tune a GPT-2 while its LayerNorms are removed; write and return the LN-free model. (P1, P2)
 
     Trains without dropout: it would add to the variance that the frozen stds are averages of, and no token is
@@ -178,7 +178,7 @@ def remove_layernorm(
     if resume:
         _check_same_run(out, settings)
 
-    _ready(model)
+    ready(model)
     if schedule.order:
         make_removable(model, eot=eot)
     removal = RemovalCallback(schedule)
@@ -208,10 +208,7 @@ def remove_layernorm(
     else:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
-    if schedule.order:
-        final = export_ln_free(model, config)
-    else:
-        final = plain_model(config, {name: w.clone() for name, w in model.state_dict().items()})
+    final = export_ln_free(model, config) if schedule.order else plain_model(config, plain_state(model))
     if trainer.is_world_process_zero():
         save_checkpoint(final, tokenizer, out / "final")
     return final
@@ -225,9 +222,9 @@ def _arguments(config, schedule: RemovalSchedule, out: Path, batch_size, dtype, 
         raise ValueError(f"unknown device {device!r}: choose cpu, cuda or mps")
     if device in ("cuda", "mps") and not getattr(torch, device).is_available():
         raise ValueError(f"device {device} is not available")
-    schedule.events(config.n_layer)  # raises where they do not fit into the steps
-    if schedule.block_size > config.n_positions:
-        raise ValueError(f"schedule has blocks of {schedule.block_size}, model has {config.n_positions}")
+    schedule.events(config.num_hidden_layers)  # raises where they do not fit into the steps
+    if schedule.block_size > config.max_position_embeddings:
+        raise ValueError(f"schedule has blocks of {schedule.block_size}, model has {config.max_position_embeddings}")
     sequences, world = schedule.tokens_per_step // schedule.block_size, int(os.environ.get("WORLD_SIZE", 1))
     if n_blocks is not None and n_blocks < sequences:
         raise ValueError(
@@ -264,18 +261,6 @@ def _arguments(config, schedule: RemovalSchedule, out: Path, batch_size, dtype, 
         "report_to": [],
         "ddp_find_unused_parameters": False,
     }
-
-
-def _ready(model: GPT2LMHeadModel) -> None:
-    """Without dropout and key-value cache, and with GPT-2's activation in one kernel."""
-    model.config.use_cache = False
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    if model.config.activation_function == "gelu_new":
-        blocks: Any = model.transformer.h
-        for block in blocks:
-            block.mlp.act = ACT2FN["gelu_pytorch_tanh"]
 
 
 def _collate(examples: list[dict]) -> dict[str, Tensor]:
