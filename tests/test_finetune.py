@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 from lnfree_interp.data import Blocks, StreamedBlocks
 from lnfree_interp.finetune import Diverged, LossGuard, last_checkpoint, remove_layernorm
 from lnfree_interp.finetune.__main__ import main
-from lnfree_interp.finetune.removable import auxiliary_loss, removal_sites
+from lnfree_interp.finetune.removable import final_norm, removal_sites
 from lnfree_interp.finetune.training import CHECKPOINTING
 from lnfree_interp.layernorm import is_ln_free
 from lnfree_interp.schedule import KINDS, PRESETS, RemovalSchedule
@@ -159,7 +159,7 @@ class Recorder(TrainerCallback):
     """What was logged, the running averages after each step, and the first batch."""
 
     def __init__(self):
-        self.logs, self.averages, self.batch = [], [], None
+        self.logs, self.averages, self.targets, self.batch = [], [], [], None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         def keep(module, args, kwargs):
@@ -172,7 +172,9 @@ class Recorder(TrainerCallback):
             self.logs.append(logs)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.averages.append({name: site.average.clone() for name, site in removal_sites(model).items()})
+        self.averages.append({name: site.average[:2].clone() for name, site in removal_sites(model).items()})
+        if self.averages[-1]:
+            self.targets.append(final_norm(model).target.item())
 
 
 def train(tokenizer, out, schedule=MINUTE, *, callbacks=(), model=None, **arguments):
@@ -225,8 +227,12 @@ def test_the_logged_losses_are_the_model_s(finished):
     with torch.no_grad():
         loss = model(tokens, labels=tokens).loss
     std = (seen[0].var(-1, correction=0) + 1e-5).sqrt()
+    ordinary = tokens != 0
+    ordinary[:, 0] = False
+    assert finished.recorder.targets[0] == pytest.approx(std[ordinary].mean().item(), rel=1e-5)
     assert finished.recorder.logs[0]["ce"] == pytest.approx(loss.item(), rel=1e-5)
-    assert finished.recorder.logs[0]["aux"] == pytest.approx(auxiliary_loss(std, tokens, 0).item(), rel=1e-3)
+    assert finished.recorder.logs[0]["aux"] == 0, "the first step has no target"
+    assert all(log["aux"] > 0 for log in finished.recorder.logs[1:] if "aux" in log)
 
 
 # Adam divides by gradients that are near zero at first, which makes much of float32's rounding.
@@ -236,15 +242,12 @@ TOLERANCE = 5e-3
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{"batch_size": 1}, {"batch_size": 2}, {CHECKPOINTING: True}], ids=str)
 def test_accumulation_and_checkpointing_change_no_number(finished, tokenizer, tmp_path, arguments):
-    """Losses and running averages of every step, whatever a step is divided into.
-
-    But the auxiliary loss itself: each forward has its own target.
-    """
+    """Losses and running averages of every step, whatever a step is divided into."""
     recorder = Recorder()
     train(tokenizer, tmp_path / "out", callbacks=[recorder], **arguments)
     for ours, theirs in zip(recorder.logs, finished.recorder.logs, strict=True):
         assert ours.keys() == theirs.keys()
-        for name in ("loss", "ce", "grad_norm"):
+        for name in ours.keys() & {"loss", "ce", "aux", "grad_norm"}:
             assert ours[name] == pytest.approx(theirs[name], rel=TOLERANCE)
     for ours, theirs in zip(recorder.averages, finished.recorder.averages, strict=True):
         for name in theirs:
@@ -396,10 +399,7 @@ def files(tokenizer, tmp_path_factory):
 BAD = {
     "unknown model": (["--model", "gpt9"], "gpt9"),
     "no such directory": (["--model", "{root}/absent"], "absent"),
-    "no GPT-2": (
-        ["--model", "{root}/no-gpt2"],
-        "is a LlamaForCausalLM: LayerNorm is removed from a GPT2LMHeadModel alone",
-    ),
+    "no GPT-2": (["--model", "{root}/no-gpt2"], "has weights that a LlamaForCausalLM of its config has not"),
     "no weights": (["--model", "{root}/no-weights"], "model.safetensors"),
     "no tokenizer": (["--model", "{root}/no-tokenizer"], "has no tokenizer"),
     "tokenizer of another size": (["--model", "{root}/other-size"], "257 tokens"),
