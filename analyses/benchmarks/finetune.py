@@ -24,7 +24,7 @@ from lnfree_interp.finetune.removable import (
 )
 from lnfree_interp.finetune.trainable import ready
 
-from .common import interleaved, median, peak_memory
+from .common import LOGITS, interleaved, median, peak_memory
 from .shapes import SHAPES
 
 # Way -> kinds that are frozen, whether treatments are on, whether the auxiliary loss is: the stages of a schedule.
@@ -82,13 +82,22 @@ def run(args) -> pd.DataFrame:
     )
 
 
+@torch.no_grad()
 def model_of(shape: str, n_layers: int | None = None):
-    """A model of transformers of a shape, with the random weights that it begins its training with."""
+    """A model of transformers of a shape with random weights, its stream of the size of 1 and its logits of `LOGITS`.
+
+    As transformers initialises it, with a stream of 0.02, it would explode once frozen, and with numbers that are
+    denormal a CPU takes ten times as long.
+    """
     fields = SHAPES[shape]
     common = {"vocab_size": fields["d_vocab"], "max_position_embeddings": fields["n_ctx"], "eos_token_id": 0}
     common |= {"hidden_size": fields["d_model"], "num_attention_heads": fields["n_heads"], "bos_token_id": 0}
     common |= {"num_hidden_layers": n_layers or fields["n_layers"]}
     if not fields.get("gated_mlp"):
-        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**common))
-    llama = {"num_key_value_heads": fields["n_key_value_heads"], "intermediate_size": fields["d_mlp"]}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, **llama, tie_word_embeddings=True))
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**common))
+    else:
+        llama = {"num_key_value_heads": fields["n_key_value_heads"], "intermediate_size": fields["d_mlp"]}
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, **llama, tie_word_embeddings=True))
+    model.get_input_embeddings().weight.normal_()
+    final_norm(model).weight.fill_(LOGITS * fields["d_model"] ** -0.5)
+    return model

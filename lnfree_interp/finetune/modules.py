@@ -182,12 +182,14 @@ class RemovableNorm(nn.LayerNorm):
         with torch.no_grad():
             return site.inverse(self.std_of(x))
 
-    def left(self, x: Float[Tensor, "batch pos d_model"], inverse: Tensor) -> Float[Tensor, "batch pos d_model"]:
-        """What is left of the norm, applied to the stream."""
-        centred = x - x.mean(-1, keepdim=True) if self.centres else x
+    def centre(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        return x - x.mean(-1, keepdim=True) if self.centres else x
+
+    def left(self, centred: Float[Tensor, "batch pos d_model"], inverse: Tensor) -> Float[Tensor, "batch pos d_model"]:
+        """What is left of the norm, applied to the centred stream."""
         gain: Tensor = self.weight
         if inverse.ndim:
-            centred = (centred * inverse).to(x.dtype)  # inverses are in float32 at least
+            centred = (centred * inverse).to(centred.dtype)  # inverses are in float32 at least
         else:
             gain = gain * inverse
         return centred * gain if self.bias is None else torch.addcmul(self.bias, centred, gain)
@@ -220,7 +222,7 @@ class RemovableFinalNorm(RemovableNorm):
             ordinary = ~(site.classes.at_position0 | site.classes.at_eot)
             self.latest = torch.stack(((std.detach() * ordinary).sum(), ordinary.sum().to(std)))
             self.std = std.squeeze(-1)
-        return self.left(x, self.inverse(site, x)) if site.frozen else self.normalise(x, [site])
+        return self.left(self.centre(x), self.inverse(site, x)) if site.frozen else self.normalise(x, [site])
 
 
 class RemovableReader(nn.Module):
@@ -266,6 +268,8 @@ class RemovableReader(nn.Module):
                 weight = weight * scale.repeat(len(weight) // len(scale))[:, None]
             return F.linear(x, weight, bias)
         normed = norm.normalise(x, live) if live else None
+        if inverses and not fold:
+            x = norm.centre(x)  # once for all parts
         if len(sites) == 1:
             return self._part(x, sites[0], inverses, normed, weight, bias, fold)
         biases: Sequence[Any] = [None] * len(sites) if bias is None else self.split(bias)
@@ -281,6 +285,6 @@ class RemovableReader(nn.Module):
         if not site.frozen:
             return F.linear(normed, weight, bias)
         if not fold:
-            return F.linear(norm.left(x, inverses[site]), weight, bias)
+            return F.linear(norm.left(x, inverses[site]), weight, bias)  # x is centred
         weight, bias = fold_reader(weight, bias, norm.weight, norm.bias, centres=norm.centres)
         return F.linear((x * inverses[site]).to(x.dtype), weight, bias)
