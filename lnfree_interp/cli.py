@@ -224,7 +224,7 @@ def _write_rows(file, tokenizer, documents: Iterable[str], context: int, most: i
 
 
 def shards(rows) -> tuple[int, list]:
-    """This process' part of the rows: the number of its first, and the rows some at a time, none of which is read yet."""
+    """This process' part of the rows: which is its first, and the rows some at a time, none of them read yet."""
     part, step = distributed.shard(len(rows)), max(1, ROWS_AT_ONCE // rows.shape[1])
     return part.start, [rows[i : min(i + step, part.stop)] for i in range(part.start, part.stop, step)]
 

@@ -1,4 +1,4 @@
-"""Statistics of what streams by, in memory that does not grow with it, and whose parts merge into those of the whole."""
+"""Statistics of what streams by, in memory that does not grow with it; those of parts merge into the whole's."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def joined(a: Moments, b: Moments) -> Moments:
 
 
 class Sample:
-    """A uniform sample of rows: all up to a number of them, and beyond it so many, those whose index scrambles to least.
+    """A uniform sample of rows: all, or of more than `most` those whose index scrambles to least.
 
     Chance decides nothing: it depends neither on the order in which rows come nor on how they are split, so that
     samples of parts, added to one of the same size, are the sample of the whole.

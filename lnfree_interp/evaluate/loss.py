@@ -224,7 +224,7 @@ def loss_sums(
         np.arange(first, seen),
         torch.cat(means).numpy(),
         sample.kept(),
-        [(*entry, row.cpu()) for *entry, row in largest],
+        [(mean, i, row.cpu().clone()) for mean, i, row in largest],
     )
 
 
