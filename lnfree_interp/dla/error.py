@@ -145,7 +145,7 @@ def add(
     a, e = (values.cpu().double() for values in (approximate, exact))
     places = np.arange(first, first + a.shape[1]) % sums.size.shape[1]
     for held, x in ((sums.difference, a - e), (sums.size, e)):
-        np.add.at(held, (slice(None), places), x.abs().sum(-1).numpy())
+        np.add.at(held.T, places, x.abs().sum(-1).numpy().T)
     sums.totals[:] += torch.stack([a, e]).sum((2, 3)).numpy()
     sums.tokens[...] += a[0].numel()
 

@@ -27,7 +27,7 @@ def baselines(models: dict[str, bool]) -> dict[str, str | None]:
 
 
 def run(args) -> None:
-    items = hellaswag_items(args.hellaswag, limit=args.items) if args.hellaswag else None
+    items = hellaswag_items(args.hellaswag, limit=args.items) if args.hellaswag else []
     models = dict(cli.models(args))
     rows, first, tokens = _same_rows(args, models)
     losses, scores = {}, {}
@@ -46,8 +46,8 @@ def run(args) -> None:
     for name, model in models.items() if items else ():
         with cli.bar(f"{name} HellaSwag", "item") as progress:
             scored = ending_scores(model, items, distributed.shard(len(items)), progress=progress)
-        if parts := distributed.gather(scored):
-            scores[name] = hellaswag_of(parts)
+        if of_items := distributed.gather(scored):
+            scores[name] = hellaswag_of(of_items)
     if distributed.rank() == 0:
         comparison = comparison_of(tuple(models), of_comparison, seed=args.seed)
         samples = None if args.prompt is None else generate_samples(models, args.prompt, seed=args.seed)
