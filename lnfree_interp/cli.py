@@ -116,6 +116,11 @@ def guard(
         several: whether the command's processes, if there are several, meet in `distributed`: of these one tells what
             was wrong, and all have status 2.
     """
+    status = _guarded(run, args, prog, check, several)
+    return distributed.leave(status) if several else status
+
+
+def _guarded(run, args: argparse.Namespace, prog: str, check, several: bool) -> int:
     try:
         with distributed.processes() if several else nullcontext():
             check(args)

@@ -11,6 +11,7 @@ it did goes to the next meeting with that, and all of them end there: none is le
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -125,3 +126,16 @@ def exchange(value: T) -> list[T]:
     values = [value] * world_size()
     distributed.all_gather_object(values, value)
     return values
+
+
+def leave(status: int) -> int:
+    """The exit status; of several processes each ends here with it.
+
+    Threads of the group may still be letting go of Python's objects while the interpreter is taken down, which aborts
+    a process that has done all of its work.
+    """
+    if world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
