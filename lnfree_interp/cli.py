@@ -9,13 +9,18 @@ import argparse
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from . import distributed
 from .documents import hub_documents, read_documents, read_text
 from .lens import LensModel
 from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, dtype_name, locate_checkpoint
+
+# Tokens that are read from their file together.
+ROWS_AT_ONCE = 2**16
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -61,8 +66,14 @@ def positive_int(text: str) -> int:
     return value
 
 
-def check(args: argparse.Namespace) -> None:
-    """Everything that can be known to be wrong before anything heavy is imported."""
+def check(args: argparse.Namespace, *, several: bool = False) -> None:
+    """Everything that can be known to be wrong before anything heavy is imported.
+
+    Args:
+        several: whether the command may run in several processes, as torchrun starts them.
+    """
+    if not several:
+        check_alone()
     dtype_name(args.dtype)
     for name in args.model:
         locate_checkpoint(name)
@@ -70,6 +81,15 @@ def check(args: argparse.Namespace) -> None:
         read_documents(args.text)
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is not a directory")
+
+
+def check_alone() -> None:
+    """Raise ValueError where several processes would all do the same, and write the same files; in the first alone."""
+    n = distributed.world_size()
+    if distributed.rank() > 0:
+        raise SystemExit(2)
+    if n > 1:
+        raise ValueError(f"this command runs in one process, not in {n}: start it without torchrun")
 
 
 def check_pairs(args: argparse.Namespace) -> None:
@@ -86,29 +106,45 @@ def guard(
     prog: str,
     *,
     check: Callable[[argparse.Namespace], None] = check,
+    several: bool = False,
 ) -> int:
     """Check the arguments, then run a command that imports its own modules; exit status 0 if it returns None.
 
     What was wrong with the input becomes one line on stderr and status 2, an interrupt one line and status 130.
-    """
-    try:
-        check(args)
-        say("loading PyTorch ...")
-        from .models import resolve_device
 
-        resolve_device(args.device)
-        return run(args) or 0
+    Args:
+        several: whether the command's processes, if there are several, meet in `distributed`: of these one tells what
+            was wrong, and all have status 2.
+    """
+    status = _guarded(run, args, prog, check, several)
+    return distributed.leave(status) if several else status
+
+
+def _guarded(run, args: argparse.Namespace, prog: str, check, several: bool) -> int:
+    try:
+        with distributed.processes() if several else nullcontext():
+            check(args)
+            say("loading PyTorch ...")
+            from .models import resolve_device
+
+            if several:
+                args.device = distributed.own_device(args.device)
+            resolve_device(args.device)
+            return run(args) or 0
+    except distributed.Ended:
+        return 2
     except ValueError as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        if distributed.rank() == 0:
+            print(f"{prog}: interrupted", file=sys.stderr)
         return 130
 
 
 def say(text: str) -> None:
     """A line on stderr for the person who waits; nothing where stderr is no terminal."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and distributed.rank() == 0:
         print(text, file=sys.stderr, flush=True)
 
 
@@ -139,14 +175,63 @@ def load_tokens(args: argparse.Namespace, model: LensModel, *, context: int = 51
     Raises:
         ValueError: the model has no tokenizer, or there is less text than one row.
     """
-    from .data import token_blocks
+    import torch
+
+    return torch.from_numpy(token_rows(args, model, context=context).astype("int64")).to(model.cfg.device)
+
+
+def token_rows(args: argparse.Namespace, model: LensModel, *, context: int = 512):
+    """`load_tokens`' rows as an array that lies in a temporary file, not in memory: what is read is what is sliced.
+
+    Of the processes on a machine the first writes it (4 bytes a token), for all of them.
+
+    Returns:
+        Int[np.ndarray, "batch pos"].
+    """
+    import numpy as np
 
     if model.tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so text cannot be read for it")
     context = min(context, model.cfg.n_ctx)
-    n_rows = max(1, args.tokens // context)
-    blocks = token_blocks(model.tokenizer, documents(args), context, max_blocks=n_rows)
-    return blocks.to(model.cfg.device)
+    writes, path = distributed.local_rank() == 0, ""
+    try:
+        if writes:
+            with tempfile.NamedTemporaryFile(prefix="tokens-", delete=False) as file:
+                path = file.name
+                _write_rows(file, model.tokenizer, documents(args), context, max(1, args.tokens // context))
+        first = distributed.rank() - distributed.local_rank()
+        rows = np.memmap(distributed.exchange(path)[first], dtype=np.int32, mode="r").reshape(-1, context)
+        distributed.exchange(None)  # all have it open
+        return rows
+    except OSError as error:
+        raise ValueError(f"cannot keep tokens in {tempfile.gettempdir()}: {error.strerror or error}") from None
+    finally:
+        if path:
+            with suppress(PermissionError):  # of Windows, as long as it is open
+                os.unlink(path)
+
+
+def _write_rows(file, tokenizer, documents: Iterable[str], context: int, most: int) -> None:
+    """The documents' first rows of `context` token ids, at most so many, as int32."""
+    import numpy as np
+
+    from .data import token_stream
+
+    n, wanted = 0, most * context
+    for ids in token_stream(tokenizer, documents):
+        n += len(ids)
+        file.write(np.asarray(ids, np.int32).tobytes())
+        if n >= wanted:
+            break
+    if n < context:
+        raise ValueError(f"text has {n} tokens, too few for one block of {context}")
+    file.truncate(min(wanted, n - n % context) * 4)
+
+
+def shards(rows) -> tuple[int, list]:
+    """This process' part of the rows: which is its first, and the rows some at a time, none of them read yet."""
+    part, step = distributed.shard(len(rows)), max(1, ROWS_AT_ONCE // rows.shape[1])
+    return part.start, [rows[i : min(i + step, part.stop)] for i in range(part.start, part.stop, step)]
 
 
 def load_pairs(args: argparse.Namespace, model: LensModel):
@@ -167,7 +252,8 @@ def bar(label: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
     """A progress bar on stderr with the time left, as a `batching.Progress`; silent where stderr is no terminal."""
     from tqdm import tqdm
 
-    with tqdm(desc=label, unit=unit, disable=None, leave=False) as shown:
+    disable = None if distributed.rank() == 0 else True  # None: where stderr is no terminal
+    with tqdm(desc=label, unit=unit, disable=disable, leave=False) as shown:
 
         def report(done: int, total: int | None) -> None:
             shown.total = total

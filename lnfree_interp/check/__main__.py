@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(args) -> None:
+    cli.check_alone()
     dtype_name(args.dtype)
     locate_checkpoint(args.model)
 

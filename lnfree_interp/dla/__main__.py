@@ -13,7 +13,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--draws", type=cli.positive_int, default=1000, help="bootstrap draws (1,000)")
     parser.add_argument("--prompt", default="It was the best of times, it was the worst of", help="sample prompt")
     parser.add_argument("--top", type=cli.positive_int, default=8, help="components shown for the prompt (8)")
-    return cli.guard(_run, parser.parse_args(argv), parser.prog)
+    return cli.guard(_run, parser.parse_args(argv), parser.prog, check=_check, several=True)
+
+
+def _check(args) -> None:
+    cli.check(args, several=True)
 
 
 def _run(args) -> None:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pandas as pd
 import torch
 
-from .. import cli
-from ..batching import check_tokens
+from .. import cli, distributed
+from ..batching import check_tokens, token_batches
 from ..figures.dla import head_heatmaps, heads_of
 from ..lens import LensModel
 from .attribution import logit_attributions
-from .error import HEADS, attribution_error
+from .error import HEADS, ErrorSums, add, error_of, merged, no_sums
 from .request import TOKENS_PER_PASS
-from .result import LogitAttribution
 
 
 def run(args) -> None:
+    first = distributed.rank() == 0
     errors, components, prompts = [], [], []
     panels: dict[str, dict] = {"attribution": {}, "direct effect": {}, "difference": {}}
     for name, model in cli.models(args):
-        tokens = cli.load_tokens(args, model, context=args.context)
-        prompts.append((name, *_sample(model, args.prompt, args.top)))
+        rows = cli.token_rows(args, model, context=args.context)
+        if first:
+            prompts.append((name, *_sample(model, args.prompt, args.top)))
         for target in ("next token", "token just read"):
-            targets = None if target == "next token" else tokens
-            positions = None if args.positions == "all" else -2 if targets is None else -1
-            linear, exact = _streamed(model, tokens, targets, positions, name)
-            error = attribution_error(linear, exact, components=HEADS, draws=args.draws, seed=args.seed)
+            parts = distributed.gather(_summed(model, rows, target == "next token", args.positions == "last", name))
+            if not first:
+                continue
+            sums = merged(parts)
+            error = error_of(sums, components=HEADS, draws=args.draws, seed=args.seed)
             errors.append(
                 {
                     "model": name,
@@ -36,18 +36,19 @@ def run(args) -> None:
                     "NMAE": f"{error.pooled:.2%}",
                     "95% interval": f"[{error.interval[0]:.2%}, {error.interval[1]:.2%}]",
                     "mean of heads": f"{error.per_component.mean().item():.2%}",
-                    "sequences": len(tokens),
-                    "tokens": linear.values[0].numel(),
+                    "sequences": len(rows),
+                    "tokens": int(sums.tokens),
                 }
             )
-            if targets is None:
-                grids = {"attribution": linear.values, "direct effect": exact.values}
-                grids["difference"] = linear.values - exact.values
-                for kind, values in grids.items():
-                    panels[kind][f"{name}: {kind}"] = heads_of(values, linear.labels)
-                columns = {"model": name, **_means(linear, exact)}
+            if target == "next token":
+                linear, exact = sums.means()
+                for kind, means in (("attribution", linear), ("direct effect", exact), ("difference", linear - exact)):
+                    panels[kind][f"{name}: {kind}"] = heads_of(torch.from_numpy(means)[:, None], sums.labels)
+                columns = {"model": name, "component": sums.labels, "attribution": linear, "direct_effect": exact}
                 per_head = error.table().rename(columns={"low": "nmae_low", "high": "nmae_high"})
                 components.append(pd.DataFrame(columns).merge(per_head, on="component", how="left"))
+    if not first:
+        return
     cli.show(pd.DataFrame(errors), "Direct logit attribution against direct effect, attention heads (pooled NMAE)")
     for name, target, table in prompts:
         cli.show(table, f"{name}: {args.prompt!r} -> {target!r}, components of the logit")
@@ -59,32 +60,26 @@ def run(args) -> None:
     cli.save(args.out, "dla", pd.concat(components), figure)
 
 
-def _streamed(model: LensModel, tokens, targets, positions, name: str) -> tuple[LogitAttribution, LogitAttribution]:
-    """`logit_attributions` by heads, with a progress bar over the sequences; results on the CPU."""
-    pieces: list[tuple[LogitAttribution, LogitAttribution]] = []
-    done = 0
+def _summed(model: LensModel, rows, to_next: bool, at_last: bool, name: str) -> ErrorSums | None:
+    """Sums over this process' part of the rows, by heads; None if it has none.
+
+    Args:
+        to_next: whether the target is the next token, or else the one just read.
+        at_last: only at the last position that has a target.
+    """
+    first, parts = cli.shards(rows)
+    if not parts:
+        return None
+    sums = None
     with cli.bar(name, "sequence") as progress:
-        for rows in torch.arange(len(tokens)).split(max(1, TOKENS_PER_PASS // tokens.shape[1])):
-            chosen = None if targets is None else targets[rows]
-            pieces.append(logit_attributions(model, tokens[rows], chosen, positions=positions, by="head"))
-            done += len(rows)
-            progress(done, len(tokens))
-    linear, exact = (_joined(parts) for parts in zip(*pieces))
-    return linear, exact
-
-
-def _joined(parts: Sequence[LogitAttribution]) -> LogitAttribution:
-    """Results on batches of sequences as one, on the CPU."""
-    values = torch.cat([p.values.cpu() for p in parts], dim=1)
-    return LogitAttribution(values, parts[0].labels, torch.cat([p.bias.cpu() for p in parts]), parts[0].positions)
-
-
-def _means(linear: LogitAttribution, exact: LogitAttribution) -> dict:
-    return {
-        "component": list(linear.labels),
-        "attribution": linear.values.flatten(1).double().mean(1).tolist(),
-        "direct_effect": exact.values.flatten(1).double().mean(1).tolist(),
-    }
+        for tokens in token_batches(model, parts, per_pass=TOKENS_PER_PASS, progress=progress):
+            targets, position = (None, -2) if to_next else (tokens, -1)
+            positions = position if at_last else None
+            linear, exact = logit_attributions(model, tokens, targets, positions=positions, by="head")
+            sums = no_sums(linear.labels, len(rows)) if sums is None else sums
+            add(sums, linear.values, exact.values, first=first)
+            first += len(tokens)
+    return sums
 
 
 def _sample(model: LensModel, prompt: str, top: int):

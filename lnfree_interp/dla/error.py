@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..statistics import ratio, ratio_interval, ratio_interval_of_two_ways
@@ -14,6 +16,8 @@ from .result import LogitAttribution
 
 # The attention heads' labels, the components that P2 pools.
 HEADS = r"L\d+H\d+"
+# Sequences whose sums are held apart; of more, some share a place, so that memory does not grow with them.
+PLACES = 2**12
 
 
 @dataclass(frozen=True)
@@ -82,18 +86,88 @@ def attribution_error(
             f"attributions do not align: {list(approximate.values.shape)} {approximate.labels[:2]} and "
             f"{list(exact.values.shape)} {exact.labels[:2]}"
         )
-    chosen = [i for i, label in enumerate(exact.labels) if components is None or re.fullmatch(components, label)]
+    chosen = _matching(exact.labels, components)
+    sums = no_sums(tuple(exact.labels[i] for i in chosen), exact.values.shape[1])
+    add(sums, approximate.values[chosen], exact.values[chosen])
+    return error_of(sums, draws=draws, seed=seed)
+
+
+def _matching(labels: tuple[str, ...], components: str | None) -> list[int]:
+    chosen = [i for i, label in enumerate(labels) if components is None or re.fullmatch(components, label)]
     if not chosen:
-        raise ValueError(f"no component matches {components!r}; there are {', '.join(exact.labels[:3])}, ...")
-    a, e = (r.values[chosen].cpu().double() for r in (approximate, exact))
-    difference, size = ((x.abs().sum(-1).numpy()) for x in (a - e, e))  # [component, batch]
+        raise ValueError(f"no component matches {components!r}; there are {', '.join(labels[:3])}, ...")
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The same of tokens that stream by
+
+
+@dataclass(frozen=True)
+class ErrorSums:
+    """What `AttributionError` needs of attributions, and their means: filled by `add`, sequences after sequences.
+
+    Parts of a set of sequences add up to the whole (`merged`), whatever the split.
+
+    Attributes:
+        difference, size: Float[np.ndarray, "component place"], sums of |approximate - exact| and of |exact| over the
+            tokens of the sequences at each place: one sequence, or with more sequences than places every so-manyth,
+            which the bootstrap then draws together.
+        totals: Float[np.ndarray, "two component"], sums of approximate and exact over all tokens.
+        tokens: Int[np.ndarray, ""], how many those are.
+    """
+
+    labels: tuple[str, ...]
+    difference: Float[np.ndarray, "component place"]
+    size: Float[np.ndarray, "component place"]
+    totals: Float[np.ndarray, "two component"]
+    tokens: Int[np.ndarray, ""]
+
+    def means(self) -> Float[np.ndarray, "two component"]:
+        """Mean approximate and exact attribution."""
+        return self.totals / self.tokens
+
+
+def no_sums(labels: tuple[str, ...], n_sequences: int) -> ErrorSums:
+    """Sums of nothing as yet, with room for so many sequences in all, those of other processes included."""
+    places = np.zeros((2, len(labels), min(n_sequences, PLACES)))
+    return ErrorSums(labels, places[0], places[1], np.zeros((2, len(labels))), np.zeros((), int))
+
+
+def add(
+    sums: ErrorSums,
+    approximate: Float[Tensor, "component batch pos"],
+    exact: Float[Tensor, "component batch pos"],
+    *,
+    first: int = 0,
+) -> None:
+    """Count in the attributions of sequences of which the first is number `first` of all."""
+    a, e = (values.cpu().double() for values in (approximate, exact))
+    places = np.arange(first, first + a.shape[1]) % sums.size.shape[1]
+    for held, x in ((sums.difference, a - e), (sums.size, e)):
+        np.add.at(held.T, places, x.abs().sum(-1).numpy().T)
+    sums.totals[:] += torch.stack([a, e]).sum((2, 3)).numpy()
+    sums.tokens[...] += a[0].numel()
+
+
+def merged(parts: Sequence[ErrorSums]) -> ErrorSums:
+    """The sums of a set of sequences from those of its parts."""
+    names = ("difference", "size", "totals", "tokens")
+    sums = (np.sum([getattr(part, name) for part in parts], axis=0) for name in names)
+    return ErrorSums(parts[0].labels, *(np.asarray(x) for x in sums))
+
+
+def error_of(sums: ErrorSums, *, components: str | None = None, draws: int = 1000, seed: int = 0) -> AttributionError:
+    """`attribution_error` of what was summed."""
+    chosen = _matching(sums.labels, components)
+    difference, size = sums.difference[chosen], sums.size[chosen]
     pooled = ratio_interval_of_two_ways(difference, size, draws=draws, seed=seed)
     per_component = ratio_interval(difference.T, size.T, draws=draws, seed=seed)
     low, high = (torch.from_numpy(bound) for bound in per_component)
     return AttributionError(
         pooled=float(ratio(difference.sum(), size.sum())),
         interval=(float(pooled[0]), float(pooled[1])),
-        labels=tuple(exact.labels[i] for i in chosen),
+        labels=tuple(sums.labels[i] for i in chosen),
         per_component=torch.from_numpy(ratio(difference.sum(1), size.sum(1))),
         low=low,
         high=high,

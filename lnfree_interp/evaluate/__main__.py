@@ -21,11 +21,11 @@ def main(argv=None) -> int:
     parser.add_argument("--items", type=cli.positive_int, metavar="N", help="HellaSwag items to use (all)")
     parser.add_argument("--prompt", help="show what each model writes after this")
     args = parser.parse_args(argv)
-    return cli.guard(_run, args, parser.prog, check=_check)
+    return cli.guard(_run, args, parser.prog, check=_check, several=True)
 
 
 def _check(args) -> None:
-    cli.check(args)
+    cli.check(args, several=True)
     if args.hellaswag and args.hellaswag.endswith((".jsonl", ".jsonl.gz")):
         read_text(args.hellaswag, "HellaSwag file")
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from .. import cli
+from .. import cli, distributed
 from ..figures.evaluate import loss_figure, reliability_figure
-from .compare import compare_models
-from .hellaswag import hellaswag, hellaswag_items
-from .loss import evaluate_loss, loss_table
-from .samples import generate_samples
+from ..lens import LensModel
+from .compare import comparison_of, comparison_sums
+from .hellaswag import ending_scores, hellaswag_items, hellaswag_of
+from .loss import KEPT, evaluation_of, loss_sums, loss_table
+from .samples import Samples, generate_samples
 
 
 def baselines(models: dict[str, bool]) -> dict[str, str | None]:
@@ -25,42 +27,63 @@ def baselines(models: dict[str, bool]) -> dict[str, str | None]:
 
 
 def run(args) -> None:
-    items = hellaswag_items(args.hellaswag, limit=args.items) if args.hellaswag else None
+    items = hellaswag_items(args.hellaswag, limit=args.items) if args.hellaswag else []
     models = dict(cli.models(args))
-    names = list(models)
-    per_model = [cli.load_tokens(args, model, context=args.context) for model in models.values()]
-    tokens = per_model[0]
-    for name, other in zip(names, per_model):
-        if other.shape != tokens.shape or not bool((other == tokens).all()):
-            raise ValueError(f"models {names[0]} and {name} read the text as different tokens")
-    losses = {}
+    rows, first, tokens = _same_rows(args, models)
+    losses, scores = {}, {}
     for name, model in models.items():
+        part = None
         with cli.bar(f"{name} loss", "sequence") as progress:
-            losses[name] = evaluate_loss(model, tokens, seed=args.seed, progress=progress)
-    ln_free = {name: model.cfg.normalization_type is None for name, model in models.items()}
+            if tokens:
+                part = loss_sums(model, tokens, first=first, keep=KEPT, progress=progress)
+        if parts := distributed.gather(part):
+            losses[name] = evaluation_of(model, parts, keep=KEPT, seed=args.seed)
+    compared = None
+    with cli.bar("comparison", "sequence") as progress:
+        if tokens:
+            compared = comparison_sums(models, tokens, first=first, n_bins=args.bins, progress=progress)
+    of_comparison = distributed.gather(compared)
+    for name, model in models.items() if items else ():
+        with cli.bar(f"{name} HellaSwag", "item") as progress:
+            scored = ending_scores(model, items, distributed.shard(len(items)), progress=progress)
+        if of_items := distributed.gather(scored):
+            scores[name] = hellaswag_of(of_items)
+    if distributed.rank() == 0:
+        comparison = comparison_of(tuple(models), of_comparison, seed=args.seed)
+        samples = None if args.prompt is None else generate_samples(models, args.prompt, seed=args.seed)
+        ln_free = {name: model.cfg.normalization_type is None for name, model in models.items()}
+        _report(args, rows.size, ln_free, losses, comparison, scores, samples)
+
+
+def _same_rows(args, models: dict[str, LensModel]):
+    """The rows of tokens, the same for all models; the number of the first that is this process', and its own."""
+    (one, *names), (model, *others) = models, models.values()
+    rows = cli.token_rows(args, model, context=args.context)
+    first, tokens = cli.shards(rows)
+    for name, model in zip(names, others):
+        other = cli.token_rows(args, model, context=args.context)
+        if other.shape != rows.shape or not all(map(np.array_equal, tokens, cli.shards(other)[1])):
+            raise ValueError(f"models {one} and {name} read the text as different tokens")
+    return rows, first, tokens
+
+
+def _report(args, n_tokens: int, ln_free: dict[str, bool], losses, comparison, scores, samples: Samples | None) -> None:
     gaps = loss_table(losses, baselines(ln_free), seed=args.seed).table()
     details = pd.concat([r.table() for r in losses.values()], ignore_index=True)
-    details.insert(0, "model", names)
-    with cli.bar("comparison", "sequence") as progress:
-        comparison = compare_models(models, tokens, n_bins=args.bins, seed=args.seed, progress=progress)
+    details.insert(0, "model", list(losses))
     worst = pd.DataFrame([{"model": name, **vars(w)} for name, r in losses.items() for w in r.worst])
     tables = {"evaluate": gaps.merge(details, on="model", sort=False), "evaluate_worst": worst}
-    if items:
-        scores = {}
-        for name, model in models.items():
-            with cli.bar(f"{name} HellaSwag", "item") as progress:
-                scores[name] = hellaswag(model, items, progress=progress)
+    if scores:
         table = pd.concat([r.table() for r in scores.values()], ignore_index=True)
-        table.insert(0, "model", names)
+        table.insert(0, "model", list(scores))
         tables["hellaswag"] = table
-    samples = None if args.prompt is None else generate_samples(models, args.prompt, seed=args.seed)
 
     source = args.data or (Path(args.text).name if args.text else "the embedded validation text")
-    cli.show(gaps, f"Loss on {tokens.numel():,} tokens of {source} (nats per token; gap in brackets)")
+    cli.show(gaps, f"Loss on {n_tokens:,} tokens of {source} (nats per token; gap in brackets)")
     cli.show(details, "Tokens' losses")
     cli.show(comparison.table(), "Divergence (nats), agreement, entropy (nats), calibration")
     cli.show(worst, "Worst sequences")
-    if items:
+    if scores:
         cli.show(tables["hellaswag"], "HellaSwag")
     if samples is not None:
         for name, text in zip(samples.names, samples.texts):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..batching import Progress, TokenSource, check_next_token, token_batches
 from ..forward import run, unembed
-from ..lens import ModelOrName
+from ..lens import LensModel, ModelOrName
 from ..metrics import entropy, js_divergence, log_probs
 from ..models import as_models
 from ..statistics import mean_interval
@@ -86,7 +86,7 @@ def compare_models(
         models: name -> HookedTransformer or TransformerBridge, all of one vocabulary.
         tokens: Int[Tensor, "batch pos"], or an iterable of such.
         n_bins: bins of the calibration error and the reliability plot.
-        draws: bootstrap draws of sequences.
+        draws: bootstrap draws of sequences. Some numbers per sequence and pair of models are kept.
         per_pass: tokens in memory at a time; fewer where all models' logits would fill more than 256 MiB.
         progress: told of the sequences done.
 
@@ -103,11 +103,40 @@ def compare_models(
         (torch.Size([2, 2]), [1.0, 1.0])
     """
     models = as_models(models)
+    part = comparison_sums(models, tokens, n_bins=n_bins, per_pass=per_pass, progress=progress)
+    return comparison_of(tuple(models), [part], draws=draws, seed=seed)
+
+
+@dataclass(frozen=True)
+class ComparisonSums:
+    """What `ModelComparison` needs of some sequences; of parts of a set, what `comparison_of` merges.
+
+    Attributes:
+        index: which sequences of all these are.
+        values: each one's means: divergence and agreement of each two models; loss, entropy, accuracy of each.
+        bins: count, sum of confidence and sum of right answers in each bin.
+    """
+
+    index: Int[Tensor, " sequence"]
+    values: Float[Tensor, "sequence quantity"]
+    bins: Float[Tensor, "three model bin"]
+
+
+def comparison_sums(
+    models: Mapping[str, LensModel],
+    tokens: TokenSource,
+    *,
+    first: int = 0,
+    n_bins: int = 15,
+    per_pass: int = 4096,
+    progress: Progress | None = None,
+) -> ComparisonSums:
+    """`compare_models`' statistics of sequences of which the first is number `first` of all."""
     if not models:
         raise ValueError("there are no models to compare")
     if n_bins < 1:
         raise ValueError(f"n_bins is {n_bins}, at least 1 is needed")
-    names, parts = tuple(models), list(models.values())
+    parts = list(models.values())
     sizes = {name: model.cfg.d_vocab for name, model in models.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"models of different vocabularies cannot be compared: {sizes}")
@@ -125,11 +154,20 @@ def compare_models(
             ]
             sequences.append(_per_sequence(logits, batch[:, 1:], bins))
     values = torch.cat(sequences)
+    return ComparisonSums(torch.arange(first, first + len(values)), values, bins)
+
+
+def comparison_of(
+    names: tuple[str, ...], parts: Sequence[ComparisonSums], *, draws: int = 1000, seed: int = 0
+) -> ModelComparison:
+    """The comparison on a set of sequences from the statistics of its parts, whatever the split."""
+    n = len(names)
+    values = torch.cat([part.values for part in parts])[torch.cat([part.index for part in parts]).argsort()]
     square = values[:, : 2 * n * n].unflatten(1, (2, n, n))
     loss, entropies, accuracy = values[:, 2 * n * n :].unflatten(1, (3, n)).mean(0)
     low, high = (torch.from_numpy(b) for b in mean_interval(square[:, 0].numpy(), draws=draws, seed=seed))
     divergence, agreement = square.mean(0)
-    count, confidence, right = bins
+    count, confidence, right = torch.stack([part.bins for part in parts]).sum(0)
     error = (right - confidence).abs().sum(1) / count.sum(1)
     return ModelComparison(
         names=names,

@@ -135,7 +135,27 @@ def hellaswag(
         >>> hellaswag(load_model("tiny-noLN", device="cpu"), [item]).log_probs.shape
         torch.Size([1, 4])
     """
-    model = as_model(model)
+    return hellaswag_of([ending_scores(as_model(model), items, per_pass=per_pass, progress=progress)])
+
+
+@dataclass(frozen=True)
+class EndingScores:
+    """What `HellaSwag` needs of some items: its own fields of the same names."""
+
+    log_probs: Float[Tensor, "item ending"]
+    lengths: Int[Tensor, "item ending"]
+    labels: Int[Tensor, " item"]
+
+
+def ending_scores(
+    model: LensModel,
+    items: Iterable[dict],
+    some: slice = slice(None),
+    *,
+    per_pass: int = 4096,
+    progress: Progress | None = None,
+) -> EndingScores:
+    """`hellaswag`'s scores of some of the items, all of which are checked."""
     check_next_token(model)
     if model.tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so HellaSwag cannot be read for it")
@@ -146,8 +166,8 @@ def hellaswag(
     for i, item in enumerate(items):
         if len(item["endings"]) != n_endings:
             raise ValueError(f"item {i} has {len(item['endings'])} endings, item 0 has {n_endings}")
-    encoded = [_encode(model, item) for item in items]
-    sums = torch.zeros(len(items), n_endings, dtype=torch.float64)
+    encoded = [_encode(model, item) for item in items][some]
+    sums = torch.zeros(len(encoded), n_endings, dtype=torch.float64)
     done = 0
     for group in _groups(encoded, per_pass):
         contexts = torch.tensor([encoded[i][0] for i in group], device=model.cfg.device)
@@ -155,9 +175,17 @@ def hellaswag(
             sums[group] = ending_log_probs(model, contexts, [e for i in group for e in encoded[i][1]])
         done += len(group)
         if progress is not None:
-            progress(done, len(items))
-    lengths = torch.tensor([[len(e) for e in endings] for _, endings in encoded])
-    labels = torch.tensor([item["label"] for item in items])
+            progress(done, len(encoded))
+    lengths = torch.tensor([[len(e) for e in endings] for _, endings in encoded], dtype=torch.long)
+    labels = torch.tensor([item["label"] for item in items[some]], dtype=torch.long)
+    return EndingScores(sums, lengths.view(-1, n_endings), labels)
+
+
+def hellaswag_of(parts: Sequence[EndingScores]) -> HellaSwag:
+    """The result on the items of all parts, in their order."""
+    sums, lengths, labels = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("log_probs", "lengths", "labels")
+    )
     accuracy, accuracy_normalised = (
         (score.argmax(1) == labels).double().mean().item() for score in (sums, sums / lengths)
     )
@@ -167,8 +195,8 @@ def hellaswag(
         labels=labels,
         accuracy=accuracy,
         accuracy_normalised=accuracy_normalised,
-        stderr=math.sqrt(accuracy * (1 - accuracy) / len(items)),
-        stderr_normalised=math.sqrt(accuracy_normalised * (1 - accuracy_normalised) / len(items)),
+        stderr=math.sqrt(accuracy * (1 - accuracy) / len(labels)),
+        stderr_normalised=math.sqrt(accuracy_normalised * (1 - accuracy_normalised) / len(labels)),
     )
 
 

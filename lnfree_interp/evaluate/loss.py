@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,10 +17,13 @@ from ..forward import run, unembed
 from ..lens import LensModel, ModelOrName
 from ..metrics import cross_entropy
 from ..models import as_model
+from ..running import Sample
 from ..statistics import mean_interval
 
 # Logits held at a time: 256 MiB in fp32.
 LOGITS_PER_PASS = 2**26
+# Tokens whose losses the command keeps: 32 MiB.
+KEPT = 2**23
 # A residual norm this many times its layer's median over the sequence has exploded.
 EXPLODED = 10.0
 
@@ -53,7 +56,9 @@ class LossEvaluation:
     """Losses of one model on one set of tokens, in nats per token.
 
     Attributes:
-        losses: Float[Tensor, "batch pos"], entry [b, i] is that of predicting token i + 1; on the CPU.
+        losses: Float[Tensor, "batch pos"], entry [b, i] is that of predicting token i + 1; on the CPU. Where not all
+            were kept (`keep`), of a uniform sample of the sequences, as are median and ranges.
+        per_sequence: Float[Tensor, "sequence"], mean loss of each sequence.
         mean: over all tokens.
         interval: of the mean, 95% over sequences (`statistics`); nan for a single sequence.
         median: over tokens, as are
@@ -63,6 +68,7 @@ class LossEvaluation:
     """
 
     losses: Float[Tensor, "batch pos"]
+    per_sequence: Float[Tensor, " sequence"]
     mean: float
     interval: tuple[float, float]
     median: float
@@ -74,7 +80,7 @@ class LossEvaluation:
         """One row: tokens, mean and its interval, median, both ranges, the worst sequence."""
         import pandas as pd
 
-        row = {"tokens": self.losses.numel(), "mean": self.mean}
+        row = {"tokens": self.per_sequence.numel() * self.losses.shape[1], "mean": self.mean}
         row |= {"mean_low": self.interval[0], "mean_high": self.interval[1], "median": self.median}
         row |= {"p2.5": self.range95[0], "p97.5": self.range95[1]}
         row |= {"p0.05": self.range999[0], "p99.95": self.range999[1]}
@@ -130,6 +136,7 @@ def evaluate_loss(
     worst: int = 3,
     draws: int = 1000,
     seed: int = 0,
+    keep: int | None = None,
     per_pass: int = 4096,
     progress: Progress | None = None,
 ) -> LossEvaluation:
@@ -141,11 +148,13 @@ def evaluate_loss(
         worst: how many sequences to name.
         draws: bootstrap draws of sequences.
         seed: of the bootstrap.
+        keep: tokens whose losses are kept, for median and ranges: those of a uniform sample of the sequences where
+            there are more, of one at least. Mean, interval and the worst are of all. None: all tokens.
         per_pass: tokens in memory at a time; fewer where their logits would fill more than 256 MiB.
         progress: told of the sequences done.
 
     Returns:
-        LossEvaluation in nats per token; 4 bytes per token are kept.
+        LossEvaluation in nats per token; 4 bytes per token that is kept, 8 per sequence.
 
     Raises:
         ValueError: tokens that are no token ids of the model's, fewer than two positions, several lengths.
@@ -158,34 +167,106 @@ def evaluate_loss(
         True
     """
     model = as_model(model)
+    part = loss_sums(model, tokens, keep=keep, worst=worst, per_pass=per_pass, progress=progress)
+    return evaluation_of(model, [part], keep=keep, worst=worst, draws=draws, seed=seed)
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """What `LossEvaluation` needs of some sequences; of parts of a set, what `evaluation_of` merges.
+
+    Attributes:
+        index: which sequences of all these are.
+        means: each one's mean loss.
+        kept: which sequences' losses are kept, and the losses.
+        worst: (mean loss, index, tokens) of the sequences of largest mean loss.
+    """
+
+    index: Int[np.ndarray, " sequence"]
+    means: Float[np.ndarray, " sequence"]
+    kept: tuple[np.ndarray, np.ndarray]
+    worst: list[tuple[float, int, Int[Tensor, " pos"]]]
+
+
+def loss_sums(
+    model: LensModel,
+    tokens: TokenSource,
+    *,
+    first: int = 0,
+    keep: int | None = None,
+    worst: int = 3,
+    per_pass: int = 4096,
+    progress: Progress | None = None,
+) -> LossSums:
+    """`evaluate_loss`' statistics of sequences of which the first is number `first` of all."""
     check_next_token(model)
     per_pass = min(per_pass, max(1, LOGITS_PER_PASS // model.cfg.d_vocab))
-    losses: list[Tensor] = []
-    kept: list[tuple[float, int, Tensor]] = []  # the worst sequences so far
-    seen = 0
+    sample: Sample | None = None
+    n_pos, means = 0, []
+    largest: list[tuple[float, int, Tensor]] = []
+    seen = first
     for batch in token_batches(model, tokens, per_pass=per_pass, least=2, progress=progress):
-        if losses and losses[0].shape[1] != batch.shape[1] - 1:
-            raise ValueError(f"sequences have {batch.shape[1]} tokens, earlier ones {losses[0].shape[1] + 1}")
+        if sample is None:
+            n_pos = batch.shape[1]
+            sample = _sample_of(n_pos - 1, keep)
+        elif n_pos != batch.shape[1]:
+            raise ValueError(f"sequences have {batch.shape[1]} tokens, earlier ones {n_pos}")
         with torch.no_grad():
             loss = cross_entropy(unembed(model, run(model, batch)), batch).float().cpu()
-        losses.append(loss)
-        means = loss.double().mean(1).nan_to_num(nan=torch.inf).tolist()
-        kept += [(mean, seen + i, batch[i]) for i, mean in enumerate(means)]
-        kept = sorted(kept, key=lambda entry: -entry[0])[:worst]
+        sample.add(np.arange(seen, seen + len(loss)), loss.numpy())
+        means.append(loss.double().mean(1))
+        in_order = means[-1].nan_to_num(nan=torch.inf).tolist()
+        # The tokens stay where they are: a copy of each would be a wait for the device.
+        largest = _largest(largest + [(mean, seen + i, batch[i]) for i, mean in enumerate(in_order)], worst)
         seen += len(batch)
-    all_losses = torch.cat(losses)
+    assert sample is not None  # token_batches gives at least one
+    return LossSums(
+        np.arange(first, seen),
+        torch.cat(means).numpy(),
+        sample.kept(),
+        [(mean, i, row.cpu().clone()) for mean, i, row in largest],
+    )
+
+
+def evaluation_of(
+    model: LensModel,
+    parts: Sequence[LossSums],
+    *,
+    keep: int | None = None,
+    worst: int = 3,
+    draws: int = 1000,
+    seed: int = 0,
+) -> LossEvaluation:
+    """The evaluation of a set of sequences from the statistics of its parts, whatever the split."""
+    index, means = (np.concatenate([getattr(part, name) for part in parts]) for name in ("index", "means"))
+    means = means[np.argsort(index)]
+    sample = _sample_of(parts[0].kept[1].shape[1], keep)
+    for part in parts:
+        sample.add(*part.kept)
+    losses = sample.kept()[1]
     levels = [0.0005, 0.025, 0.5, 0.975, 0.9995]
-    lowest, low, median, high, highest = np.quantile(all_losses.flatten().numpy(), levels).tolist()
-    per_sequence = all_losses.double().mean(1)
+    lowest, low, median, high, highest = np.quantile(losses.ravel(), levels).tolist()
     return LossEvaluation(
-        losses=all_losses,
-        mean=per_sequence.mean().item(),
-        interval=_floats(mean_interval(per_sequence.numpy(), draws=draws, seed=seed)),
+        losses=torch.from_numpy(losses),
+        per_sequence=torch.from_numpy(means),
+        mean=torch.from_numpy(means).mean().item(),
+        interval=_floats(mean_interval(means, draws=draws, seed=seed)),
         median=median,
         range95=(low, high),
         range999=(lowest, highest),
-        worst=tuple(_name(model, index, loss, row) for loss, index, row in kept),
+        worst=tuple(
+            _name(model, index, loss, row.to(model.cfg.device))
+            for loss, index, row in _largest([entry for part in parts for entry in part.worst], worst)
+        ),
     )
+
+
+def _sample_of(n_predictions: int, keep: int | None) -> Sample:
+    return Sample(n_predictions, None if keep is None else max(1, keep // n_predictions), "float32")
+
+
+def _largest(entries: list[tuple[float, int, Tensor]], n: int) -> list[tuple[float, int, Tensor]]:
+    return sorted(entries, key=lambda entry: (-entry[0], entry[1]))[:n]
 
 
 def loss_table(
@@ -217,10 +298,10 @@ def loss_table(
             continue
         if baseline not in evaluations:
             raise ValueError(f"baseline {baseline!r} of {name} is not among {', '.join(evaluations)}")
-        shapes = list(result.losses.shape), list(evaluations[baseline].losses.shape)
+        shapes = [[len(e.per_sequence), e.losses.shape[1]] for e in (result, evaluations[baseline])]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name} was evaluated on {shapes[0]} predictions, {baseline} on {shapes[1]}")
-        difference = (result.losses.double() - evaluations[baseline].losses.double()).mean(1)
+        difference = result.per_sequence - evaluations[baseline].per_sequence
         low, high = _floats(mean_interval(difference.numpy(), draws=draws, seed=seed))
         bounds.append((difference.mean().item(), low, high))
     gaps, lows, highs = torch.tensor(bounds, dtype=torch.float64).view(-1, 3).unbind(1)

@@ -10,11 +10,11 @@ def main(argv=None) -> int:
     parser.add_argument("--threshold", type=float, default=0.3, help="attention on position 0 that makes a sink (0.3)")
     parser.add_argument("--per-position", action="store_true", help="norms at every position, not by kind of token")
     args = parser.parse_args(argv)
-    return cli.guard(_run, args, parser.prog, check=_check)
+    return cli.guard(_run, args, parser.prog, check=_check, several=True)
 
 
 def _check(args) -> None:
-    cli.check(args)
+    cli.check(args, several=True)
     if not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold {args.threshold} is outside 0..1")
 

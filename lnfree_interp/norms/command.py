@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .. import cli
+from .. import cli, distributed
 from ..figures.norms import norms_figure, sinks_figure
-from .residual import residual_norms
-from .sinks import attention_sinks
+from .residual import norm_sums, norms_of
+from .sinks import sink_sums, sinks_of
 
 
 def run(args) -> None:
     norms, sinks = {}, {}
     for name, model in cli.models(args):
-        tokens = cli.load_tokens(args, model)
-        with cli.bar(f"{name} norms", "sequence") as progress:
-            norms[name] = residual_norms(model, tokens, per_position=args.per_position, progress=progress)
-        with cli.bar(f"{name} sinks", "sequence") as progress:
-            sinks[name] = attention_sinks(model, tokens, threshold=args.threshold, progress=progress)
+        first, tokens = cli.shards(cli.token_rows(args, model))
+        of_norms = of_sinks = None
+        if tokens:
+            with cli.bar(f"{name} norms", "sequence") as progress:
+                of_norms = norm_sums(model, tokens, first=first, per_position=args.per_position, progress=progress)
+            with cli.bar(f"{name} sinks", "sequence") as progress:
+                of_sinks = sink_sums(model, tokens, threshold=args.threshold, progress=progress)
+        parts = distributed.gather(of_norms), distributed.gather(of_sinks)
+        if distributed.rank() == 0:
+            norms[name], sinks[name] = norms_of(parts[0]), sinks_of(parts[1], threshold=args.threshold)
+    if distributed.rank() > 0:
+        return
     table = pd.concat([result.table().assign(model=name) for name, result in norms.items()])
     heads = pd.concat([result.table().assign(model=name) for name, result in sinks.items()])
     groups = table[table.tokens > 0].pivot_table(

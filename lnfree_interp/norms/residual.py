@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -14,6 +16,7 @@ from ..batching import Progress, TokenSource, token_batches
 from ..forward import run
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
+from ..running import Moments, Sample, joined, moments
 
 STATISTICS = ("mean", "stderr", "median", "low", "high")
 QUANTITIES = ("norm", "growth", "cosine")
@@ -104,20 +107,50 @@ def residual_norms(
         >>> norms.points[:4], norms.groups
         (('embed', 'pos_embed', 'L0.resid_pre', 'L0.resid_mid'), ('position 0', 'EOT', 'rest'))
     """
-    model = as_model(model)
+    part = norm_sums(
+        as_model(model), tokens, per_position=per_position, eot_token=eot_token, per_pass=per_pass, progress=progress
+    )
+    return norms_of([part])
+
+
+@dataclass(frozen=True)
+class NormSums:
+    """What `ResidualNorms` needs of some sequences; of parts of a set, what `norms_of` merges.
+
+    Attributes:
+        counts: Int[Tensor, "two group"], tokens and sequences with such.
+        moments: of the sequences' numbers, in columns "point group quantity".
+        sample: of those numbers, and which sequences they are.
+    """
+
+    points: tuple[str, ...]
+    groups: tuple[str, ...]
+    counts: Int[Tensor, "two group"]
+    moments: Moments
+    sample: tuple[np.ndarray, np.ndarray]
+
+
+def norm_sums(
+    model: LensModel,
+    tokens: TokenSource,
+    *,
+    first: int = 0,
+    per_position: bool = False,
+    eot_token: int | None = None,
+    per_pass: int = 4096,
+    progress: Progress | None = None,
+) -> NormSums:
+    """`residual_norms`' statistics of sequences of which the first is number `first` of all."""
     if eot_token is None:
         eot_token = getattr(model.tokenizer, "eos_token_id", None)
     names = _points(model)
-    sample: _Sample | None = None
+    sample: Sample | None = None
+    sums: Moments | None = None
     groups: tuple[str, ...] = GROUPS
     counts = torch.zeros(2, 1, dtype=torch.long)
     for batch in token_batches(model, tokens, per_pass=per_pass, progress=progress):
         if per_position:
             groups = tuple(f"position {i}" for i in range(batch.shape[1]))
-        if sample is None:
-            sample = _Sample(len(names) * len(groups) * len(QUANTITIES))
-        elif sample.total.shape[0] != len(names) * len(groups) * len(QUANTITIES):
-            raise ValueError(f"sequences have {batch.shape[1]} tokens, others another number: no common positions")
         # Token by token to the CPU, in one copy, and float64 from there on: not every device has it.
         values = torch.stack(_along_stream(model, batch, list(names))).cpu().double()
         batch = batch.cpu()
@@ -128,21 +161,50 @@ def residual_norms(
             )
         else:
             per_sequence, n = _by_group(values, _membership(batch, eot_token))
-        sample.add(per_sequence.flatten(1))
+        rows = per_sequence.flatten(1).numpy()
+        if sums is None or sample is None:
+            sums, sample = moments(rows), _sample_of(rows.shape[1])
+        elif sums.n.shape != rows.shape[1:]:
+            raise ValueError(f"sequences have {batch.shape[1]} tokens, others another number: no common positions")
+        else:
+            sums = joined(sums, moments(rows, sums.origin))
+        sample.add(np.arange(first, first + len(rows)), rows)
         counts = counts + torch.stack([n.sum(0), (n > 0).sum(0)])
-    assert sample is not None  # token_batches gives at least one
-    statistics = sample.statistics().unflatten(0, (len(names), len(groups), len(QUANTITIES)))
-    norm, growth, cosine = statistics.unbind(2)
+        first += len(rows)
+    assert sums is not None and sample is not None  # token_batches gives at least one
+    return NormSums(tuple(names.values()), groups, counts.long(), sums, sample.kept())
+
+
+def norms_of(parts: Sequence[NormSums]) -> ResidualNorms:
+    """The statistics of a set of sequences from those of its parts, whatever the split."""
+    points, groups = parts[0].points, parts[0].groups
+    sums = reduce(joined, (part.moments for part in parts))
+    sample = _sample_of(len(sums.n))
+    for part in parts:
+        sample.add(*part.sample)
+    by_sequence = torch.from_numpy(sample.kept()[1])
+    levels = torch.tensor([0.5, 0.025, 0.975], dtype=torch.float64)
+    # A few columns at a time: quantile sorts a copy, and takes no more than 2^24 numbers.
+    columns = by_sequence.split(max(1, 2**22 // len(by_sequence)), dim=1)
+    quantiles = torch.cat([part.nanquantile(levels, dim=0) for part in columns], dim=1)
+    mean, stderr = (torch.from_numpy(x) for x in (sums.mean(), sums.stderr()))
+    statistics = torch.stack([mean, stderr, *quantiles], -1)
+    norm, growth, cosine = statistics.unflatten(0, (len(points), len(groups), len(QUANTITIES))).unbind(2)
+    counts = torch.stack([part.counts for part in parts]).sum(0)
     return ResidualNorms(
-        points=tuple(names.values()),
+        points=points,
         groups=groups,
         statistics=STATISTICS,
         norm=norm,
         growth=growth,
         cosine=cosine,
-        tokens=counts[0].long(),
-        sequences=counts[1].long(),
+        tokens=counts[0],
+        sequences=counts[1],
     )
+
+
+def _sample_of(columns: int) -> Sample:
+    return Sample(columns, max(100, KEPT_NUMBERS // columns))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -198,46 +260,3 @@ def _by_group(
     # where, not a product: what explodes in one group must not reach the others as 0 * inf.
     sums = [torch.where(mask, values, 0.0).sum(-1) / count for mask, count in zip(member, n)]
     return rearrange(sums, "group point quantity b -> b point group quantity"), n.T
-
-
-class _Sample:
-    """Running mean and variance per column, and a uniform sample of rows for quantiles; nan entries are skipped."""
-
-    def __init__(self, columns: int):
-        self.n, self.total, self.squares = (torch.zeros(columns, dtype=torch.float64) for _ in range(3))
-        self.origin = torch.zeros(columns, dtype=torch.float64)
-        self.most = max(100, KEPT_NUMBERS // columns)
-        # One tensor that grows by doubling: many small ones would lie scattered between the passes' large ones.
-        self.rows = torch.empty(0, columns, dtype=torch.float64)
-        self.seen = 0
-        self.generator = torch.Generator().manual_seed(0)
-
-    def add(self, rows: Float[Tensor, "row column"]) -> None:
-        if self.seen == 0:  # variances are taken about the first row, which keeps them accurate
-            self.origin = rows[0].nan_to_num()
-        there = ~rows.isnan()
-        offset = torch.where(there, rows - self.origin, 0.0)
-        self.n += there.sum(0)
-        self.total += offset.sum(0)
-        self.squares += offset.square().sum(0)
-        for row in rows.unbind():
-            place = self.seen
-            if place >= self.most:
-                place = int(torch.randint(self.seen + 1, (), generator=self.generator))
-            elif place == len(self.rows):
-                more = min(max(64, place), self.most - place)
-                self.rows = torch.cat([self.rows, self.rows.new_empty(more, self.rows.shape[1])])
-            if place < self.most:
-                self.rows[place] = row
-            self.seen += 1
-
-    def statistics(self) -> Float[Tensor, "column statistic"]:
-        offset = self.total / self.n
-        variance = (self.squares / self.n - offset.square()).clamp_min(0)
-        levels = torch.tensor([0.5, 0.025, 0.975], dtype=torch.float64)
-        # A few columns at a time: quantile sorts a copy, and takes no more than 2^24 numbers.
-        kept = self.rows[: min(self.seen, self.most)]
-        columns = kept.split(max(1, 2**22 // len(kept)), dim=1)
-        quantiles = torch.cat([part.nanquantile(levels, dim=0) for part in columns], dim=1)
-        stderr = (variance / (self.n - 1)).sqrt()
-        return torch.stack([self.origin + offset, stderr, *quantiles], -1)

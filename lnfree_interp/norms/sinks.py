@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,11 +86,34 @@ def attention_sinks(
     model = as_model(model)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold} is outside 0..1")
-    cfg = model.cfg
-    heads = (cfg.n_layers, cfg.n_heads)
-    total, squares, reached = (torch.zeros(heads, dtype=torch.float64) for _ in range(3))
-    n_sequences = n_queries = 0
+    part = sink_sums(model, tokens, threshold=threshold, per_pass=per_pass, progress=progress)
+    return sinks_of([part], threshold=threshold)
 
+
+@dataclass(frozen=True)
+class SinkSums:
+    """What `AttentionSinks` needs of some sequences; of parts of a set, what `sinks_of` merges.
+
+    Attributes:
+        total, squares: sums over sequences of their mean attention on position 0 and of its square.
+        reached: queries that reach the threshold.
+        n_sequences, n_queries: of each head.
+    """
+
+    total: Float[Tensor, "layer head"]
+    squares: Float[Tensor, "layer head"]
+    reached: Float[Tensor, "layer head"]
+    n_sequences: int
+    n_queries: int
+
+
+def sink_sums(
+    model: LensModel, tokens: TokenSource, *, threshold: float, per_pass: int = 4096, progress: Progress | None = None
+) -> SinkSums:
+    """`attention_sinks`' sums."""
+    cfg = model.cfg
+    total, squares, reached = (torch.zeros(cfg.n_layers, cfg.n_heads, dtype=torch.float64) for _ in range(3))
+    n_sequences = n_queries = 0
     for batch in token_batches(model, tokens, per_pass=per_pass, least=2, progress=progress):
         rows = max(1, PATTERN_ENTRIES // (cfg.n_heads * batch.shape[1] ** 2))
         for part in batch.split(rows):
@@ -101,11 +125,21 @@ def attention_sinks(
             reached += (on_first >= threshold).double().sum((1, 3))
             n_sequences += part.shape[0]
             n_queries += part.shape[0] * (part.shape[1] - 1)
+    return SinkSums(total, squares, reached, n_sequences, n_queries)
+
+
+def sinks_of(parts: Sequence[SinkSums], *, threshold: float) -> AttentionSinks:
+    """The statistics of a set of sequences from those of its parts, whatever the split."""
+    total, squares, reached = (
+        torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("total", "squares", "reached")
+    )
+    n_layers, n_heads = total.shape
+    n_sequences, n_queries = sum(part.n_sequences for part in parts), sum(part.n_queries for part in parts)
     mean = (total / n_sequences).flatten()
     variance = (squares.flatten() / n_sequences - mean.square()).clamp_min(0)
     queries = (reached / n_queries).flatten()
     return AttentionSinks(
-        labels=tuple(f"L{i}H{j}" for i in range(cfg.n_layers) for j in range(cfg.n_heads)),
+        labels=tuple(f"L{i}H{j}" for i in range(n_layers) for j in range(n_heads)),
         attention=mean,
         stderr=(variance / max(n_sequences - 1, 1)).sqrt(),
         queries=queries,
