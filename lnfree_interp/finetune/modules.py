@@ -10,6 +10,7 @@ Sources: P1 = arXiv 2409.13710, P2 = arXiv 2507.02559.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -259,14 +260,8 @@ class RemovableReader(nn.Module):
         inverses = {site: norm.inverse(site, x) for site in sites if site.frozen}
         live = [site for site in sites if not site.frozen]
         fold = x.shape[:-1].numel() > len(weight)
-        if fold and not live and all(inverse.ndim == 0 for inverse in inverses.values()):
-            scales = list(inverses.values())
-            gain = norm.weight * scales[0] if len(scales) == 1 else norm.weight
-            weight, bias = fold_reader(weight, bias, gain, norm.bias, centres=norm.centres)
-            if len(scales) > 1:
-                scale = torch.cat([s.expand(width) for s, width in zip(scales, self.widths, strict=True)])
-                weight = weight * scale.repeat(len(weight) // len(scale))[:, None]
-            return F.linear(x, weight, bias)
+        if fold and not live:
+            return self._folded(x, norm, list(inverses.values()), weight, bias)
         normed = norm.normalise(x, live) if live else None
         if inverses and not fold:
             x = norm.centre(x)  # once for all parts
@@ -278,6 +273,27 @@ class RemovableReader(nn.Module):
             part = self._part(x, site, inverses, normed, w.flatten(0, 1), None if b is None else b.flatten(), fold)
             parts.append(part.unflatten(-1, (len(w), -1)))
         return torch.cat(parts, dim=-1).flatten(-2)
+
+    def _folded(self, x: Tensor, norm: RemovableNorm, inverses: list[Tensor], weight: Tensor, bias: Tensor | None):
+        """One product with folded weights; what scales single tokens is applied before it, or after it by parts."""
+        by_token, gain = any(inverse.ndim for inverse in inverses), norm.weight
+        if len(inverses) == 1 and by_token:
+            x = (x * inverses[0]).to(x.dtype)
+        elif len(inverses) == 1:
+            gain = gain * inverses[0]
+        weight, bias = fold_reader(weight, bias, gain, norm.bias, centres=norm.centres)
+        if len(inverses) == 1:
+            return F.linear(x, weight, bias)
+        unit = math.gcd(*self.widths)
+        scales = [inverse for inverse, width in zip(inverses, self.widths, strict=True) for _ in range(width // unit)]
+        if not by_token:
+            scale = torch.stack(scales)[:, None, None]
+            return F.linear(x, (weight.unflatten(0, (-1, len(scales), unit)) * scale).flatten(0, 2), bias)
+        shape = torch.broadcast_shapes(*(inverse.shape for inverse in inverses if inverse.ndim))
+        scale = torch.cat([scale.expand(shape) for scale in scales], dim=-1)[..., None, :, None]
+        out = F.linear(x, weight).unflatten(-1, (-1, len(scales), unit))
+        parts = out * scale if bias is None else torch.addcmul(bias.view(out.shape[-3:]), out, scale)
+        return parts.flatten(-3).to(out.dtype)
 
     def _part(self, x: Tensor, site: StdSite, inverses, normed, weight: Tensor, bias: Tensor | None, fold: bool):
         """The outputs that a site stands for."""
