@@ -175,7 +175,8 @@ class RemovalTrainer(Trainer):
                 with as_value_error(f"write {checkpoint}"):
                     write_json(beside / checkpoint.name / STATE, self._state_to_save(held_out))
                     publish(beside / checkpoint.name, checkpoint)
-                    rotate(out, self.args.save_total_limit or len(checkpoints(out)), self.discard)
+                    discard = [path for path in self.discard if path != checkpoint]
+                    rotate(out, self.args.save_total_limit or len(checkpoints(out)), discard)
             finally:
                 shutil.rmtree(beside, ignore_errors=True)
 
