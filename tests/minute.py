@@ -45,15 +45,15 @@ MINUTE = RemovalSchedule(
 
 
 class Recorder(TrainerCallback):
-    """What was logged, the running averages after each step, and the first batch."""
+    """What was logged, the running averages after each step, and the batches."""
 
     def __init__(self):
-        self.logs, self.averages, self.batch = [], [], None
+        self.logs, self.averages, self.batches = [], [], []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         def keep(module, args, kwargs):
             if module.training:
-                self.batch = kwargs["input_ids"] if self.batch is None else self.batch
+                self.batches.append(kwargs["input_ids"])
 
         model.register_forward_pre_hook(keep, with_kwargs=True)
 

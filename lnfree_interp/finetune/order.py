@@ -32,7 +32,7 @@ class Share:
 
 
 class ShuffledSteps:
-    """Micro-batches of indices of a map-style dataset: pass after pass over it, each shuffled by seed and its number."""
+    """Micro-batches of indices of a map-style dataset: pass after pass, each shuffled by seed and its number."""
 
     def __init__(self, n: int, share: Share, seed: int):
         self.n, self.share, self.seed = n, share, seed

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +84,7 @@ class RemovalTrainer(Trainer):
     # -- what a step reads, and at which rate it learns
 
     def get_train_dataloader(self):
-        share = Share(
-            self.sequences, self._train_batch_size, self.args.process_index, self.args.world_size, self.begin
-        )
+        share = Share(self.sequences, self._train_batch_size, self.args.process_index, self.args.world_size, self.begin)
         return loader(self.train_dataset, share, self.args.seed, self.data_collator, self.place, self.args)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -375,12 +374,8 @@ def _train(trainer: RemovalTrainer, checkpoint: Path | None, out: Path, removal:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
                 break
             except Suspicion as suspicion:
-                step, why, progress, losses = trainer.state.global_step, str(suspicion), record.progress, record.losses
-                checkpoint, line = on_main(
-                    lambda: roll_back(
-                        out, trainer.guard, record.schedule, record.n_layer, progress, step, losses, why
-                    )
-                )
+                run = (record.schedule, record.n_layer, record.progress, trainer.state.global_step, record.losses)
+                checkpoint, line = on_main(partial(roll_back, out, trainer.guard, *run, str(suspicion)))
                 say(line)
     if record.stopping:
         raise KeyboardInterrupt
