@@ -100,3 +100,10 @@ def train(tokenizer, out, schedule=MINUTE, *, callbacks=(), model=None, data=Non
 def weights_equal(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Aside(Blocks):
+    """Blocks that set some aside: the last ones."""
+
+    def set_aside(self, n: int):
+        return self.blocks[-n:], Blocks(self.blocks[:-n])
