@@ -16,7 +16,7 @@ import pytest
 import torch
 from minute import MINUTE, At, byte_tokenizer, minute_blocks, minute_gpt2, train, weights_equal
 
-from lnfree_interp.finetune import last_checkpoint
+from lnfree_interp.finetune import last_checkpoint, saving
 from lnfree_interp.finetune.saving import (
     MANIFEST,
     STATE,
@@ -158,6 +158,19 @@ def test_an_older_version_s_checkpoint_is_taken_if_all_its_files_can_be_read(who
     shutil.rmtree(newest)
     _, final = train(tokenizer, copy, resume=True)
     assert weights_equal(final, whole[1]), "which events had happened followed from the step"
+
+
+def test_a_hash_is_of_all_parts_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "PART", 10)
+    path = tmp_path / "model.safetensors"
+    for text in (b"", b"0123456789", b"0123456789abcdefghij?"):
+        path.write_bytes(text)
+        write_manifest(tmp_path)
+        assert fault(tmp_path) is None
+        for damaged in (text[10:20] + text[:10] + text[20:], text[:-1] + b"!"):
+            if damaged != text and len(damaged) == len(text):
+                path.write_bytes(damaged)
+                assert fault(tmp_path) == "model.safetensors is not what was written"
 
 
 def fake_run(out: Path, checkpoints: dict[int, bool]):

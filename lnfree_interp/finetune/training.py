@@ -348,6 +348,7 @@ def _begin(out: Path, resume: bool, settings: dict, note: dict | None) -> Path |
     checkpoint = checkpoint_to_resume(out, resume)
     with as_value_error(f"use {out}"):
         out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / WRITING, ignore_errors=True)
     if not checkpoint:
         (out / ROLLBACKS).unlink(missing_ok=True)  # of a run that was never saved
     write_json(out / RUN, {"settings": settings, "note": note or {}})
