@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from minute import MINUTE, At, byte_tokenizer, minute_blocks, minute_gpt2, train, weights_equal
+from minute import MINUTE, At, byte_tokenizer, interrupt, minute_blocks, minute_gpt2, train, weights_equal
+from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from lnfree_interp.finetune import last_checkpoint, saving
 from lnfree_interp.finetune.saving import (
@@ -191,6 +193,31 @@ def test_rotation_keeps_the_newest_two_and_the_newest_good_one(tmp_path):
     (tmp_path / "checkpoint-9" / STATE).unlink()
     rotate(tmp_path, 2)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-110", "checkpoint-100"]
+
+
+def minute_neox():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 257, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    config = GPTNeoXConfig(**sizes, num_attention_heads=2, max_position_embeddings=16, **ids)
+    return GPTNeoXForCausalLM(config)
+
+
+def test_an_architecture_whose_weights_are_published_under_other_names(tokenizer, tmp_path):
+    """GPT-NeoX's head is: a resumed run has it, and one that goes back has it too."""
+    _, final = train(tokenizer, tmp_path / "a", model=minute_neox())
+    with pytest.raises(KeyboardInterrupt):
+        train(tokenizer, tmp_path / "b", model=minute_neox(), callbacks=[At(7, interrupt)])
+    _, resumed = train(tokenizer, tmp_path / "b", model=minute_neox(), resume=True)
+    assert weights_equal(resumed, final)
+    (tmp_path / "b" / "final").rename(tmp_path / "c")
+    checkpoint = last_checkpoint(tmp_path / "b")
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["embed_out.weight"] = weights.pop("lm_head.weight")
+    save_file(weights, checkpoint / "model.safetensors")
+    write_manifest(checkpoint)
+    with pytest.raises(ValueError, match=r"is not of this model: it lacks lm_head\.weight"):
+        train(tokenizer, tmp_path / "b", model=minute_neox(), resume=True)
 
 
 # -- the same run -----------------------------------------------------------------------------------------

@@ -147,11 +147,20 @@ class RemovalTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result):
         """What Trainer warns of would go on with weights or averages that are none: of another version, say."""
-        ties = set(getattr(self.model, "_tied_weights_keys", None) or ())  # written once
+        tied = getattr(self.model, "_tied_weights_keys", None) if self.model.config.tie_word_embeddings else None
+        ties = set(tied or ())  # written once
         missing = [name for name in load_result.missing_keys if name not in ties]
         wrong = [f"lacks {name}" for name in missing] + [f"has {name} too" for name in load_result.unexpected_keys]
         if wrong:
             raise ValueError(f"the checkpoint is not of this model: it {wrong[0]} ({len(wrong)} such names)")
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Under the names that Trainer loads by: some architectures' weights are published under other ones."""
+        self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del self.model.save_pretrained
 
     def _get_output_dir(self, trial):
         return self._run_dir or super()._get_output_dir(trial)
