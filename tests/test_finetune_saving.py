@@ -197,7 +197,7 @@ def test_rotation_keeps_the_newest_two_and_the_newest_good_one(tmp_path):
 
 def minute_neox():
     torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     config = GPTNeoXConfig(**sizes, num_attention_heads=2, max_position_embeddings=16, **ids)
     return GPTNeoXForCausalLM(config)
