@@ -154,14 +154,6 @@ class RemovalTrainer(Trainer):
         if wrong:
             raise ValueError(f"the checkpoint is not of this model: it {wrong[0]} ({len(wrong)} such names)")
 
-    def _save(self, output_dir=None, state_dict=None):
-        """Under the names that Trainer loads by: some architectures' weights are published under other ones."""
-        self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            del self.model.save_pretrained
-
     def _get_output_dir(self, trial):
         return self._run_dir or super()._get_output_dir(trial)
 
