@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -58,6 +59,7 @@ def _train(args) -> None:
     main_process = int(os.environ.get("RANK", 0)) == 0
     if main_process:
         print(f"{args.model}, {args.preset}: {schedule.describe(model.config.num_hidden_layers)}", flush=True)
+    checkpointing: dict[str, Any] = {CHECKPOINTING: True} if args.gradient_checkpointing else {}
     remove_layernorm(
         model,
         tokenizer,
@@ -74,7 +76,7 @@ def _train(args) -> None:
         save_steps=args.save_steps,
         dataloader_num_workers=workers,
         logging_steps=1 if schedule.tokens_per_step > 100_000 else 10,
-        **({CHECKPOINTING: True} if args.gradient_checkpointing else {}),
+        **checkpointing,
     )
     if main_process:
         print(f"wrote {args.out / 'final'}")

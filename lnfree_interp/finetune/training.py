@@ -364,7 +364,8 @@ def _train(trainer: RemovalTrainer, checkpoint: Path | None, out: Path, removal:
             record.restore(checkpoint, out)
             trainer.begin = 0 if checkpoint is None else steps_of(checkpoint)
             place = None if checkpoint is None else state_in(checkpoint).get("place")
-            trainer.moved = None if place is None else trainer.train_dataset.go_on(place)
+            stream: Any = trainer.train_dataset
+            trainer.moved = None if place is None else stream.go_on(place)
             newer = checkpoints(out) if checkpoint is None else checkpoints(out)[: checkpoints(out).index(checkpoint)]
             trainer.discard = newer
             trainer.args.max_steps = record.length()
