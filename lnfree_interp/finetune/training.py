@@ -159,7 +159,7 @@ class RemovalTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         """Trainer's own, written beside; with the removal's state and a manifest added it gets its name."""
-        out, step, failed = Path(self.args.output_dir), self.state.global_step, None
+        out, step, failed = Path(str(self.args.output_dir)), self.state.global_step, None
         beside = out / WRITING
         held_out = self.held_out_loss()
         on_main(lambda: shutil.rmtree(beside, ignore_errors=True))
