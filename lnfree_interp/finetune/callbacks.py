@@ -17,10 +17,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..schedule import RemovalSchedule
-from ._contract import final_norm
 from .guard import Guard, Suspicion, resumed_progress
 from .progress import Progress, advance, length, observe, state_of
-from .removable import collect_std, freeze, update_averages
+from .removable import collect_std, final_norm, freeze, update_averages
 from .saving import state_in, steps_of
 from .settings import losses_in
 

@@ -57,7 +57,7 @@ def _train(args) -> None:
         workers = 1  # tokenises while the model trains
     main_process = int(os.environ.get("RANK", 0)) == 0
     if main_process:
-        print(f"{args.model}, {args.preset}: {schedule.describe(model.config.n_layer)}", flush=True)
+        print(f"{args.model}, {args.preset}: {schedule.describe(model.config.num_hidden_layers)}", flush=True)
     remove_layernorm(
         model,
         tokenizer,

@@ -89,7 +89,11 @@ def write_manifest(directory: Path) -> None:
     listed = {
         path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": _hash(path)} for path in files
     }
-    write_json(directory / MANIFEST, {"files": listed})
+    write_json(directory / MANIFEST, {"files": listed, "sha256": _hash_of_list(listed)})
+
+
+def _hash_of_list(listed: dict) -> str:
+    return hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
 def _hash(path: Path) -> str:
@@ -113,8 +117,10 @@ def fault(directory: Path, *, contents: bool = True) -> str | None:
         contents: compare hashes too, which reads every file, not only sizes.
     """
     try:
-        stored = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-        wanted = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in stored.items()]
+        stored = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        if stored["sha256"] != _hash_of_list(stored["files"]):
+            return f"{MANIFEST} is not what was written"
+        wanted = [(name, entry["size"], entry["sha256"]) for name, entry in stored["files"].items()]
     except FileNotFoundError:
         return f"{MANIFEST} is gone" if (directory / STATE).exists() else _fault_without_manifest(directory)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

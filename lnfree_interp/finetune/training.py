@@ -14,17 +14,16 @@ import torch
 from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..schedule import RemovalSchedule
-from ._contract import auxiliary_loss, final_norm, n_layers, ready, target_of
 from .callbacks import LossGuard, Record, RemovalCallback, StatusLine, StopWhenAsked, asked_by_sigterm
-from .export import export_ln_free, plain_model
+from .export import export_ln_free, plain_model, plain_state
 from .guard import Guard, Suspicion, held_out_loss, roll_back
 from .order import Share, collate, loader, place_after
 from .progress import learning_rate_factor
-from .removable import make_removable
+from .removable import auxiliary_loss, final_norm, make_removable, n_layers
 from .saving import (
     ROLLBACKS,
     RUN,
@@ -46,6 +45,7 @@ from .saving import (
     write_json,
 )
 from .settings import DEFAULTS, check_same_run, control_losses, losses_hash, run_settings, training_arguments
+from .trainable import ready
 
 # The flag's name in TrainingArguments: transformers is about to rename it.
 CHECKPOINTING = (
@@ -67,9 +67,9 @@ class RemovalTrainer(Trainer):
     begin = 0  # the step it begins at
     place: dict | None = None  # where its stream goes on
 
-    def __init__(self, *args, record: Record, guard: Guard, sequences: int, eot: int = -1, **kwargs):
+    def __init__(self, *args, record: Record, guard: Guard, sequences: int, **kwargs):
         super().__init__(*args, **kwargs)
-        self.record, self.guard, self.sequences, self.eot = record, guard, sequences, eot
+        self.record, self.guard, self.sequences = record, guard, sequences
         self.discard: list[Path] = []  # damaged or given up; removed after the next save
         self._run_dir: str | None = None
         self._ce: list[Tensor] = []  # of each step since the last log
@@ -113,9 +113,7 @@ class RemovalTrainer(Trainer):
             if getattr(final, "std", None) is not None:
                 # The cross-entropy comes as this micro-batch's share of the step's mean; so must this.
                 share = 1 / self.current_gradient_accumulation_steps
-                target = getattr(final, "target", None)
-                target = target_of(final, inputs["input_ids"], self.eot) if target is None else target
-                auxiliary = auxiliary_loss(final.std, target) * share
+                auxiliary = auxiliary_loss(final.std, final.target) * share
                 final.std = None
                 self._aux = auxiliary.detach() + (0.0 if self._aux is None else self._aux)
                 loss = loss + self.record.schedule.auxiliary_weight * auxiliary
@@ -147,6 +145,14 @@ class RemovalTrainer(Trainer):
         return self.accelerator.reduce(torch.tensor(loss, device=device), reduction="mean").item()
 
     # -- checkpoints
+
+    def _issue_warnings_after_load(self, load_result):
+        """What Trainer warns of would go on with weights or averages that are none: of another version, say."""
+        ties = set(getattr(self.model, "_tied_weights_keys", None) or ())  # written once
+        missing = [name for name in load_result.missing_keys if name not in ties]
+        wrong = [f"lacks {name}" for name in missing] + [f"has {name} too" for name in load_result.unexpected_keys]
+        if wrong:
+            raise ValueError(f"the checkpoint is not of this model: it {wrong[0]} ({len(wrong)} such names)")
 
     def _get_output_dir(self, trial):
         return self._run_dir or super()._get_output_dir(trial)
@@ -203,7 +209,7 @@ class Baseline(TrainerCallback):
 
 
 def remove_layernorm(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     tokenizer,
     dataset,
     schedule: RemovalSchedule,
@@ -220,7 +226,7 @@ def remove_layernorm(
     control: str | Path | None = None,
     guard: Guard | None = None,
     **training: Any,
-) -> GPT2LMHeadModel:
+) -> PreTrainedModel:
     """Fine-tune a GPT-2 while its LayerNorms are removed; write and return the LN-free model. (P1, P2)
 
     Trains without dropout: it would add to the variance that the frozen stds are averages of, and no token is
@@ -312,7 +318,6 @@ def remove_layernorm(
         record=record,
         guard=guard,
         sequences=sequences,
-        eot=eot,
     )
     baseline.trainer = trainer
     for callback in callbacks:
@@ -322,10 +327,7 @@ def remove_layernorm(
             trainer.remove_callback(ProgressCallback)
     _train(trainer, checkpoint, out, removal)
 
-    if schedule.order:
-        final = export_ln_free(model, config)
-    else:
-        final = plain_model(config, {name: w.clone() for name, w in model.state_dict().items()})
+    final = export_ln_free(model, config) if schedule.order else plain_model(config, plain_state(model))
     state = record.to_json() | {"step": trainer.state.global_step, "rollbacks": read_json(out / ROLLBACKS) or []}
     on_main(lambda: save_checkpoint(final, tokenizer, out / "final", state))
     return final
