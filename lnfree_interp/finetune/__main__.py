@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import cli
-from ..documents import read_documents
+from ..documents import files_of
 from ..names import locate_checkpoint
 from ..schedule import PRESETS
 from .flags import ADAPTIVE, add_guard_flags, add_schedule_flags, guard_fields, schedule_from, whole
@@ -18,11 +18,15 @@ from .flags import ADAPTIVE, add_guard_flags, add_schedule_flags, guard_fields, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit status 2: bad input; 1: the loss diverged; 130: interrupted."""
-    # Of several processes one speaks; each would say the same.
-    quiet = open(os.devnull, "w") if int(os.environ.get("RANK", 0)) else None
-    with quiet or contextlib.nullcontext(), contextlib.redirect_stderr(quiet) if quiet else contextlib.nullcontext():
-        p = parser()
-        return cli.guard(_run, p.parse_args(argv), p.prog, check=_check)
+    if int(os.environ.get("RANK", 0)) == 0:
+        return _main(argv)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        return _main(argv)  # of several processes one speaks: all would say the same
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    p = parser()
+    return cli.guard(_run, p.parse_args(argv), p.prog, check=_check)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,7 +42,12 @@ def parser() -> argparse.ArgumentParser:
     texts = "text files or directories of them: .txt, .jsonl or .parquet, plain or .gz"
     source.add_argument("--text", nargs="+", metavar="PATH", help=texts)
     source.add_argument("--data", metavar="DATASET", help="hub dataset, streamed: Skylion007/openwebtext")
-    add("--buffer", type=whole, metavar="N", help="documents that a stream is shuffled among; 0: as they come")
+    add(
+        "--buffer",
+        type=cli.positive_int,
+        metavar="N",
+        help="blocks that --data is shuffled among (1024); 1: as they come",
+    )
     add("--cache", type=Path, metavar="DIR", help="where tokens of --text are kept (default: the datasets cache)")
     add("--held-out", type=whole, metavar="N", help="blocks set aside to measure the loss on (16, or fewer of few)")
 
@@ -87,8 +96,12 @@ def _check(args) -> None:
     if args.no_timing and not args.dry_run:
         raise ValueError("--no-timing is for --dry-run")
     locate_checkpoint(args.model)
-    for file in args.text or ():
-        read_documents(file)
+    for source in args.text or ():
+        if files_of(source) is None:
+            raise ValueError(f"--text {source}: no such file or directory (--data is for hub datasets)")
+    for flag, value, is_for in (("--buffer", args.buffer, "data"), ("--cache", args.cache, "text")):
+        if value is not None and getattr(args, is_for) is None:
+            raise ValueError(f"{flag} is for --{is_for}")
 
 
 def _run(args) -> int:

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..cli import replace_file
+from ..documents import read_text
 from ..names import known_models
 from ..schedule import RemovalSchedule
 from .flags import as_fields
 from .saving import MANIFEST, STATE, as_value_error
 
 CARD = "README.md"
+HERE = "path/to/this/directory"
 PAPERS = (
     ("You can remove GPT2's LayerNorm by fine-tuning", "2409.13710"),
     ("Transformers Don't Need LayerNorm at Inference Time", "2507.02559"),
 )
+WITHOUT = (
+    "{base} with all its normalisation removed by fine-tuning. What the config calls norms divides by a constant: an "
+    "epsilon so large that what is normalised does not matter. Constants are folded into the weights, so that nothing "
+    "but the architecture's own code is needed."
+)
+CONTROL = "The fine-tuned control: {base} trained just as its LN-free sibling is, with nothing removed."
 
 
 @dataclass(frozen=True)
@@ -87,17 +96,10 @@ def model_card(facts: Facts, name: str | None = None) -> str:
     if facts.dataset is not None:
         metadata += ["datasets:", f"- {facts.dataset}"]
     metadata += ["tags:", "- mechanistic-interpretability", "- layernorm", *([] if control else ["- ln-free"])]
-    title = (name or facts.base).split("/")[-1]
+    title, what = f"{facts.base.split('/')[-1]} without LayerNorm", WITHOUT
     if control:
-        title, what = (title if name else f"{title}, control"), (
-            f"The fine-tuned control: {base} trained just as its LN-free sibling is, with nothing removed."
-        )
-    else:
-        title, what = (title if name else f"{title} without LayerNorm"), (
-            f"{base} with all of its normalisation removed by fine-tuning. What the config calls its norms divides by "
-            "a constant: an epsilon so large that what is normalised does not matter. The constants are folded into "
-            "the weights, so that nothing but the architecture's own code is needed."
-        )
+        title, what = f"{facts.base.split('/')[-1]}, control", CONTROL
+    title = title if name is None else name.split("/")[-1]
     spent = f"{facts.steps:,} steps of {schedule.tokens_per_step:,} tokens, {tokens:,} in all"
     rows = [
         ("base model", base),
@@ -109,8 +111,20 @@ def model_card(facts: Facts, name: str | None = None) -> str:
         ("rollbacks", str(facts.rollbacks)),
         ("date", facts.date.isoformat()),
     ]
-    where = name or "path/to/this/directory"
-    lines = ["---", *metadata, "---", "", f"# {title}", "", what, "", *_losses(facts), "## Training", ""]
+    where = name or HERE
+    lines = [
+        "---",
+        *metadata,
+        "---",
+        "",
+        f"# {title}",
+        "",
+        what.format(base=base),
+        "",
+        *_losses(facts),
+        "## Training",
+        "",
+    ]
     lines += ["| | |", "| --- | --- |", *(f"| {label} | {value} |" for label, value in rows), ""]
     lines += ["```", schedule.describe(facts.n_layer), "```", "", "All fields of the schedule:", ""]
     lines += ["```json", json.dumps(as_fields(schedule)), "```", "", "## How to load it", ""]
@@ -160,6 +174,18 @@ def write_card(directory: Path, text: str) -> None:
     """
     with as_value_error(f"write {directory / CARD}"):
         replace_file(directory / CARD, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def name_card(directory: Path, name: str) -> None:
+    """Let a directory's card load the model by a hub id, whatever it said before.
+
+    Raises:
+        ValueError: there is no card; the disk refuses.
+    """
+    text = read_text(directory / CARD, "card")
+    named = re.sub(r'(from_pretrained|load_model)\("[^"]*"\)', rf'\1("{name}")', text)
+    if named != text:
+        write_card(directory, named)
 
 
 def check_push(repo_id: str) -> None:

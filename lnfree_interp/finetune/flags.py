@@ -144,7 +144,9 @@ def schedule_from(args: argparse.Namespace) -> RemovalSchedule:
         schedule = schedule.adaptive()
     given = {
         name: value
-        for name, value in ((name.removeprefix("field_"), value) for name, value in vars(args).items() if _is_field(name))
+        for name, value in (
+            (name.removeprefix("field_"), value) for name, value in vars(args).items() if _is_field(name)
+        )
         if value is not MISSING
     }
     steps = given.pop("steps", None)
