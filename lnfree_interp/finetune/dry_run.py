@@ -68,10 +68,11 @@ def estimate_memory(
     one = _kept(model, blocks[:1], dtype)
     more = _kept(model, blocks[:1].repeat(2, 1), dtype) - one
     activations = one + more * (batch_size - 1)
-    if checkpointing:  # a layer at a time is there, and the stream before each
-        layers, stream = n_layers(model), blocks[:1].numel() * model.config.hidden_size * 4
-        activations = activations // layers + layers * stream * batch_size
-    logits = blocks.shape[1] * model.config.vocab_size * 4 * batch_size
+    positions = blocks.shape[1] * batch_size
+    logits = positions * model.config.vocab_size * 4
+    if checkpointing:  # a layer at a time is there, and the stream before each; the loss keeps what it kept
+        layers, stream = n_layers(model), positions * model.config.hidden_size * 4
+        activations = (activations - logits) // layers + layers * stream + logits
     return Memory(weights, weights, 2 * weights, activations + 2 * logits)
 
 
@@ -108,8 +109,8 @@ def measure_seconds(
     Forward and backward of a few micro-batches and one step of AdamW, whose update changes the model.
     """
     device = model.device
-    if checkpointing:
-        model.gradient_checkpointing_enable()
+    if checkpointing:  # transformers is about to rename it
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused="fused" in DEFAULTS["optim"])
