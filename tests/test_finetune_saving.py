@@ -1,4 +1,4 @@
-"""What a run leaves on disk: whole or passed over, the same run or refused, the state before kept when the disk fails."""
+"""What a run leaves on disk: whole or passed over, the same run or refused, the state before kept on a full disk."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from minute import MINUTE, At, byte_tokenizer, interrupt, minute_blocks, minute_gpt2, train, weights_equal
+from minute import MINUTE, At, byte_tokenizer, minute_blocks, minute_gpt2, train, weights_equal
 
 from lnfree_interp.finetune import last_checkpoint
 from lnfree_interp.finetune.saving import (
@@ -300,7 +300,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(whole, tokeniz
 
 
 def test_the_result_is_whole_or_not_there(copy, tokenizer):
-    with files_of_at_most(4_000), pytest.raises(ValueError, match="cannot write .*final: "):
+    with files_of_at_most(4_000), pytest.raises(ValueError, match=r"cannot write .*final: "):
         train(tokenizer, copy, resume=True)
     assert sorted(p.name for p in copy.iterdir()) == ["checkpoint-10", "checkpoint-14", "run.json"]
 
@@ -320,7 +320,7 @@ def test_directories_that_are_none(tokenizer, tmp_path):
         assert "\n" not in str(error.value)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot read .*run.json"):
+    with pytest.raises(ValueError, match=r"cannot read .*run\.json"):
         train(tokenizer, tmp_path / "other", resume=True)
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class RemovalTrainer(Trainer):
 
     model: Any  # made removable
     begin = 0  # the step it begins at
-    place: dict | None = None  # where its stream goes on
+    moved: Any = None  # its stream, from there on
 
     def __init__(self, *args, record: Record, guard: Guard, sequences: int, **kwargs):
         super().__init__(*args, **kwargs)
@@ -83,10 +84,8 @@ class RemovalTrainer(Trainer):
     # -- what a step reads, and at which rate it learns
 
     def get_train_dataloader(self):
-        share = Share(
-            self.sequences, self._train_batch_size, self.args.process_index, self.args.world_size, self.begin
-        )
-        return loader(self.train_dataset, share, self.args.seed, self.data_collator, self.place, self.args)
+        share = Share(self.sequences, self._train_batch_size, self.args.process_index, self.args.world_size, self.begin)
+        return loader(self.train_dataset, share, self.args.seed, self.data_collator, self.args, self.moved)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         record = self.record
@@ -193,7 +192,8 @@ class RemovalTrainer(Trainer):
         record, step = self.record, self.state.global_step
         loss = held_out if held_out is not None else record.losses[-1] if record.losses else float("nan")
         good = record.baseline is not None and self.guard.is_good(loss, record.baseline)
-        place = place_after(self.train_dataset, step * self.sequences)
+        stream = self.train_dataset if self.moved is None else self.moved
+        place = place_after(stream, step * self.sequences)
         saved = {"step": step, "sequences": step * self.sequences, "place": place, "held_out": held_out, "good": good}
         return record.to_json() | saved
 
@@ -361,7 +361,8 @@ def _train(trainer: RemovalTrainer, checkpoint: Path | None, out: Path, removal:
         while True:
             record.restore(checkpoint, out)
             trainer.begin = 0 if checkpoint is None else steps_of(checkpoint)
-            trainer.place = None if checkpoint is None else state_in(checkpoint).get("place")
+            place = None if checkpoint is None else state_in(checkpoint).get("place")
+            trainer.moved = None if place is None else trainer.train_dataset.go_on(place)
             newer = checkpoints(out) if checkpoint is None else checkpoints(out)[: checkpoints(out).index(checkpoint)]
             trainer.discard = newer
             trainer.args.max_steps = record.length()
@@ -375,12 +376,8 @@ def _train(trainer: RemovalTrainer, checkpoint: Path | None, out: Path, removal:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
                 break
             except Suspicion as suspicion:
-                step, why, progress, losses = trainer.state.global_step, str(suspicion), record.progress, record.losses
-                checkpoint, line = on_main(
-                    lambda: roll_back(
-                        out, trainer.guard, record.schedule, record.n_layer, progress, step, losses, why
-                    )
-                )
+                run = (record.schedule, record.n_layer, record.progress, trainer.state.global_step, record.losses)
+                checkpoint, line = on_main(partial(roll_back, out, trainer.guard, *run, str(suspicion)))
                 say(line)
     if record.stopping:
         raise KeyboardInterrupt
