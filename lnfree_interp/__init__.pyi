@@ -1,4 +1,5 @@
 from .check import Law as Law, ModelCheck as ModelCheck, check_model as check_model
+from .corpus import read_corpus as read_corpus
 from .data import token_blocks as token_blocks
 from .dla import (
     AttributionError as AttributionError,
@@ -17,7 +18,7 @@ from .dla import (
     logit_attributions as logit_attributions,
     virtual_weights as virtual_weights,
 )
-from .documents import read_documents as read_documents
+from .documents import documents_of as documents_of, read_documents as read_documents
 from .evaluate import (
     HellaSwag as HellaSwag,
     LossEvaluation as LossEvaluation,

@@ -281,6 +281,8 @@ NO_DEVICE = {
     "check_model": "waits for every number; its law is below",
     "available_models": "a table of names",
     "read_documents": "text",
+    "documents_of": "text",
+    "read_corpus": "token ids, on the CPU",
     "token_blocks": "text to token ids, on the CPU",
     "hellaswag_items": "text",
     "induction_pairs": "token ids, on the CPU",

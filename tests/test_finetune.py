@@ -248,7 +248,7 @@ def test_a_dataset_is_streamed_in_blocks(tokenizer, tmp_path, column):
     ids = [[*tokenizer(text)["input_ids"], 0] for text in texts]
     rows = [{"text": text} if column == "text" else {"input_ids": row} for text, row in zip(texts, ids, strict=True)]
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    blocks = list(StreamedBlocks(str(tmp_path), tokenizer, 16))
+    blocks = list(StreamedBlocks(str(tmp_path), tokenizer, 16, buffer=1))
     stream = [i for row in ids for i in row]
     assert torch.cat([b["input_ids"] for b in blocks]).tolist() == stream[: len(stream) // 16 * 16]
     if column == "input_ids":
