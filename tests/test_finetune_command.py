@@ -54,7 +54,7 @@ def files(tmp_path_factory):
         "list.json": [1],
         "unknown.json": {"stepps": 3},
         "mistyped.json": {"start": "three"},
-        "range.json": {"momentum": 2},
+        "range.json": {"momentum": 2.5},
         "lacking.json": {"steps": 10},
     }.items():
         (root / name).write_text(json.dumps(value))
@@ -182,7 +182,7 @@ BAD = {
     "schedule a list": ({"schedule": "{root}/list.json", "preset": "tiny"}, "is no JSON object"),
     "unknown field": ({"schedule": "{root}/unknown.json", "preset": "tiny"}, "no field 'stepps'; there are steps"),
     "mistyped field": ({"schedule": "{root}/mistyped.json", "preset": "tiny"}, "start is 'three', not a whole number"),
-    "field out of range": ({"schedule": "{root}/range.json", "preset": "tiny"}, "range.json: momentum is 2, not"),
+    "field out of range": ({"schedule": "{root}/range.json", "preset": "tiny"}, "range.json: momentum is 2.5"),
     "lacking fields": ({"schedule": "{root}/lacking.json"}, "are missing"),
     "number": ({"momentum": "much"}, "argument --momentum: 'much' is not a number"),
     "infinity": ({"margin": "inf"}, "argument --margin: 'inf' is not a number"),
@@ -287,7 +287,7 @@ def test_a_dry_run_says_what_it_takes(files, tmp_path, capsys):
     assert (
         f"text.txt: 1 file of {len(text) / 2**20:.1f} MiB, {blocks:,} blocks of 32 tokens; 16 held out" in said["data"]
     )
-    assert said["data"].endswith(f"the others are read {12 * 2 / (blocks - 16):.1f} times")
+    assert said["data"].endswith(f", of the others {12 * 2 / (blocks - 16):.0%} are read")
     assert re.fullmatch(r"\S+ s, \S+ s per step.*", said["time"].replace("\n", " "))
     assert said["device"] == "cpu, float32" and "257 tokens" in said["tokenizer"]
     assert "not there yet" in said["output"] and "free" in said["disk"] and "free" in said["memory"]
@@ -297,6 +297,8 @@ def test_a_dry_run_says_what_it_takes(files, tmp_path, capsys):
 def test_a_dry_run_of_other_kinds(files, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "note.txt").write_text("mine")
+    said = dry(files, tmp_path, capsys, no_timing="", steps=1200)
+    assert re.search(r", the others are read 4\.\d times", said["data"])
     said = dry(files, tmp_path, capsys, no_timing="", vanilla="", gradient_checkpointing="", dtype="bfloat16")
     assert said["time"] == "not measured" and "vanilla control" in said["schedule"]
     assert said["device"] == "cpu, bfloat16" and "holds 1 other files" in said["output"]

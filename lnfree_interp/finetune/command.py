@@ -249,7 +249,8 @@ def _dry_run(args) -> None:
     fitting, n_held_out = arguments(n_blocks), _n_held_out(args, n_blocks, schedule)
     known += f"; {n_held_out} held out"
     if n_blocks is not None:
-        known += f", the others are read {schedule.steps * sequences / (n_blocks - n_held_out):.1f} times"
+        times = schedule.steps * sequences / (n_blocks - n_held_out)
+        known += f", the others are read {times:.1f} times" if times >= 1 else f", of the others {times:.0%} are read"
     lines = dry_run.report(
         model,
         tokenizer,
