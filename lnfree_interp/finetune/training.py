@@ -147,7 +147,8 @@ class RemovalTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result):
         """What Trainer warns of would go on with weights or averages that are none: of another version, say."""
-        ties = set(getattr(self.model, "_tied_weights_keys", None) or ())  # written once
+        tied = getattr(self.model, "_tied_weights_keys", None) if self.model.config.tie_word_embeddings else None
+        ties = set(tied or ())  # written once
         missing = [name for name in load_result.missing_keys if name not in ties]
         wrong = [f"lacks {name}" for name in missing] + [f"has {name} too" for name in load_result.unexpected_keys]
         if wrong:
@@ -348,6 +349,7 @@ def _begin(out: Path, resume: bool, settings: dict, note: dict | None) -> Path |
     checkpoint = checkpoint_to_resume(out, resume)
     with as_value_error(f"use {out}"):
         out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / WRITING, ignore_errors=True)
     if not checkpoint:
         (out / ROLLBACKS).unlink(missing_ok=True)  # of a run that was never saved
     write_json(out / RUN, {"settings": settings, "note": note or {}})
