@@ -1,0 +1,224 @@
+"""A schedule and a guard on the command line: a flag for each field. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..documents import read_text
+from ..schedule import _KIND_OF_FIELD, KINDS, PACES, PRESETS, RemovalSchedule, _is_a
+
+ADAPTIVE = "adaptive"
+
+# What a flag says of its field; a new field without a line here is a KeyError at the first --help.
+HELP = {
+    "steps": "optimiser steps; all that is counted in steps scales along",
+    "start": "step of the first removal",
+    "gaps": "steps from a removal of {kind} to what comes next",
+    "tokens_per_step": "tokens in a step, over all devices; a multiple of the block size",
+    "learning_rate": "peak learning rate, the final one left as it is (--lr scales both)",
+    "min_learning_rate": "final learning rate",
+    "warmup_steps": "steps in which the learning rate rises",
+    "auxiliary_weight": "of the auxiliary loss on the final norm's std; 0: none",
+    "auxiliary_until": "step at which that loss ends, or none: with the last event",
+    "order": "all of {kinds}, in the order in which they go",
+    "by": "all layers of a kind of site, then the next kind; or all kinds of a layer",
+    "layers": "first layer first, or last",
+    "position0_gap": "steps between the ends of the end-of-text and of the position 0 treatment",
+    "block_size": "tokens in a sequence",
+    "weight_decay": "AdamW's",
+    "max_grad_norm": "gradients are clipped to",
+    "momentum": "of the running averages of std",
+    "pace": "when sites go: at their steps, or when the loss is back at the control's (--control)",
+    "margin": "nats above the control's loss, within which a loss is back (adaptive)",
+    "smoothing": "how much of the smoothed difference stays in each step (adaptive)",
+    "patience": "the most steps that a removal waits, or none: its share of those left (adaptive)",
+    "settle": "steps after the last event (adaptive)",
+}
+CHOICES = {"by": ("kind", "layer"), "layers": ("forward", "backward"), "pace": PACES}
+
+
+def whole(text: str) -> int:
+    if not re.fullmatch(r"\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def whole_or_none(text: str) -> int | None:
+    if text == "none":
+        return None
+    try:
+        return whole(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or none") from None
+
+
+# Field of the guard: its default, how it is read, what it is.
+GUARD: dict[str, tuple[float, Callable[[str], Any], str]] = {
+    "multiple": (1.6, number, "of the untouched model's loss, above which a loss is suspect"),
+    "patience": (20, whole, "steps that a loss may be suspect before the run goes back to its last good checkpoint"),
+    "wait": (20, whole, "steps that the next removal comes later then; twice as many after each further rollback"),
+    "rollbacks": (3, whole, "after so many the run stops"),
+}
+_READ: dict[str, Callable[[str], Any]] = {
+    "int": whole,
+    "int | None": whole_or_none,
+    "float": number,
+    "float | int": number,
+    "str": str,
+}
+
+
+def add_schedule_flags(group) -> None:
+    """A flag for each field of a schedule; `gaps` has one for each kind of site."""
+    for field in fields(RemovalSchedule):
+        kind, flag = str(field.type), "--" + field.name.replace("_", "-")
+        options: dict[str, Any] = {"help": HELP[field.name], "default": MISSING}
+        if kind.startswith("Mapping"):
+            for site in KINDS:
+                options["help"] = HELP[field.name].format(kind=site)
+                name = f"{field.name[:-1]}_{site}"  # gap_ln_2
+                group.add_argument("--" + name.replace("_", "-"), type=number, metavar="N", dest=_dest(name), **options)
+        elif kind == "Sequence[str]":
+            options["help"] = HELP[field.name].format(kinds=", ".join(KINDS))
+            group.add_argument(flag, nargs="+", choices=KINDS, metavar="SITE", dest=_dest(field.name), **options)
+        elif field.name in CHOICES:
+            group.add_argument(flag, choices=CHOICES[field.name], dest=_dest(field.name), **options)
+        else:
+            metavar = "N" if "int" in kind.split(" | ")[0] else "X"
+            group.add_argument(flag, type=_READ[kind], metavar=metavar, dest=_dest(field.name), **options)
+
+
+def add_guard_flags(group) -> None:
+    for name, (default, read, text) in GUARD.items():
+        group.add_argument(f"--guard-{name}", type=read, default=default, metavar="N", help=f"{text} ({default})")
+
+
+def guard_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `guard.Guard`.
+
+    Raises:
+        ValueError: one that is none; the flag is named.
+    """
+    found = {name: getattr(args, f"guard_{name}") for name in GUARD}
+    if not found["multiple"] > 1:
+        raise ValueError(f"--guard-multiple {found['multiple']:g} is not above 1")
+    if found["wait"] < 1:
+        raise ValueError(f"--guard-wait {found['wait']} is not at least 1")
+    return found
+
+
+def schedule_from(args: argparse.Namespace) -> RemovalSchedule:
+    """The schedule that the flags ask for: preset, then file, then --steps and --lr, then flags of single fields.
+
+    Raises:
+        ValueError: neither a preset nor a file of all fields; a flag that makes no schedule, which is named.
+    """
+    file = None if args.schedule in (None, ADAPTIVE) else args.schedule
+    if args.preset is not None:
+        if args.preset not in PRESETS:
+            raise ValueError(f"--preset {args.preset}: unknown preset; choose from {', '.join(PRESETS)}")
+        schedule = PRESETS[args.preset]
+        schedule = schedule if file is None else _on_top(schedule, file)
+    elif file is not None:
+        schedule = RemovalSchedule.from_json(file)
+    else:
+        raise ValueError(f"--preset NAME (one of {', '.join(PRESETS)}) or --schedule FILE.json is needed")
+    if args.schedule == ADAPTIVE:
+        schedule = schedule.adaptive()
+    given = {
+        name: value
+        for name, value in (
+            (name.removeprefix("field_"), value) for name, value in vars(args).items() if _is_field(name)
+        )
+        if value is not MISSING
+    }
+    steps = given.pop("steps", None)
+    if steps is not None:
+        if steps < 1:
+            raise ValueError(f"--steps {steps} is not at least 1")
+        schedule = schedule.scaled(steps)
+    changes: dict[str, dict[str, Any]] = {}
+    if args.lr is not None:
+        floor = schedule.min_learning_rate / schedule.learning_rate
+        changes["--lr"] = {"learning_rate": args.lr, "min_learning_rate": args.lr * floor}
+    for name, value in given.items():
+        change = {"gaps": {name.removeprefix("gap_"): value}} if name.startswith("gap_") else {name: value}
+        changes["--" + name.replace("_", "-")] = change
+    schedule = _changed(schedule, changes)
+    return schedule.vanilla() if args.vanilla else schedule
+
+
+def _dest(name: str) -> str:
+    return f"field_{name}"
+
+
+def _is_field(name: str) -> bool:
+    return name.startswith("field_")
+
+
+def _on_top(schedule: RemovalSchedule, file: str) -> RemovalSchedule:
+    """A schedule with those fields changed that a JSON file names, of gaps those of the kinds it names."""
+    try:
+        stored = json.loads(read_text(file, "schedule"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"--schedule {file} is no JSON ({getattr(error, 'msg', error)})") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"--schedule {file} is no JSON object of fields")
+    kinds = {field.name: str(field.type) for field in fields(schedule)}
+    for name, value in stored.items():
+        if name not in kinds:
+            raise ValueError(f"--schedule {file}: there is no field {name!r}; there are {', '.join(kinds)}")
+        if not _is_a(value, kinds[name]):
+            raise ValueError(f"--schedule {file}: {name} is {value!r}, not {_KIND_OF_FIELD[kinds[name]]}")
+    return _changed(schedule, {f"--schedule {file}": stored})
+
+
+def _changed(schedule: RemovalSchedule, changes: Mapping[str, Mapping[str, Any]]) -> RemovalSchedule:
+    """A schedule with what each flag changes of it; where they make none, the flags to blame are named."""
+    together: dict[str, Any] = {}
+    for change in changes.values():
+        for name, value in change.items():
+            together[name] = {**(together.get(name) or getattr(schedule, name)), **value} if name == "gaps" else value
+    try:
+        return replace(schedule, **together)
+    except ValueError as error:
+        blame = [flag for flag, change in changes.items() if len(changes) > 1 and _fails(schedule, flag, change, error)]
+        raise ValueError(f"{', '.join(blame or changes)}: {error}") from None
+
+
+def _fails(schedule: RemovalSchedule, flag: str, change: Mapping[str, Any], error: ValueError) -> bool:
+    try:
+        _changed(schedule, {flag: change})
+    except ValueError as own:
+        return str(own) == f"{flag}: {error}"
+    return False
+
+
+def as_fields(schedule: RemovalSchedule) -> dict[str, Any]:
+    """All fields, as JSON has them."""
+    return json.loads(json.dumps(asdict(schedule)))
+
+
+def source_of(args: argparse.Namespace) -> str:
+    """Where a schedule comes from, in words: "preset small, adaptive"."""
+    parts = [] if args.preset is None else [f"preset {args.preset}"]
+    if args.schedule is not None:
+        parts.append(Path(args.schedule).name)
+    return ", ".join(parts)
