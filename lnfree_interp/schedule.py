@@ -83,9 +83,9 @@ class RemovalSchedule:
     layers: str = "forward"  # or "backward"
     position0_gap: float | int = 10
     block_size: int = 1024
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    momentum: float = 0.9  # of the running averages of std
+    weight_decay: float | int = 0.01
+    max_grad_norm: float | int = 1.0
+    momentum: float | int = 0.9  # of the running averages of std
     pace: str = "fixed"  # or "adaptive", of which speak:
     margin: float | int = 0.05  # nats above the control's loss, within which a loss is back
     smoothing: float | int = 0.7  # how much of the smoothed difference stays in each step; it begins anew per event
@@ -175,8 +175,11 @@ class RemovalSchedule:
             raise ValueError(f"cannot write {path}: {error.strerror}") from None
 
     @classmethod
-    def from_json(cls, path: str | Path) -> RemovalSchedule:
-        """A schedule from a JSON file of its fields; those with a default may be left out.
+    def from_json(cls, path: str | Path, base: RemovalSchedule | None = None) -> RemovalSchedule:
+        """A schedule from a JSON file of its fields.
+
+        Args:
+            base: whose fields, and gaps of kinds, the file may leave out; None: only those with a default.
 
         Raises:
             ValueError: the file is no JSON object; a field that there is not, is missing, or has a wrong value.
@@ -200,6 +203,9 @@ class RemovalSchedule:
                 raise ValueError(f"schedule {path}: there is no field {name!r}; there are {', '.join(known)}")
             if not _is_a(value, str(known[name].type)):
                 raise ValueError(f"schedule {path}: {name} is {value!r}, not {_KIND_OF_FIELD[str(known[name].type)]}")
+        if base is not None:
+            gaps = {"gaps": {**base.gaps, **stored["gaps"]}} if "gaps" in stored else {}
+            stored = {name: getattr(base, name) for name in known} | stored | gaps
         missing = [name for name, field in known.items() if field.default is MISSING and name not in stored]
         if missing:
             raise ValueError(f"schedule {path}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
@@ -295,7 +301,6 @@ class RemovalSchedule:
 _KIND_OF_FIELD = {
     "int": "a whole number",
     "int | None": "a whole number or null",
-    "float": "a number",
     "float | int": "a number",
     "str": "a string",
     "Sequence[str]": "a list of strings",
@@ -310,7 +315,7 @@ def _is_a(value: Any, kind: str) -> bool:
     if kind.endswith(" | None"):
         return value is None or _is_a(value, kind.removesuffix(" | None"))
     if kind == "Mapping[str, float | int]":
-        return isinstance(value, dict) and all_are(value.values(), "float")
+        return isinstance(value, dict) and all_are(value.values(), "float | int")
     if kind == "Sequence[str]":
         return isinstance(value, list) and all_are(value, "str")
     if isinstance(value, bool):

@@ -1,6 +1,5 @@
 """Removal as a run: what it ends with, what it logs, resuming; the command's answers to bad input."""
 
-import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,9 +8,7 @@ import torch
 from minute import MINUTE, At, Recorder, byte_tokenizer, interrupt, minute_blocks, minute_gpt2, train, weights_equal
 from transformers import GPT2LMHeadModel
 
-from lnfree_interp.data import StreamedBlocks
 from lnfree_interp.finetune import last_checkpoint
-from lnfree_interp.finetune.__main__ import main
 from lnfree_interp.finetune.removable import removal_sites
 from lnfree_interp.finetune.training import CHECKPOINTING
 from lnfree_interp.layernorm import is_ln_free
@@ -155,103 +152,3 @@ def test_what_does_not_fit_together_is_named(tokenizer, tmp_path):
         with pytest.raises(ValueError, match=message):
             train(tokenizer, out, **changes)
     assert not out.exists()
-
-
-@pytest.fixture(scope="module")
-def files(tokenizer, tmp_path_factory):
-    """A checkpoint, damaged ones, and texts."""
-    root = tmp_path_factory.mktemp("files")
-    for name in ("model", "no-tokenizer", "other-size", "no-weights", "no-gpt2"):
-        minute_gpt2(256, n_layer=1).save_pretrained(root / name)
-        if name != "no-tokenizer":
-            tokenizer.save_pretrained(root / name)
-    minute_gpt2(256, n_layer=1, vocab_size=300).save_pretrained(root / "other-size")
-    (root / "no-weights" / "model.safetensors").unlink()
-    (root / "no-gpt2" / "config.json").write_text('{"model_type": "bert"}')
-    (root / "empty.txt").write_text("\n\n")
-    (root / "short.txt").write_text("too short")
-    (root / "text.txt").write_text("\n\n".join(f"Chapter {i}. " + "all work and no play " * 20 for i in range(40)))
-    (root / "run" / "checkpoint-5").mkdir(parents=True)
-    (root / "run" / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5}')
-    return root
-
-
-BAD = {
-    "unknown model": (["--model", "gpt9"], "gpt9"),
-    "no such directory": (["--model", "{root}/absent"], "absent"),
-    "an architecture not served": (["--model", "{root}/no-gpt2"], "bert"),
-    "no weights": (["--model", "{root}/no-weights"], "model.safetensors"),
-    "no tokenizer": (["--model", "{root}/no-tokenizer"], "has no tokenizer"),
-    "tokenizer of another size": (["--model", "{root}/other-size"], "257 tokens"),
-    "unknown preset": (["--preset", "huge"], "huge"),
-    "blocks too long": (["--preset", "small"], "1024"),
-    "missing text": (["--text", "{root}/absent.txt"], "absent.txt"),
-    "empty text": (["--text", "{root}/empty.txt"], "empty.txt"),
-    "short text": (["--text", "{root}/short.txt"], "10 tokens"),
-    "unknown dtype": (["--dtype", "float7"], "float7"),
-    "unknown device": (["--device", "abacus"], "abacus"),
-    "batch size": (["--batch-size", "7"], "7"),
-    "no steps": (["--steps", "0"], "0"),
-    "too few steps": (["--steps", "1"], "1 steps"),
-    "learning rate": (["--lr", "-1"], "-1"),
-    "already a run": (["--out", "{root}/run"], "already holds a run"),
-    "out is a file": (["--out", "{root}/text.txt"], "not a directory"),
-    "no such dataset": (["--data", "{root}/absent"], "absent"),
-    "unknown flag": (["--presets", "tiny"], "--presets"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_status_2(files, tmp_path, capsys, case):
-    changes = [word.format(root=files) for word in BAD[case][0]]
-    words = {
-        "--model": str(files / "model"),
-        "--preset": "tiny",
-        "--text": str(files / "text.txt"),
-        "--out": str(tmp_path / "out"),
-        "--device": "cpu",
-    }
-    if changes[0] == "--data":
-        del words["--text"]
-    words |= {changes[0]: changes[1] if len(changes) > 1 else None}
-    before = sorted(files.rglob("*"))
-    try:
-        status = main([word for pair in words.items() for word in pair if word is not None])
-    except SystemExit as exit:  # argparse's own
-        status = exit.code
-    captured = capsys.readouterr()
-    assert status == 2
-    assert BAD[case][1] in captured.err and captured.err.count("\n") == 1, captured.err
-    assert "Traceback" not in captured.err
-    assert not (tmp_path / "out").exists() and sorted(files.rglob("*")) == before
-
-
-@pytest.mark.slow
-def test_the_command_trains_resumes_and_reports(files, tmp_path, capsys):
-    out = tmp_path / "out"
-    words = ["--model", str(files / "model"), "--preset", "tiny", "--text", str(files / "text.txt")]
-    words += ["--out", str(out), "--steps", "12", "--device", "cpu", "--save-steps", "5"]
-    assert main(words) == 0
-    printed = capsys.readouterr().out
-    assert "step 10/12" in printed and "ln_2 1/1" in printed and "left" in printed and "aux" in printed
-    assert "auxiliary loss x 0.1" in printed, "the schedule comes first"
-    final = GPT2LMHeadModel.from_pretrained(out / "final")
-    assert is_ln_free(final.config, final.state_dict())
-    assert main([*words, "--resume"]) == 0 and "is finished: nothing to resume" in capsys.readouterr().out
-    assert main([*words[:1], str(out / "final"), *words[2:7], str(tmp_path / "again"), *words[8:]]) == 2
-    assert "LN-free already" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("column", ["text", "input_ids"])
-def test_a_dataset_is_streamed_in_blocks(tokenizer, tmp_path, column):
-    texts = [f"line {i} of a dataset" for i in range(7)]
-    ids = [[*tokenizer(text)["input_ids"], 0] for text in texts]
-    rows = [{"text": text} if column == "text" else {"input_ids": row} for text, row in zip(texts, ids, strict=True)]
-    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    blocks = list(StreamedBlocks(str(tmp_path), tokenizer, 16, buffer=1))
-    stream = [i for row in ids for i in row]
-    assert torch.cat([b["input_ids"] for b in blocks]).tolist() == stream[: len(stream) // 16 * 16]
-    if column == "input_ids":
-        (tmp_path / "train.jsonl").write_text(json.dumps({"input_ids": [999] * 20}))
-        with pytest.raises(ValueError, match="another tokenizer"):
-            next(iter(StreamedBlocks(str(tmp_path), tokenizer, 16)))

@@ -170,6 +170,7 @@ BAD = {
     "unknown model": ({"model": "gpt9"}, "gpt9"),
     "no such directory": ({"model": "{root}/absent"}, "absent"),
     "no hub": ({"model": "gpt2", "schedule": None, "preset": "small", "dry_run": ""}, "nor reachable on the hub"),
+    "LN-free": ({"model": "tiny-noLN"}, "LN-free already"),
     "another kind": ({"model": "{root}/other-kind"}, "other-kind"),
     "no weights": ({"model": "{root}/no-weights"}, "model.safetensors"),
     "no tokenizer": ({"model": "{root}/no-tokenizer"}, "has no tokenizer"),

@@ -38,7 +38,7 @@ WAYS = {
 
 
 def run(args) -> pd.DataFrame:
-    """Seconds, ratios to the plain model's step, and peak memory; 4 x 1024 tokens in fp32, on a GPU 8 x 1024 in bf16."""
+    """Seconds, ratios to the plain model's step, peak memory; 4 x 1024 tokens in fp32, on a GPU 8 x 1024 in bf16."""
     on_gpu = args.device.startswith("cuda")
     batch, pos = (1, 128) if args.quick else (8, 1024) if on_gpu else (4, 1024)
     plain = model_of(args.shape, n_layers=2 if args.quick else None).to(args.device).train()

@@ -31,7 +31,7 @@ from .removable import n_layers
 from .saving import STATE, check_directory, finished, read_json
 from .settings import control_losses, fingerprint, training_arguments
 from .trainable import load_trainable
-from .training import CHECKPOINTING, _to_set_aside, remove_layernorm
+from .training import CHECKPOINTING, blocks_to_set_aside, remove_layernorm
 
 
 def run(args) -> int:
@@ -203,7 +203,7 @@ def _n_held_out(args, n_blocks: int | None, schedule: RemovalSchedule) -> int:
     """
     sequences = schedule.tokens_per_step // schedule.block_size
     if args.held_out is None:
-        return _to_set_aside(n_blocks, sequences)
+        return blocks_to_set_aside(n_blocks, sequences)
     if n_blocks is not None and args.held_out and n_blocks - args.held_out < sequences:
         raise ValueError(f"--held-out {args.held_out} of {n_blocks} blocks leaves too few: a step needs {sequences}")
     return args.held_out

@@ -11,8 +11,7 @@ from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..documents import read_text
-from ..schedule import _KIND_OF_FIELD, KINDS, PACES, PRESETS, RemovalSchedule, _is_a
+from ..schedule import KINDS, PACES, PRESETS, RemovalSchedule
 
 ADAPTIVE = "adaptive"
 
@@ -76,13 +75,7 @@ GUARD: dict[str, tuple[float, Callable[[str], Any], str]] = {
     "wait": (20, whole, "steps that the next removal comes later then; twice as many after each further rollback"),
     "rollbacks": (3, whole, "after so many the run stops"),
 }
-_READ: dict[str, Callable[[str], Any]] = {
-    "int": whole,
-    "int | None": whole_or_none,
-    "float": number,
-    "float | int": number,
-    "str": str,
-}
+_READ: dict[str, Callable[[str], Any]] = {"int": whole, "int | None": whole_or_none, "float | int": number, "str": str}
 
 
 def add_schedule_flags(group) -> None:
@@ -135,7 +128,7 @@ def schedule_from(args: argparse.Namespace) -> RemovalSchedule:
         if args.preset not in PRESETS:
             raise ValueError(f"--preset {args.preset}: unknown preset; choose from {', '.join(PRESETS)}")
         schedule = PRESETS[args.preset]
-        schedule = schedule if file is None else _on_top(schedule, file)
+        schedule = schedule if file is None else RemovalSchedule.from_json(file, schedule)
     elif file is not None:
         schedule = RemovalSchedule.from_json(file)
     else:
@@ -171,23 +164,6 @@ def _dest(name: str) -> str:
 
 def _is_field(name: str) -> bool:
     return name.startswith("field_")
-
-
-def _on_top(schedule: RemovalSchedule, file: str) -> RemovalSchedule:
-    """A schedule with those fields changed that a JSON file names, of gaps those of the kinds it names."""
-    try:
-        stored = json.loads(read_text(file, "schedule"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"--schedule {file} is no JSON ({getattr(error, 'msg', error)})") from None
-    if not isinstance(stored, dict):
-        raise ValueError(f"--schedule {file} is no JSON object of fields")
-    kinds = {field.name: str(field.type) for field in fields(schedule)}
-    for name, value in stored.items():
-        if name not in kinds:
-            raise ValueError(f"--schedule {file}: there is no field {name!r}; there are {', '.join(kinds)}")
-        if not _is_a(value, kinds[name]):
-            raise ValueError(f"--schedule {file}: {name} is {value!r}, not {_KIND_OF_FIELD[kinds[name]]}")
-    return _changed(schedule, {f"--schedule {file}": stored})
 
 
 def _changed(schedule: RemovalSchedule, changes: Mapping[str, Mapping[str, Any]]) -> RemovalSchedule:

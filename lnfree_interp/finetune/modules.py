@@ -254,7 +254,8 @@ class RemovableReader(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos out"]:
         norm, sites = self.reads
-        weight, bias = self.matrix, self.bias
+        weight: Tensor = self.matrix
+        bias = self.bias
         if norm.is_live:
             return F.linear(x, weight, bias)
         inverses = {site: norm.inverse(site, x) for site in sites if site.frozen}
@@ -276,7 +277,8 @@ class RemovableReader(nn.Module):
 
     def _folded(self, x: Tensor, norm: RemovableNorm, inverses: list[Tensor], weight: Tensor, bias: Tensor | None):
         """One product with folded weights; what scales single tokens is applied before it, or after it by parts."""
-        by_token, gain = any(inverse.ndim for inverse in inverses), norm.weight
+        by_token = any(inverse.ndim for inverse in inverses)
+        gain: Tensor = norm.weight
         if len(inverses) == 1 and by_token:
             x = (x * inverses[0]).to(x.dtype)
         elif len(inverses) == 1:

@@ -293,7 +293,8 @@ def remove_layernorm(
         training_args._n_gpu = 1  # several GPUs are for torchrun: DataParallel's replicas lose the statistics
 
     untouched = dataset
-    n_aside = 0 if held_out is not None or not hasattr(dataset, "set_aside") else _to_set_aside(n_blocks, sequences)
+    aside = held_out is None and hasattr(dataset, "set_aside")
+    n_aside = blocks_to_set_aside(n_blocks, sequences) if aside else 0
     if n_aside:
         held_out, dataset = dataset.set_aside(n_aside)
     settings = run_settings(model, untouched, n_aside, schedule, seed, dtype, training_args)
@@ -334,7 +335,7 @@ def remove_layernorm(
     return final
 
 
-def _to_set_aside(n_blocks: int | None, sequences: int) -> int:
+def blocks_to_set_aside(n_blocks: int | None, sequences: int) -> int:
     """How many blocks: few of a small data set, and none that a step needs."""
     return HELD_OUT if n_blocks is None else max(0, min(HELD_OUT, n_blocks // PART, n_blocks - sequences))
 
