@@ -92,6 +92,12 @@ def test_what_does_not_fit_is_refused(module, case):
         WRONG[case](module, torch.ones)
 
 
+def test_checks_are_put_off_as_jaxtypings_are(module, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    assert module.longer("a", 5) == module.longer("a", by=5.5) == 7 and module.Pair.of(3).left == 3
+    assert module.product(torch.ones(2, 3), torch.ones(3), what=4).shape == (3,)
+
+
 def test_the_package_is_checked():
     with pytest.raises(BeartypeCallHintViolation):
         lens.build("fields")

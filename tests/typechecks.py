@@ -9,15 +9,16 @@ import dataclasses
 import functools
 import inspect
 import sys
+from contextlib import nullcontext
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder, SourceFileLoader
 from typing import get_args
 
 from beartype import beartype
-from jaxtyping import jaxtyped
+from jaxtyping import config, jaxtyped
 
 # Within it, a name in a shape stands for one number.
-ONE_CALL = jaxtyped("context")
+ONE_CALL, NO_NAMES = jaxtyped("context"), nullcontext()
 
 
 def install(package):
@@ -72,12 +73,15 @@ def checked(function):
     function.__annotations__ = known
     typed = beartype(function)
     typed.__annotations__ = function.__annotations__ = written
-    if not any(map(_has_shape, known.values())):
-        return typed
+    if typed is function:
+        return function
+    scope = ONE_CALL if any(map(_has_shape, known.values())) else NO_NAMES
 
     @functools.wraps(function)
     def call(*args, **kwargs):
-        with ONE_CALL:
+        if config.jaxtyping_disable:
+            return function(*args, **kwargs)
+        with scope:
             return typed(*args, **kwargs)
 
     return call
