@@ -32,6 +32,7 @@ from lnfree_interp.patching.prices import cell_prices, counted, forward_flops, r
 from lnfree_interp.weights import read_weights
 
 CHANGED = ((2, 4), (5,), (3,))
+slow = pytest.mark.slow
 
 
 def some(shape, seed=0, share=0.4):
@@ -115,14 +116,12 @@ def last_two(logits):
     return logits[:, -1, 0] - logits[:, -2, 1]
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize(
-    "kind, fast",
-    [
-        ("GPT-2", True),
-        *(pytest.param(kind, fast, marks=pytest.mark.slow) for kind, fast in (("GPT-2", False), ("Llama", True))),
-    ],
-)
+QUICK = ("resid_pre", "q", "neurons", "pattern")  # sites of a kind cost the same
+FORWARDS = [("GPT-2", True), pytest.param("GPT-2", False, marks=slow), pytest.param("Llama", True, marks=slow)]
+
+
+@pytest.mark.parametrize("site", [site if site in QUICK else pytest.param(site, marks=slow) for site in SITES])
+@pytest.mark.parametrize("kind, fast", FORWARDS)
 def test_no_cell_costs_more_than_its_price(model_of, site, kind, fast):
     model = model_of(kind, n_layers=3)
     pairs = make_pairs(model, pos=9, changed=((2, 4), (5,), (7,)))
@@ -448,7 +447,7 @@ def test_errors_left_are_estimated_without_bias(whole_draws):
     assert sum(covered) > 0.85 * len(covered)
 
 
-@pytest.mark.slow
+@slow
 def test_intervals_hold_on_models(random_model):
     covered = []
     for norm in (None, "LNPre"):
