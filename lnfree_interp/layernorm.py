@@ -6,26 +6,23 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-# The published LN-free format: plain GPT-2 with an epsilon so large that every std is sqrt(eps) = 1e6.
+from .families import FAMILIES
+
+# The published LN-free format: a plain checkpoint with an epsilon so large that every std is sqrt(eps) = 1e6.
 LN_FREE_EPS = 1e12
 # A variance of 1e4 (a residual norm of 3,200 at d_model 1024) shifts a std by 5e-6 at this epsilon.
 HUGE_EPS = 1e9
 
 
-def _find(state: Mapping[str, Tensor], name: str) -> str:
-    """The key of a GPT-2 weight, with or without HF's "transformer." prefix."""
-    return name if name in state else "transformer." + name
-
-
 def is_ln_free(config, state: Mapping[str, Tensor]) -> bool:
-    """Whether a GPT-2 checkpoint is LN-free, read from its epsilon and LayerNorm weights alone.
+    """Whether a checkpoint of a family in `families.FAMILIES` is LN-free, read from its epsilon and norms alone.
 
     Args:
-        config: GPT2Config, of which layer_norm_epsilon and n_layer are read.
-        state: HF GPT-2 state dict, names with or without "transformer.".
+        config: transformers' own; its epsilon and number of layers are read.
+        state: transformers' state dict, names with or without the family's prefix ("transformer." of a GPT-2).
 
     Raises:
-        ValueError: half-way: some LayerNorms neutral and some not, or epsilon and weights that disagree.
+        ValueError: half-way: some norms neutral and some not, or epsilon and weights that disagree; another family.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -33,9 +30,12 @@ def is_ln_free(config, state: Mapping[str, Tensor]) -> bool:
         >>> is_ln_free(config, GPT2LMHeadModel(config).state_dict())
         False
     """
-    norms = [f"h.{layer}.ln_{i}" for layer in range(config.n_layer) for i in (1, 2)] + ["ln_f"]
-    weights = ((norm, state[_find(state, f"{norm}.weight")]) for norm in norms)
-    return are_constant(weights, float(config.layer_norm_epsilon), "layer_norm_epsilon")
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"model_type {config.model_type!r} is not served; what is: {', '.join(FAMILIES)}")
+    family = FAMILIES[config.model_type]
+    found = {n: n if f"{n}.weight" in state else family.prefix + n for n in family.norms(config.num_hidden_layers)}
+    weights = ((norm, state[f"{stored}.weight"]) for norm, stored in found.items())
+    return are_constant(weights, float(getattr(config, family.eps)), family.eps)
 
 
 def are_constant(weights: Iterable[tuple[str, Tensor]], eps: float, eps_name: str) -> bool:

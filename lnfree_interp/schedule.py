@@ -5,12 +5,18 @@ Sources: P1 = arXiv 2409.13710 (the order, the treatments), P2 = arXiv 2507.0255
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .documents import read_text
 
 KINDS = ("ln_2", "qk", "v", "ln_f")
+PACES = ("fixed", "adaptive")
 
 
 class Event(NamedTuple):
@@ -47,6 +53,11 @@ class RemovalSchedule:
     the end-of-text treatment ends, and `position0_gap` steps later that of position 0. Gaps may be fractions:
     the step of an event is rounded down. An empty `order` removes nothing: the vanilla control.
 
+    With pace "fixed" that is when they go. With pace "adaptive" the gaps are least distances: a site goes once the
+    training loss, smoothed, is back within `margin` of the control's at the same steps, and when it has waited its
+    even share of the steps left (at most `patience`) in any case. `settle` steps after the last event the run ends;
+    meanwhile the learning rate falls in a line from where the cosine was to its minimum. `steps` is the most it takes.
+
     Raises:
         ValueError: a value that makes no schedule.
 
@@ -75,6 +86,11 @@ class RemovalSchedule:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     momentum: float = 0.9  # of the running averages of std
+    pace: str = "fixed"  # or "adaptive", of which speak:
+    margin: float | int = 0.05  # nats above the control's loss, within which a loss is back
+    smoothing: float | int = 0.7  # how much of the smoothed difference stays in each step; it begins anew per event
+    patience: int | None = None  # the most steps that one event waits; None: its even share of those left
+    settle: int = 20  # steps after the last event
 
     def __post_init__(self):
         object.__setattr__(self, "order", tuple(self.order))  # a list, when it comes from JSON
@@ -88,9 +104,17 @@ class RemovalSchedule:
             raise ValueError(f"layers is {self.layers!r}, not 'forward' or 'backward'")
         if sorted(self.gaps) != sorted(KINDS) or min(*self.gaps.values(), self.position0_gap) < 0:
             raise ValueError(f"gaps {self.gaps}, {self.position0_gap}: one per kind is needed, none negative")
-        for name in ("steps", "start", "tokens_per_step", "block_size"):
-            if getattr(self, name) < 1:
+        if self.pace not in PACES:
+            raise ValueError(f"pace is {self.pace!r}, not 'fixed' or 'adaptive'")
+        for name in ("steps", "start", "tokens_per_step", "block_size", "settle", "patience"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, not at least 1")
+        for name in ("warmup_steps", "auxiliary_weight", "weight_decay", "max_grad_norm", "margin"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, not a number of at least 0")
+        for name in ("momentum", "smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, not at least 0 and below 1")
         if self.tokens_per_step % self.block_size:
             raise ValueError(f"{self.tokens_per_step} tokens per step are no multiple of {self.block_size}")
         if not 0 <= self.min_learning_rate <= self.learning_rate or not self.learning_rate > 0:
@@ -98,7 +122,7 @@ class RemovalSchedule:
 
     @classmethod
     def preset(cls, name: str) -> RemovalSchedule:
-        """The published schedule of a GPT-2 size (P2), or the embedded models': "tiny".
+        """The published schedule of a GPT-2 size (P2), the embedded models' ("tiny"), or one by analogy with GPT-2's.
 
         Raises:
             ValueError: no such preset.
@@ -119,11 +143,70 @@ class RemovalSchedule:
             position0_gap=self.position0_gap * factor,
             warmup_steps=round(self.warmup_steps * factor),
             auxiliary_until=None if until is None else round(until * factor),
+            patience=None if self.patience is None else max(1, round(self.patience * factor)),
+            settle=max(1, round(self.settle * factor)),
         )
 
     def vanilla(self) -> RemovalSchedule:
         """The control: the same training with nothing removed and no auxiliary loss."""
-        return replace(self, order=(), auxiliary_weight=0.0)
+        return replace(self, order=(), auxiliary_weight=0.0, pace="fixed")
+
+    def adaptive(self, **changes) -> RemovalSchedule:
+        """The same schedule at the model's own pace: its gaps are least distances, its steps the most it takes.
+
+        Args:
+            changes: margin, smoothing, patience, settle, or any other field.
+        """
+        return replace(self, pace="adaptive", **changes)
+
+    def to_json(self, path: str | Path) -> None:
+        """Write all fields as JSON.
+
+        Raises:
+            ValueError: the file cannot be written.
+        """
+        path = Path(path)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+            os.replace(beside, path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> RemovalSchedule:
+        """A schedule from a JSON file of its fields; those with a default may be left out.
+
+        Raises:
+            ValueError: the file is no JSON object; a field that there is not, is missing, or has a wrong value.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     RemovalSchedule.preset("small").to_json(f"{folder}/schedule.json")
+            ...     RemovalSchedule.from_json(f"{folder}/schedule.json") == RemovalSchedule.preset("small")
+            True
+        """
+        try:
+            stored = json.loads(read_text(path, "schedule"))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"schedule {path} is no JSON ({getattr(error, 'msg', error)})") from None
+        if not isinstance(stored, dict):
+            raise ValueError(f"schedule {path} is no JSON object of fields")
+        known = {field.name: field for field in fields(cls)}
+        for name, value in stored.items():
+            if name not in known:
+                raise ValueError(f"schedule {path}: there is no field {name!r}; there are {', '.join(known)}")
+            if not _is_a(value, str(known[name].type)):
+                raise ValueError(f"schedule {path}: {name} is {value!r}, not {_KIND_OF_FIELD[str(known[name].type)]}")
+        missing = [name for name, field in known.items() if field.default is MISSING and name not in stored]
+        if missing:
+            raise ValueError(f"schedule {path}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+        try:
+            return cls(**stored)
+        except ValueError as error:
+            raise ValueError(f"schedule {path}: {error}") from None
 
     def events(self, n_layer: int) -> list[Event]:
         """What happens at which step to a model of n_layer layers, in order.
@@ -150,20 +233,29 @@ class RemovalSchedule:
                 f"schedule is done with {n_layer} layers at step {events[-1].step}, "
                 f"which is not before the end of its {self.steps} steps"
             )
+        if self.pace == "adaptive" and events[-1].step + self.settle > self.steps:
+            raise ValueError(
+                f"adaptive schedule is done with {n_layer} layers at step {events[-1].step} at the earliest: "
+                f"{self.settle} more to settle do not fit into its {self.steps} steps"
+            )
         return events
 
     def state(self, step: int, n_layer: int) -> RemovalState:
-        """What is frozen and which treatments are on in step `step`, counted from 0."""
+        """What is frozen and which treatments are on in step `step`, counted from 0, if nothing delays it."""
         events = self.events(n_layer)
-        happened = {event[1:] for event in events if event.step <= step}
-        if not events:
+        return self.state_after([event for event in events if event.step <= step], step, len(events))
+
+    def state_after(self, happened: Sequence[Event], step: int, n_events: int) -> RemovalState:
+        """What is frozen and which treatments are on in step `step`, where these of `n_events` events have happened."""
+        if not n_events:
             return RemovalState(frozenset(), position0=False, eot=False, auxiliary=False)
-        until = events[-1].step if self.auxiliary_until is None else self.auxiliary_until
+        gone = {event[1:] for event in happened}
+        wanted = len(happened) < n_events if self.auxiliary_until is None else step < self.auxiliary_until
         return RemovalState(
-            frozen=frozenset((site, layer) for site, layer in happened if site in KINDS),
-            position0=("position0", None) not in happened,
-            eot=("eot", None) not in happened,
-            auxiliary=self.auxiliary_weight > 0 and step < until,
+            frozen=frozenset((site, layer) for site, layer in gone if site in KINDS),
+            position0=("position0", None) not in gone,
+            eot=("eot", None) not in gone,
+            auxiliary=self.auxiliary_weight > 0 and wanted,
         )
 
     def table(self, n_layer: int):
@@ -187,10 +279,43 @@ class RemovalSchedule:
             lines.append(f"  {site + ('' if site in KINDS else ' treatment off'):24}step {at[0]}{layers}")
         if not steps:
             lines.append("  nothing is removed: vanilla control")
-        elif self.auxiliary_weight:
+        elif self.pace == "adaptive":
+            lines.append(
+                f"  at the earliest, each when the loss is within {self.margin:g} nats of the control's; "
+                f"ends {self.settle} steps after the last"
+            )
+        if steps and self.auxiliary_weight:
             until = self.auxiliary_until or max(at[-1] for at in steps.values())
-            lines.append(f"  {f'auxiliary loss x {self.auxiliary_weight:g}':24}until step {until}")
+            end = "the last event" if self.pace == "adaptive" and self.auxiliary_until is None else f"step {until}"
+            lines.append(f"  {f'auxiliary loss x {self.auxiliary_weight:g}':24}until {end}")
         return "\n".join(lines)
+
+
+# What a field's annotation, a string, asks of a JSON value, in words.
+_KIND_OF_FIELD = {
+    "int": "a whole number",
+    "int | None": "a whole number or null",
+    "float": "a number",
+    "float | int": "a number",
+    "str": "a string",
+    "Sequence[str]": "a list of strings",
+    "Mapping[str, float | int]": "an object of a number for each of " + ", ".join(KINDS),
+}
+
+
+def _is_a(value: Any, kind: str) -> bool:
+    def all_are(values: Iterable, kind: str) -> bool:
+        return all(_is_a(v, kind) for v in values)
+
+    if kind.endswith(" | None"):
+        return value is None or _is_a(value, kind.removesuffix(" | None"))
+    if kind == "Mapping[str, float | int]":
+        return isinstance(value, dict) and all_are(value.values(), "float")
+    if kind == "Sequence[str]":
+        return isinstance(value, list) and all_are(value, "str")
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, {"int": int, "str": str}.get(kind, (int, float)))
 
 
 def _preset(steps, tokens, lr, min_lr, warmup, aux, start, ln_2, qk, v) -> RemovalSchedule:
@@ -207,22 +332,30 @@ def _preset(steps, tokens, lr, min_lr, warmup, aux, start, ln_2, qk, v) -> Remov
     )
 
 
+_TINY = RemovalSchedule(  # 4 layers of d_model 128, trained on a few books: many small steps instead of few large
+    steps=600,
+    start=40,
+    gaps={"ln_2": 8, "qk": 8, "v": 12, "ln_f": 10},
+    position0_gap=20,
+    tokens_per_step=8192,
+    block_size=256,
+    learning_rate=1e-3,
+    min_learning_rate=1e-4,
+    warmup_steps=20,
+    auxiliary_weight=0.1,
+)
+
 PRESETS = {
     "small": _preset(300, 524_288, 6e-4, 3e-4, 25, 0.1, 20, 2, 2, 3),
     "medium": _preset(500, 518_144, 6e-4, 3e-4, 10, 0.1, 20, 2, 2, 3),
     "large": _preset(600, 516_096, 3e-4, 4e-5, 15, 0.03, 30, 4, 4, 6),
     "xl": _preset(800, 516_096, 1e-4, 2e-5, 20, 0.01, 50, 4, 4, 6),
-    # 4 layers of d_model 128, trained on a few books: many small steps instead of few large ones
-    "tiny": RemovalSchedule(
-        steps=600,
-        start=40,
-        gaps={"ln_2": 8, "qk": 8, "v": 12, "ln_f": 10},
-        position0_gap=20,
-        tokens_per_step=8192,
-        block_size=256,
-        learning_rate=1e-3,
-        min_learning_rate=1e-4,
-        warmup_steps=20,
-        auxiliary_weight=0.1,
-    ),
+    "tiny": _TINY,
+    # Nobody has published these: the numbers are those of the GPT-2 next in parameters and layers.
+    "pythia-70m": _preset(300, 524_288, 6e-4, 3e-4, 25, 0.1, 20, 2, 2, 3),
+    "pythia-160m": _preset(300, 524_288, 6e-4, 3e-4, 25, 0.1, 20, 2, 2, 3),
+    "pythia-410m": _preset(500, 518_144, 6e-4, 3e-4, 10, 0.1, 20, 2, 2, 3),
+    "pythia-1b": _preset(600, 516_096, 3e-4, 4e-5, 15, 0.03, 30, 4, 4, 6),
+    "pythia-1.4b": _preset(800, 516_096, 1e-4, 2e-5, 20, 0.01, 50, 4, 4, 6),
+    "smollm2-135m": _preset(500, 518_144, 6e-4, 3e-4, 25, 0.1, 20, 2, 2, 3),
 }

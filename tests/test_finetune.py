@@ -1,192 +1,25 @@
-"""Removal as a run: the schedule as data, resuming, stopping, the command's answers to bad input."""
+"""Removal as a run: what it ends with, what it logs, resuming; the command's answers to bad input."""
 
 import json
-import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback, TrainerControl
+from minute import MINUTE, At, Recorder, byte_tokenizer, interrupt, minute_blocks, minute_gpt2, train, weights_equal
+from transformers import GPT2LMHeadModel
 
-from lnfree_interp.data import Blocks, StreamedBlocks
-from lnfree_interp.finetune import Diverged, LossGuard, last_checkpoint, remove_layernorm
+from lnfree_interp.data import StreamedBlocks
+from lnfree_interp.finetune import last_checkpoint
 from lnfree_interp.finetune.__main__ import main
 from lnfree_interp.finetune.removable import auxiliary_loss, removal_sites
 from lnfree_interp.finetune.training import CHECKPOINTING
 from lnfree_interp.layernorm import is_ln_free
-from lnfree_interp.schedule import KINDS, PRESETS, RemovalSchedule
-
-# -- the schedule -----------------------------------------------------------------------------------------
-
-#         layers, steps, tokens, lr, min lr, warm-up, aux, gaps of ln_2, qk, v, starts of ln_2, qk, v, ln_f
-PUBLISHED = {
-    "small": (12, 300, 524_288, 6e-4, 3e-4, 25, 0.1, (2, 2, 3), (20, 44, 68, 104)),
-    "medium": (24, 500, 518_144, 6e-4, 3e-4, 10, 0.1, (2, 2, 3), (20, 68, 116, 188)),
-    "large": (36, 600, 516_096, 3e-4, 4e-5, 15, 0.03, (4, 4, 6), (30, 174, 318, 534)),
-    "xl": (48, 800, 516_096, 1e-4, 2e-5, 20, 0.01, (4, 4, 6), (50, 242, 434, 722)),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_presets_are_the_published_ones(name):
-    n_layer, steps, tokens, lr, min_lr, warmup, aux, gaps, starts = PUBLISHED[name]
-    schedule = RemovalSchedule.preset(name)
-    assert (schedule.steps, schedule.tokens_per_step, schedule.warmup_steps) == (steps, tokens, warmup)
-    assert (schedule.learning_rate, schedule.min_learning_rate) == (lr, min_lr)
-    assert (schedule.auxiliary_weight, schedule.momentum) == (aux, 0.9)
-    assert (schedule.weight_decay, schedule.max_grad_norm, schedule.block_size) == (0.01, 1.0, 1024)
-    events = schedule.events(n_layer)
-    assert len(events) == 3 * n_layer + 3
-    for kind, start, gap in zip(KINDS, starts, (*gaps, None), strict=True):
-        at = [(e.layer, e.step) for e in events if e.site == kind]
-        layers = [None] if kind == "ln_f" else range(n_layer)
-        assert at == [(layer, start + (gap * layer if gap else 0)) for layer in layers]
-    assert [e[:2] for e in events[-2:]] == [(starts[3] + 2, "eot"), (starts[3] + 12, "position0")]
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    name=st.sampled_from(sorted(PRESETS)),
-    n_layer=st.integers(1, 12),
-    factor=st.floats(0.1, 4),
-    order=st.sampled_from([KINDS, ("ln_f", "ln_2", "qk", "v"), ("v", "qk", "ln_2", "ln_f")]),
-    by=st.sampled_from(["kind", "layer"]),
-    layers=st.sampled_from(["forward", "backward"]),
-)
-def test_every_site_goes_once_in_every_order(name, n_layer, factor, order, by, layers):
-    schedule = replace(RemovalSchedule.preset(name), order=order, by=by, layers=layers)
-    schedule = schedule.scaled(max(40, round(schedule.steps * factor)))
-    events = schedule.events(n_layer)
-    assert [e.step for e in events] == sorted(e.step for e in events)
-    assert events[0].step >= 1 and events[-1].step < schedule.steps
-    sites = [e[1:] for e in events]
-    assert len(set(sites)) == len(sites) == 3 * n_layer + 3
-    assert sites[-2:] == [("eot", None), ("position0", None)]
-    first, last = (0, n_layer - 1) if layers == "forward" else (n_layer - 1, 0)
-    assert [layer for kind, layer in sites if kind == "v"][:: max(1, n_layer - 1)] == [first, last][:n_layer]
-    if by == "kind":
-        assert [k for k, layer in sites if layer in (0, None)][:4] == list(order)
-    state = schedule.state(0, n_layer)
-    assert not state.frozen and state.eot and state.position0 and state.auxiliary
-    for step in sorted({e.step for e in events}):
-        before, state = schedule.state(step - 1, n_layer), schedule.state(step, n_layer)
-        assert before.frozen <= state.frozen and before != state
-        assert state.auxiliary == state.position0, "the auxiliary loss ends with the last treatment"
-    assert len(state.frozen) == 3 * n_layer + 1 and not state.eot and not state.position0
-    table = schedule.table(n_layer)
-    assert list(table.columns) == ["step", "site", "layer"] and len(table) == len(events)
-
-
-def test_vanilla_removes_nothing():
-    schedule = RemovalSchedule.preset("small").vanilla()
-    assert schedule.events(12) == []
-    state = schedule.state(299, 12)
-    assert not (state.frozen or state.position0 or state.eot or state.auxiliary)
-    assert "vanilla" in schedule.describe(12)
-
-
-def test_schedules_that_are_none_are_refused():
-    small = RemovalSchedule.preset("small")
-    with pytest.raises(ValueError, match="unknown preset 'huge'"):
-        RemovalSchedule.preset("huge")
-    with pytest.raises(ValueError, match="not before the end of its 300 steps"):
-        small.events(48)
-    for changes, message in (
-        ({"start": 0}, "start is 0"),
-        ({"order": ("qk", "v")}, "order"),
-        ({"by": "head"}, "by is 'head'"),
-        ({"layers": "up"}, "layers is 'up'"),
-        ({"tokens_per_step": 1000}, "no multiple"),
-        ({"gaps": {"ln_2": 1}}, "gaps"),
-        ({"min_learning_rate": 1.0}, "learning rate"),
-        ({"by": "layer", "order": ("qk", "ln_f", "v", "ln_2")}, "first or last"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            replace(small, **changes)
-    assert RemovalSchedule(**json.loads(json.dumps(asdict(small)))) == small
-
-
-def test_summary_and_description_name_what_is_frozen():
-    small = RemovalSchedule.preset("small")
-    assert small.state(50, 12).summary(12) == "ln_2 12/12  qk 4/12  v 0/12  ln_f -  eot on  position0 on"
-    assert small.state(299, 12).summary(12) == "ln_2 12/12  qk 12/12  v 12/12  ln_f frozen"
-    assert "step 20 to 42" in small.describe(12) and "until step 116" in small.describe(12)
-
-
-# -- runs -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Bytes and an end-of-text token: 257 in all."""
-    vocabulary = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
-
-
-def minute_gpt2(n_positions=16, dtype=torch.float32, **config) -> GPT2LMHeadModel:
-    fields = {"vocab_size": 257, "n_embd": 8, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_positions=n_positions, **fields | config)).to(dtype)
-
-
-def minute_blocks(n=64, pos=16) -> Blocks:
-    return Blocks(torch.randint(0, 257, (n, pos), generator=torch.Generator().manual_seed(0)))
-
-
-# 2 layers gone by step 11 of 14, four sequences of 16 tokens a step
-MINUTE = RemovalSchedule(
-    steps=14,
-    start=2,
-    gaps={"ln_2": 1, "qk": 1, "v": 1, "ln_f": 1},
-    position0_gap=2,
-    tokens_per_step=64,
-    block_size=16,
-    learning_rate=1e-2,
-    min_learning_rate=1e-3,
-    warmup_steps=2,
-    auxiliary_weight=0.1,
-)
-
-
-class Recorder(TrainerCallback):
-    """What was logged, the running averages after each step, and the first batch."""
-
-    def __init__(self):
-        self.logs, self.averages, self.batch = [], [], None
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        def keep(module, args, kwargs):
-            self.batch = kwargs["input_ids"] if self.batch is None else self.batch
-
-        model.register_forward_pre_hook(keep, with_kwargs=True)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "ce" in logs:
-            self.logs.append(logs)
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        self.averages.append({name: site.average.clone() for name, site in removal_sites(model).items()})
-
-
-def train(tokenizer, out, schedule=MINUTE, *, callbacks=(), model=None, **arguments):
-    model = minute_gpt2() if model is None else model
-    defaults = {"device": "cpu", "save_steps": 5, "disable_tqdm": True}
-    final = remove_layernorm(
-        model, tokenizer, minute_blocks(), schedule, out, callbacks=callbacks, **defaults | arguments
-    )
-    return model, final
-
-
-def weights_equal(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -251,38 +84,34 @@ def test_accumulation_and_checkpointing_change_no_number(finished, tokenizer, tm
             torch.testing.assert_close(ours[name], theirs[name], rtol=TOLERANCE, atol=0)
 
 
-class Interrupt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tokenizer, tmp_path):
     out, recorder = tmp_path / "out", Recorder()
     with pytest.raises(KeyboardInterrupt):
-        train(tokenizer, out, callbacks=[Interrupt(7)])
+        train(tokenizer, out, callbacks=[At(7, interrupt)])
     assert last_checkpoint(out).name == "checkpoint-5"
-    # a checkpoint that was being written when the power went
-    (out / "checkpoint-6").mkdir()
-    (out / "checkpoint-6" / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="seed was 0, now 1"):
-        train(tokenizer, out, resume=True, seed=1)
     with pytest.raises(ValueError, match="already holds a run"):
         train(tokenizer, out)
     _, final = train(tokenizer, out, resume=True, callbacks=[recorder])
     assert weights_equal(final, finished.final)
     for ours, theirs in zip(recorder.averages, finished.recorder.averages[5:], strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    with pytest.raises(ValueError, match="is finished"):
-        train(tokenizer, out, resume=True)
+    assert recorder.logs == finished.recorder.logs[5:]
     # all steps done, but the export was not reached
     (out / "final").rename(tmp_path / "elsewhere")
     _, final = train(tokenizer, out, resume=True)
     assert weights_equal(final, finished.final)
+
+
+def test_resuming_is_safe_always(finished, tokenizer, tmp_path):
+    """Nothing there: it starts. Finished: the model comes back, and nothing is touched."""
+    out = tmp_path / "absent" / "out"
+    _, final = train(tokenizer, out, resume=True)
+    assert weights_equal(final, finished.final)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    model, again = train(tokenizer, out, resume=True)
+    assert weights_equal(again, final) and weights_equal(model, minute_gpt2())
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
 def test_vanilla_is_the_same_training_of_a_plain_model(finished, tokenizer, tmp_path):
@@ -304,57 +133,6 @@ def test_bfloat16_autocast_keeps_weights_in_float32(tokenizer, tmp_path):
     assert loss.isfinite()
 
 
-# -- stopping ---------------------------------------------------------------------------------------------
-
-
-class Sabotage(TrainerCallback):
-    """Multiplies a weight after a step."""
-
-    def __init__(self, step, factor):
-        self.step, self.factor = step, factor
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step == self.step:
-            model.transformer.wpe.weight.data *= self.factor
-
-
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tokenizer, tmp_path):
-    with pytest.raises(Diverged, match=r"is nan at step 13: stopped; the last good checkpoint is .*checkpoint-10"):
-        train(tokenizer, tmp_path / "out", callbacks=[Sabotage(12, math.nan)])
-    assert sorted(p.name for p in (tmp_path / "out").glob("*")) == ["checkpoint-10", "checkpoint-5", "run.json"]
-    # in the middle of the removal it shows in the running averages first
-    with pytest.raises(Diverged, match="there is no checkpoint yet"):
-        train(tokenizer, tmp_path / "early", callbacks=[Sabotage(1, math.nan)])
-
-
-def test_an_exploded_model_is_neither_saved_nor_exported(tokenizer, tmp_path):
-    with pytest.raises(Diverged, match=r"the last good checkpoint is .*checkpoint-10"):
-        train(tokenizer, tmp_path / "out", callbacks=[Sabotage(12, 1e6)])
-    assert not (tmp_path / "out" / "final").exists() and not (tmp_path / "out" / "checkpoint-14").exists()
-
-
-def test_the_guard_lets_spikes_pass_and_stops_explosions(tmp_path):
-    guard, args = LossGuard(margin=3.0, patience=5), SimpleNamespace(output_dir=str(tmp_path))
-
-    def log(step, ce):
-        control = TrainerControl(should_save=True)
-        state = SimpleNamespace(global_step=step, max_steps=100)
-        guard.on_log(args, state, control, logs={"loss": ce, "ce": ce, "grad_norm": 1.0})
-        return control.should_save
-
-    guard.on_train_begin(args, SimpleNamespace(log_history=[{"ce": 3.5}, {"eval_loss": 1.0}]), None)
-    assert guard.best == 3.5, "a resumed run knows its best"
-    assert log(1, 3.0) and log(2, 5.5), "a spike"
-    assert not any([log(3, 7.0), log(4, 7.0), log(7, 7.0)]), "suspect: no checkpoint"
-    assert log(8, 4.0), "it came back"
-    assert not log(9, 6.5)
-    with pytest.raises(Diverged, match=r"loss is 6\.40 at step 14, was 3\.00"):
-        log(14, 6.4)
-    with pytest.raises(Diverged, match="grad_norm is inf"):
-        guard.on_log(args, SimpleNamespace(global_step=1, max_steps=9), None, {"ce": 1.0, "grad_norm": math.inf})
-
-
 # -- the library's and the command's answers to bad input ---------------------------------------------------
 
 
@@ -367,7 +145,8 @@ def test_what_does_not_fit_together_is_named(tokenizer, tmp_path):
         ({"batch_size": 3}, "batch size 3 does not divide the 4 sequences"),
         ({"dtype": "float8"}, "unknown dtype 'float8'"),
         ({"device": "abacus"}, "unknown device 'abacus'"),
-        ({"resume": True}, "nothing to resume"),
+        ({"max_steps": 3}, "max_steps: the schedule or a parameter of its own says this"),
+        ({"schedule": replace(MINUTE, steps=40).adaptive()}, "adaptive schedule needs control="),
     ):
         with pytest.raises(ValueError, match=message):
             train(tokenizer, out, **changes)
@@ -414,7 +193,6 @@ BAD = {
     "no steps": (["--steps", "0"], "0"),
     "too few steps": (["--steps", "1"], "1 steps"),
     "learning rate": (["--lr", "-1"], "-1"),
-    "nothing to resume": (["--resume"], "nothing to resume"),
     "already a run": (["--out", "{root}/run"], "already holds a run"),
     "out is a file": (["--out", "{root}/text.txt"], "not a directory"),
     "no such dataset": (["--data", "{root}/absent"], "absent"),
@@ -458,7 +236,7 @@ def test_the_command_trains_resumes_and_reports(files, tmp_path, capsys):
     assert "auxiliary loss x 0.1" in printed, "the schedule comes first"
     final = GPT2LMHeadModel.from_pretrained(out / "final")
     assert is_ln_free(final.config, final.state_dict())
-    assert main([*words, "--resume"]) == 2 and "is finished" in capsys.readouterr().err
+    assert main([*words, "--resume"]) == 0 and "is finished: nothing to resume" in capsys.readouterr().out
     assert main([*words[:1], str(out / "final"), *words[2:7], str(tmp_path / "again"), *words[8:]]) == 2
     assert "LN-free already" in capsys.readouterr().err
 

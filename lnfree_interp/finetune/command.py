@@ -11,9 +11,11 @@ from transformers.utils import logging as transformers_logging
 from ..data import Blocks, StreamedBlocks, token_blocks
 from ..documents import read_documents
 from ..schedule import RemovalSchedule
-from .callbacks import Diverged, StatusLine
+from .callbacks import StatusLine
+from .guard import Diverged
+from .saving import check_directory, finished
 from .trainable import load_trainable
-from .training import CHECKPOINTING, checkpoint_to_resume, remove_layernorm
+from .training import CHECKPOINTING, remove_layernorm
 
 
 def run(args) -> int:
@@ -40,7 +42,10 @@ def _train(args) -> None:
         schedule = replace(schedule, learning_rate=args.lr, min_learning_rate=args.lr * floor)
     if args.vanilla:
         schedule = schedule.vanilla()
-    checkpoint_to_resume(args.out, args.resume)
+    check_directory(args.out, args.resume)
+    if args.resume and finished(args.out):
+        print(f"the run in {args.out} is finished: nothing to resume", flush=True)
+        return
     model, tokenizer = load_trainable(args.model)
     if args.text:
         documents = [document for file in args.text for document in read_documents(file)]
@@ -52,7 +57,7 @@ def _train(args) -> None:
         workers = 1  # tokenises while the model trains
     main_process = int(os.environ.get("RANK", 0)) == 0
     if main_process:
-        print(f"{args.model}, {args.preset}: {schedule.describe(model.config.n_layer)}", flush=True)
+        print(f"{args.model}, {args.preset}: {schedule.describe(model.config.num_hidden_layers)}", flush=True)
     remove_layernorm(
         model,
         tokenizer,

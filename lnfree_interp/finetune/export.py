@@ -3,30 +3,59 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import GPT2LMHeadModel
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
+from ..families import FAMILIES
 from ..layernorm import LN_FREE_EPS, as_double
-from .removable import RemovableReader, fold_reader, removal_sites
+from .modules import RemovableFinalNorm, RemovableNorm, RemovableReader, fold_reader
+from .removable import family_of, removal_sites
 
 
-def _named_weights(model: GPT2LMHeadModel) -> Iterator[tuple[str, Tensor]]:
-    """Copies of a removable model's weights that are the same in a plain GPT-2."""
-    for name, weight in model.state_dict().items():
-        if not any(part in name for part in (".ln.", ".linear.", ".sites.", "ln_f.")):
-            yield name, weight.clone()
+def whole(x: Tensor, *, copied: bool = False) -> Tensor:
+    """A weight without autograd; a sharded one (a DTensor) gathered on the CPU, which all processes take part in."""
+    if isinstance(x, DTensor):
+        return x.detach().full_tensor().to("cpu", copy=copied)
+    return x.detach().clone() if copied else x.detach()
 
 
 @torch.no_grad()
-def export_ln_free(model: GPT2LMHeadModel, config=None) -> GPT2LMHeadModel:
-    """A removable model whose sites are all frozen, as a plain GPT2LMHeadModel in the published format. (P1)
+def plain_state(model: PreTrainedModel, instead: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Copies of the weights that a plain model of its class has; sharded ones gathered one at a time, on the CPU.
 
-    gamma / std, beta and the centring are folded in float64; layer_norm_epsilon is 1e12, ln_1 and ln_2 have
-    weight 1e6 and bias 0. ln_f keeps its bias, and weight gamma / std * 1e6, as the tied head has no bias.
+    All processes take part, and each gets the whole. Of weights that are tied there is one copy.
+
+    Args:
+        instead: name -> what to take in place of a copy.
+    """
+    copies: dict[int, Tensor] = {}
+    state = {}
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if ".sites." in name or name.endswith(".target"):
+            continue
+        if instead and name in instead:
+            state[name] = instead[name]
+            continue
+        if id(weight) not in copies:
+            copies[id(weight)] = whole(weight, copied=True)
+        state[name] = copies[id(weight)]
+    return state
+
+
+@torch.no_grad()
+def export_ln_free(model: PreTrainedModel, config=None) -> PreTrainedModel:
+    """A removable model whose sites are all frozen, as a plain model of its class in the published format. (P1)
+
+    gamma / std, beta and the centring are folded in float64; the config's epsilon is 1e12, the norms of the blocks have
+    weight 1e6 and bias 0. The final one keeps its bias, if it has one, and weight gamma / std * 1e6: the head may be
+    tied and has no bias. Sharded weights (DTensors of `fully_shard`) are gathered one at a time: all processes call
+    this, and each gets the whole model, on the CPU.
 
     Args:
         config: what the result's config is copied from; None: the model's own.
@@ -56,37 +85,60 @@ def export_ln_free(model: GPT2LMHeadModel, config=None) -> GPT2LMHeadModel:
     for site in sites.values():
         if not site.frozen:
             raise ValueError(f"model is not LN-free: {site.name} is not frozen")
-        if site.position0 or site.eot:
-            raise ValueError(f"model is not LN-free: {site.name} treats position 0 or end-of-text apart")
-    state, root_eps = dict(_named_weights(model)), LN_FREE_EPS**0.5
-    transformer: Any = model.transformer
-    for layer, block in enumerate(transformer.h):
-        for i, owner, name in ((1, block.attn, "c_attn"), (2, block.mlp, "c_fc")):
-            reader: RemovableReader = getattr(owner, name)
-            gamma, beta = as_double(reader.ln.weight), as_double(reader.ln.bias)
-            weight, bias = as_double(reader.linear.weight), as_double(reader.linear.bias)
-            parts = [
-                fold_reader(weight[:, s.columns], bias[s.columns], gamma * as_double(s.inverse()), beta)
-                for s in reader.sites
-            ]
-            key = f"transformer.h.{layer}.{'attn' if i == 1 else 'mlp'}.{name}"
-            state[f"{key}.weight"] = torch.cat([w for w, _ in parts], dim=1).to(reader.linear.weight)
-            state[f"{key}.bias"] = torch.cat([b for _, b in parts]).to(reader.linear.bias)
-            state[f"transformer.h.{layer}.ln_{i}.weight"] = torch.full_like(reader.ln.weight, root_eps)
-            state[f"transformer.h.{layer}.ln_{i}.bias"] = torch.zeros_like(reader.ln.bias)
-    ln_f = transformer.ln_f
-    gain = as_double(ln_f.weight) * as_double(ln_f.site.inverse()) * root_eps
-    state["transformer.ln_f.weight"] = gain.to(ln_f.weight)
-    state["transformer.ln_f.bias"] = ln_f.bias.clone()
+        if site.position0 or site.eot or site.massive:
+            raise ValueError(
+                f"model is not LN-free: {site.name} treats position 0, end-of-text or massive tokens apart"
+            )
+    changed: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        new: dict[str, Tensor] = {}
+        if isinstance(module, RemovableReader):
+            new = _folded(module)
+        elif isinstance(module, RemovableFinalNorm):
+            gain = as_double(whole(module.weight)) * as_double(module.sites["ln_f"].inverse())
+            new = {"weight": gain * LN_FREE_EPS**0.5}
+        elif isinstance(module, RemovableNorm):
+            new = {"weight": torch.full(module.normalized_shape, LN_FREE_EPS**0.5)}
+            if module.bias is not None:
+                new["bias"] = torch.zeros(module.normalized_shape)
+        for part, value in new.items():
+            like = getattr(module, part)
+            device = "cpu" if isinstance(like, DTensor) else like.device
+            changed[f"{path}.{part}"] = value.to(device, like.dtype)
     config = copy.deepcopy(model.config if config is None else config)
-    config.layer_norm_epsilon = LN_FREE_EPS
-    return plain_model(config, state)
+    setattr(config, family_of(model).eps, LN_FREE_EPS)
+    return plain_model(config, plain_state(model, changed))
 
 
-def plain_model(config, state: dict[str, Tensor]) -> GPT2LMHeadModel:
-    """A GPT2LMHeadModel in eval mode of exactly these tensors: nothing is initialised, nothing copied."""
+def _folded(reader: RemovableReader) -> dict[str, Tensor]:
+    """Weight and bias of what reads a norm whose sites are frozen, in float64."""
+    norm, sites = reader.reads
+    gamma, beta = as_double(whole(norm.weight)), None if norm.bias is None else as_double(whole(norm.bias))
+    matrix = as_double(whole(reader.weight))
+    weights = reader.split(matrix.T if reader.in_out else matrix)
+    biases: Any = [None] * len(sites) if reader.bias is None else reader.split(as_double(whole(reader.bias)))
+    parts = [
+        fold_reader(w, b, gamma * as_double(site.inverse()), beta, centres=norm.centres)
+        for site, w, b in zip(sites, weights, biases, strict=True)
+    ]
+    weight = torch.cat([w for w, _ in parts], dim=1).flatten(0, 1)
+    folded = {"weight": weight.T if reader.in_out else weight}
+    if reader.bias is not None:
+        folded["bias"] = torch.cat([b for _, b in parts if b is not None], dim=1).flatten()
+    return folded
+
+
+def plain_model(config, state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A model of a config's family in eval mode of exactly these tensors: nothing is initialised, nothing copied."""
+    family = FAMILIES[config.model_type]
     with torch.device("meta"):
-        model = GPT2LMHeadModel(copy.deepcopy(config))
-    model.load_state_dict({name: w.detach() for name, w in state.items()}, assign=True)
+        model = getattr(transformers, family.architecture)(copy.deepcopy(config))
+    own, older = model.state_dict().keys(), {name: stored for stored, name in family.renamed}
+    state = {name if name in own else older.get(name, name): weight.detach() for name, weight in state.items()}
+    model.load_state_dict(state, assign=True)
     model.tie_weights()
+    device = next(iter(state.values())).device
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # frequencies of positions: not saved
+            model.set_submodule(name, type(module)(config=model.config).to(device))
     return model.eval()

@@ -1,179 +1,78 @@
-"""LayerNorms whose std can be frozen, site by site, in a model that trains.
+"""Models whose norms can be taken out, site by site, while they train: making them, freezing sites, running averages.
 
-A LayerNorm is (x - mean) / std * gamma + beta. With std replaced by a constant all that remains is linear and
-folds into the matrix W, b that reads it: W' = C diag(gamma / std) W, b' = b + beta W, where C = I - 11^T/d
-centres (row vectors throughout, as in TransformerLens and HF's Conv1D).
+What stands in such a model is in `modules`; where it stands in a GPT-2, GPT-NeoX or Llama says the table of families.
 
 Sources: P1 = arXiv 2409.13710, P2 = arXiv 2507.02559.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel
+from transformers import PreTrainedModel
 
+from ..families import FAMILIES, QWEN3, Family
 from ..layernorm import is_ln_free
+from .modules import MASSIVE, RemovableFinalNorm, RemovableNorm, RemovableReader, StdSite, TokenClasses
+
+# From how many times the average std of ordinary tokens on a token counts as massive, where they are told apart.
+TIMES_ORDINARY = 4.0
 
 
-def fold_reader(
-    weight: Float[Tensor, "d_model out"],
-    bias: Float[Tensor, " out"] | float,
-    gain: Float[Tensor, " d_model"],
-    beta: Float[Tensor, " d_model"],
-) -> tuple[Float[Tensor, "d_model out"], Float[Tensor, " out"]]:
-    """What reads a linear LayerNorm, folded: C diag(gain) W and b + beta W, in the dtype given."""
-    folded = gain[:, None] * weight
-    return folded - folded.mean(0), bias + beta @ weight
-
-
-class TokenClasses:
-    """Where position 0 and the end-of-text tokens of the running batch are: what the treatments go by."""
-
-    def __init__(self, eot: int | list[int] | None):
-        self.eot: Any = eot
-        self.position0_mask: Bool[Tensor, "1 pos 1"] | None = None
-        self.eot_mask: Bool[Tensor, "batch pos 1"] | None = None
-        self.wanted = False
-
-    def read(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of GPT2Model: note the classes of its input_ids."""
-        if not self.wanted:
-            return
-        tokens: Int[Tensor, "batch pos"] | None = args[0] if args else kwargs.get("input_ids")
-        cache = kwargs.get("past_key_values")
-        if tokens is None or (cache is not None and cache.get_seq_length()):
-            raise ValueError("while a treatment is on, the model reads input_ids, whole sequences at a time")
-        self.position0_mask = (torch.arange(tokens.shape[1], device=tokens.device) == 0)[None, :, None]
-        self.eot_mask = (tokens == self.eot)[:, :, None]
-
-
-class StdSite(nn.Module):
-    """One place that divides by a std: its running average per position class and, once frozen, its constant.
-
-    `average` holds the mean std over positions > 0 and at position 0. It is a buffer, so it is saved with the
-    model and resumed exactly; whether the site is frozen is the schedule's to say.
-    """
-
-    average: Float[Tensor, " 2"]
-
-    def __init__(self, kind: str, layer: int | None, columns: slice, classes: TokenClasses, like: Tensor):
-        super().__init__()
-        self.kind, self.layer, self.columns, self.classes = kind, layer, columns, classes
-        self.frozen = self.position0 = self.eot = False
-        self.latest: Tensor | None = None
-        self.pending: list[Tensor] = []
-        self.register_buffer("average", torch.full_like(like[:2], float("nan")))
-
-    @property
-    def name(self) -> str:
-        return self.kind if self.layer is None else f"h.{self.layer} {self.kind}"
-
-    def observe(self, std: Float[Tensor, "batch pos 1"]) -> None:
-        """Keep this forward's mean std per class; gradient checkpointing's second forward overwrites it."""
-        self.latest = torch.stack((std[:, 1:].mean(), std[:, 0].mean()))
-
-    def inverse(self) -> Tensor:
-        """1 / std: one number, or [batch or 1, pos, 1] while a treatment is on."""
-        inverse = self.average.reciprocal()
-        masks: list[Any] = [self.classes.position0_mask] * self.position0 + [self.classes.eot_mask] * self.eot
-        if not masks:
-            return inverse[0]
-        return torch.where(masks[0] if len(masks) == 1 else masks[0] | masks[1], inverse[1], inverse[0])
-
-
-def _layer_norm(ln: nn.LayerNorm, x: Tensor, sites: list[StdSite], *, measure: bool) -> Tensor:
-    """F.layer_norm, whose kernel has the std for the asking."""
-    out, _, rstd = torch.native_layer_norm(x, ln.normalized_shape, ln.weight, ln.bias, ln.eps)
-    if measure and sites:
-        std = rstd.detach().reciprocal()
-        for site in sites:
-            site.observe(std)
-    return out
-
-
-class RemovableReader(nn.Module):
-    """A LayerNorm and the Conv1D that reads it, in one: the Conv1D's columns may lose the LayerNorm in parts.
-
-    Stands where the Conv1D stood and reads the residual stream; the LayerNorm's own place passes it on. What is
-    left of a frozen LayerNorm is applied to the weights or to the activations, whichever is the smaller matrix.
-    """
-
-    linear: Any  # a Conv1D
-    sites: Any  # a ModuleList of StdSites
-
-    def __init__(self, ln: nn.LayerNorm, linear: nn.Module, sites: list[StdSite]):
-        super().__init__()
-        self.ln, self.linear, self.sites = ln, linear, nn.ModuleList(sites)
-        self.widths = [len(self.linear.bias[site.columns]) for site in sites]
-
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos out"]:
-        live = [site for site in self.sites if not site.frozen]
-        normed: Any = _layer_norm(self.ln, x, live, measure=self.training) if live else None
-        if len(live) == len(self.sites):
-            return self.linear(normed)
-        weight, bias, gamma, beta = self.linear.weight, self.linear.bias, self.ln.weight, self.ln.bias
-        inverses = {site: site.inverse() for site in self.sites if site.frozen}
-        fold = x.shape[0] * x.shape[1] > weight.shape[1]
-        if fold and not live and all(inverse.ndim == 0 for inverse in inverses.values()):
-            weight, bias = fold_reader(weight, bias, gamma, beta)
-            scale = [i.expand(width) for i, width in zip(inverses.values(), self.widths, strict=True)]
-            return F.linear(x, (weight * torch.cat(scale)).T, bias)
-        centred: Any = None if fold else x - x.mean(-1, keepdim=True)
-        parts = []
-        columns = zip(self.sites, weight.split(self.widths, dim=1), bias.split(self.widths), strict=True)
-        for site, w, b in columns:
-            if not site.frozen:
-                read = normed
-            elif fold:
-                w, b = fold_reader(w, b, gamma, beta)
-                read = x * inverses[site]
-            elif inverses[site].ndim:
-                read = torch.addcmul(beta, centred * inverses[site], gamma)
-            else:
-                read = torch.addcmul(beta, centred, gamma * inverses[site])
-            parts.append(F.linear(read, w.T, b))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-
-class RemovableLayerNorm(nn.LayerNorm):
-    """ln_f: its reader, the tied unembedding, is too large to fold into at every step, so it stays a module.
-
-    With `keep_std` on, a training forward leaves its std, with gradient, in `std` for the auxiliary loss.
-    """
-
-    def __init__(self, ln: nn.LayerNorm, site: StdSite):
-        super().__init__(ln.normalized_shape, eps=ln.eps, device="meta")
-        self.weight, self.bias, self.site = ln.weight, ln.bias, site
-        self.keep_std = False
-        self.std: Float[Tensor, "batch pos"] | None = None
-
-    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        if self.keep_std and self.training:
-            self.std = (x.var(-1, correction=0) + self.eps).sqrt()
-        if not self.site.frozen:
-            return _layer_norm(self, x, [self.site], measure=self.training)
-        centred = x - x.mean(-1, keepdim=True)
-        return torch.addcmul(self.bias, centred, self.weight * self.site.inverse())
-
-
-def make_removable(model: GPT2LMHeadModel, *, eot: int | None = None) -> GPT2LMHeadModel:
-    """Give a GPT-2, in place, LayerNorms whose std can be frozen site by site; its function stays the same.
-
-    No forward is replaced: modules are swapped where ln_1, ln_2 and ln_f are read, and a forward pre-hook
-    notes where position 0 and end-of-text tokens are. Sites: "ln_2", "qk", "v" of each layer, and "ln_f".
-
-    Args:
-        eot: id of the end-of-text token; None: the model config's eos_token_id.
+def family_of(model: nn.Module) -> Family:
+    """The family of a model of transformers.
 
     Raises:
-        ValueError: the model has cross-attention, or is removable or LN-free already.
+        ValueError: it is of none that norms are removed from.
+    """
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    classes = [kind.__name__ for kind in type(model).__mro__]  # sharding makes a class of its own
+    if family is None or family.architecture not in classes:
+        raise ValueError(f"norms are removed from {_served()}, not from a {classes[0]}")
+    return family
+
+
+def _served() -> str:
+    return ", ".join(family.architecture for family in FAMILIES.values() if family is not QWEN3)
+
+
+def check_removable(family: Family, config) -> None:
+    """Raises:
+    ValueError: a model whose norms cannot all be folded away, or that `load_model` would not read.
+    """
+    if family.qk_norm:
+        raise ValueError(
+            f"a {family.architecture} has norms of queries and keys, which fold into no weight: rotary positions come "
+            f"between; norms are removed from {_served()}"
+        )
+    if family.centres and not {"qkv", "mlp"} <= set(family.biased(config)):
+        raise ValueError("attention_bias false leaves no bias for the LayerNorm's to fold into: it must be true")
+    family.fields(config)
+
+
+def make_removable(
+    model: PreTrainedModel, *, eot: int | list[int] | None = None, massive: float | int | None = None
+) -> PreTrainedModel:
+    """Give a model, in place, norms whose std can be frozen site by site; its function stays the same.
+
+    No forward is replaced: the norms and the linear layers that read them are swapped for modules that keep their
+    weights and names, and a forward pre-hook notes the tokens. Sites: "ln_2", "qk", "v" of each layer, and "ln_f".
+
+    Args:
+        model: a GPT2LMHeadModel, GPTNeoXForCausalLM, LlamaForCausalLM, MistralForCausalLM or Qwen2ForCausalLM.
+        eot: id or ids of the end-of-text token; None: the model config's eos_token_id.
+        massive: keep averages apart for massive tokens, those with a std of more than `massive` times a site's average
+            of ordinary tokens (`TIMES_ORDINARY` is a good value); None: there is no such class.
+
+    Raises:
+        ValueError: another architecture, a config that cannot be freed of its norms, a model that is removable or
+            LN-free already, `massive` not above 1.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -183,28 +82,55 @@ def make_removable(model: GPT2LMHeadModel, *, eot: int | None = None) -> GPT2LMH
     """
     if removal_sites(model):
         raise ValueError("model is removable already")
-    if model.config.add_cross_attention:
-        raise ValueError("model has cross-attention: its LayerNorms are not GPT-2's")
-    if is_ln_free(model.config, model.state_dict()):
+    if massive is not None and not massive > 1:
+        raise ValueError(f"massive is {massive}: it must be above 1, so many times the average std")
+    family, config = family_of(model), model.config
+    check_removable(family, config)
+    if is_ln_free(config, model.state_dict()):
         raise ValueError("model is LN-free already")
-    transformer: Any = model.transformer
-    d_model, eos = model.config.n_embd, model.config.eos_token_id
-    classes = TokenClasses(eos if eot is None else eot)
-    for layer, block in enumerate(transformer.h):
+    base, eps = model.get_submodule(family.prefix.rstrip(".")), float(getattr(config, family.eps))
+    classes = TokenClasses(config.eos_token_id if eot is None else eot, massive)
 
-        def site(kind: str, columns: slice, layer=layer, block=block) -> StdSite:
-            return StdSite(kind, layer, columns, classes, block.ln_1.bias.detach())
+    def swap(name: str, new: nn.Module) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, new)
 
-        qk, v = site("qk", slice(0, 2 * d_model)), site("v", slice(2 * d_model, 3 * d_model))
-        ln_2 = site("ln_2", slice(None))
-        block.attn.c_attn = RemovableReader(block.ln_1, block.attn.c_attn, [qk, v])
-        block.mlp.c_fc = RemovableReader(block.ln_2, block.mlp.c_fc, [ln_2])
-        block.ln_1, block.ln_2 = nn.Identity(), nn.Identity()
-    ln_f = transformer.ln_f
-    site_f = StdSite("ln_f", None, slice(None), classes, ln_f.bias.detach())
-    transformer.ln_f = RemovableLayerNorm(ln_f, site_f)
-    transformer.register_forward_pre_hook(classes.read, with_kwargs=True)
+    def reader(name: str, norm: RemovableNorm, kinds: Sequence[str], groups: int = 1) -> None:
+        linear: Any = base.get_submodule(name)
+        out = linear.weight.shape[1 if family.in_out else 0] // groups
+        widths = [out] if len(kinds) == 1 else [2 * out // 3, out // 3]
+        swap(name, RemovableReader(linear, norm, [norm.sites[kind] for kind in kinds], widths, family.in_out))
+
+    for layer in range(n_layers(model)):
+        block = family.block.format(layer)
+        for ln, kinds in ((family.ln1, ("qk", "v")), (family.ln2, ("ln_2",))):
+            old: Any = base.get_submodule(f"{block}.{ln}")
+            norm = RemovableNorm(old, eps, {kind: StdSite(kind, layer, classes, old.weight) for kind in kinds})
+            swap(f"{block}.{ln}", norm)
+            if kinds == ("ln_2",):
+                for name in family.mlp[:-1]:
+                    reader(f"{block}.{name}", norm, kinds)
+            elif len(family.qkv) == 1:
+                groups = config.num_attention_heads if family.by_head else 1
+                reader(f"{block}.{family.qkv[0]}", norm, kinds, groups)
+            else:
+                for name, kind in zip(family.qkv, ("qk", "qk", "v"), strict=True):
+                    reader(f"{block}.{name}", norm, (kind,))
+    final: Any = final_norm(model)
+    swap(family.final, RemovableFinalNorm(final, eps, StdSite("ln_f", None, classes, final.weight)))
+    base.register_forward_pre_hook(classes.read, with_kwargs=True)
     return model
+
+
+def n_layers(model: PreTrainedModel) -> int:
+    """How many blocks it has."""
+    return int(model.config.num_hidden_layers)
+
+
+def final_norm(model: nn.Module) -> Any:
+    """The norm before the unembedding: of a removable model a RemovableFinalNorm, of another its own."""
+    family = family_of(model)
+    return model.get_submodule(f"{family.prefix}{family.final}")
 
 
 def removal_sites(model: nn.Module) -> dict[tuple[str, int | None], StdSite]:
@@ -213,7 +139,12 @@ def removal_sites(model: nn.Module) -> dict[tuple[str, int | None], StdSite]:
 
 
 def freeze(
-    model: nn.Module, frozen: Collection[tuple[str, int | None]], *, position0: bool = False, eot: bool = False
+    model: nn.Module,
+    frozen: Collection[tuple[str, int | None]],
+    *,
+    position0: bool = False,
+    eot: bool = False,
+    massive: bool = False,
 ) -> None:
     """Set which sites divide by their running average from now on; all others divide by their own std.
 
@@ -221,57 +152,81 @@ def freeze(
         frozen: (kind, layer) of each such site.
         position0: they use the average of position 0 there.
         eot: "v" sites use the average of position 0 at end-of-text tokens too.
+        massive: they use the average of massive tokens at tokens that are massive there (nowhere else is a frozen
+            site's std computed).
 
     Raises:
-        ValueError: a site that does not exist, or that has no average yet.
+        ValueError: a site that does not exist, or that has no average yet; `massive` without such a class.
     """
     sites = removal_sites(model)
     for name in frozen:
         if name not in sites:
             raise ValueError(f"model has no site {name}")
-        if not sites[name].frozen and not sites[name].average.isfinite().all():
-            average = sites[name].average.tolist()
+        if not sites[name].frozen and not sites[name].average[:MASSIVE].isfinite().all():
+            average = sites[name].average[:MASSIVE].tolist()
             raise ValueError(f"{sites[name].name} has no finite average std to freeze at: {average}")
+        if massive and sites[name].classes.massive is None:
+            raise ValueError("massive tokens are not told apart: make_removable(massive=...) says from which std on")
     for name, site in sites.items():
         site.frozen = name in frozen
-        site.position0, site.eot = site.frozen and position0, site.frozen and eot and site.kind == "v"
-        site.classes.wanted = bool(frozen) and (position0 or eot)
-
-
-def collect_std(model: nn.Module) -> None:
-    """Note the stds of the last forward; call once per micro-batch."""
-    for site in removal_sites(model).values():
-        if site.latest is not None:
-            site.pending.append(site.latest)
-            site.latest = None
+        site.position0, site.massive = site.frozen and position0, site.frozen and massive
+        site.eot = site.frozen and eot and site.kind == "v"
 
 
 @torch.no_grad()
-def update_averages(model: nn.Module, momentum: float = 0.9) -> None:
-    """Move the running averages towards the collected stds; call once per optimiser step. (P2: momentum 0.9)
+def collect_std(model: nn.Module) -> None:
+    """Note the stds of the last forward; call once per micro-batch."""
+    sites = [site for site in removal_sites(model).values() if site.latest is not None]
+    if sites:
+        latest = torch.stack([site.latest for site in sites])  # [site, part, pos]
+        ordinary, at0 = latest[:, 0, 1:].sum(-1), latest[:, :2, 0].sum(-1)
+        n_sequences, n_pos = sites[0].n_sequences, latest.shape[-1]
+        massive = n_massive = torch.zeros_like(ordinary)
+        if latest.shape[1] > 1:
+            massive, n_massive = latest[:, 1, 1:].sum(-1), latest[:, 2, 1:].sum(-1)
+        counts = (n_sequences * (n_pos - 1) - n_massive, torch.full_like(ordinary, n_sequences), n_massive)
+        for site, row in zip(sites, torch.stack((ordinary, at0, massive, *counts), dim=-1), strict=True):
+            site.pending = row if site.pending is None else site.pending + row
+            site.latest = None
+    for norm in model.modules():
+        if isinstance(norm, RemovableFinalNorm) and norm.latest is not None:
+            norm.pending = norm.latest if norm.pending is None else norm.pending + norm.latest
+            norm.latest = None
 
-    Micro-batches, and processes if there are several, count equally. The first update sets the average.
+
+@torch.no_grad()
+def update_averages(model: nn.Module, momentum: float | int = 0.9) -> None:
+    """Move the running averages towards the step's, and set the auxiliary loss' target; call once per step. (P2)
+
+    A step's average is over all its tokens of a class, in all micro-batches and processes: how a step is cut into them
+    changes nothing. The first step sets the average; a step without tokens of a class leaves it.
     """
-    sites = [site for site in removal_sites(model).values() if site.pending]
-    if not sites:
+    sites = [site for site in removal_sites(model).values() if site.pending is not None]
+    final = [m for m in model.modules() if isinstance(m, RemovableFinalNorm) and m.pending is not None]
+    rows: list[Any] = [site.pending for site in sites]
+    rows += [F.pad(norm.pending.view(2, 1), (0, 2)).flatten() for norm in final]
+    if not rows:
         return
-    batch = torch.stack([torch.stack(site.pending).mean(0) for site in sites])
+    totals = torch.stack(rows)
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(batch)
-        batch /= dist.get_world_size()
-    for site, new in zip(sites, batch, strict=True):
+        dist.all_reduce(totals)
+    sums, counts = totals.unflatten(-1, (2, 3)).unbind(1)
+    means = sums / counts  # nan where nothing was counted
+    for site, new, count in zip(sites, means[: len(sites)], counts[: len(sites)], strict=True):
         old = site.average
-        old.copy_(torch.where(old.isnan(), new.to(old), momentum * old + (1 - momentum) * new.to(old)))
-        site.pending = []
+        moved = torch.where(old.isnan(), new.to(old), momentum * old + (1 - momentum) * new.to(old))
+        old.copy_(torch.where(count > 0, moved, old))
+        site.pending = None
+    for norm in final:
+        norm.target.copy_(torch.where(counts[-1, 0] > 0, means[-1, 0].to(norm.target), norm.target))
+        norm.pending = None
 
 
-def auxiliary_loss(std: Float[Tensor, "batch pos"], tokens: Int[Tensor, "batch pos"], eot: int) -> Float[Tensor, ""]:
-    """mean((std - target)^2) over all positions, target: the mean std of ordinary tokens, detached. (P2)
+def auxiliary_loss(std: Float[Tensor, "batch pos"], target: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """mean((std - target)^2) over all positions; 0 while the target is nan. (P2)
 
-    Ordinary tokens are neither at position 0 nor end-of-text; a batch without any has no target and loss 0.
+    The target is the final norm's: the mean std of ordinary tokens, neither at position 0 nor end-of-text, over the
+    whole step before (P2: of the running batch, which is a step's in one forward), so that no gradient pulls it along
+    and the size of micro-batches does not matter.
     """
-    ordinary = tokens != eot
-    ordinary[:, 0] = False
-    count = ordinary.sum()
-    target = (std.detach() * ordinary).sum() / count.clamp(min=1)
-    return (std - target).square().mean() * (count > 0)
+    return (std - torch.where(target.isnan(), std.detach(), target)).square().mean()

@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.activations import ACT2FN
+from jaxtyping import Int
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..schedule import RemovalSchedule
-from .callbacks import LossGuard, RemovalCallback, StatusLine, last_checkpoint, steps_of
-from .export import export_ln_free, plain_model
-from .removable import auxiliary_loss, make_removable
+from .callbacks import LossGuard, Record, RemovalCallback, StatusLine, StopWhenAsked, asked_by_sigterm
+from .export import export_ln_free, plain_model, plain_state
+from .guard import Guard, Suspicion, held_out_loss, roll_back
+from .order import Share, collate, loader, place_after
+from .progress import learning_rate_factor
+from .removable import auxiliary_loss, final_norm, make_removable, n_layers
+from .saving import (
+    ROLLBACKS,
+    RUN,
+    STATE,
+    WRITING,
+    as_value_error,
+    check_directory,
+    checkpoint_to_resume,
+    checkpoints,
+    finished,
+    on_main,
+    publish,
+    read_json,
+    rotate,
+    save_checkpoint,
+    say,
+    state_in,
+    steps_of,
+    write_json,
+)
+from .settings import DEFAULTS, check_same_run, control_losses, losses_hash, run_settings, training_arguments
+from .trainable import ready
 
 # The flag's name in TrainingArguments: transformers is about to rename it.
 CHECKPOINTING = (
@@ -28,90 +53,163 @@ CHECKPOINTING = (
     if "activation_checkpointing" in {field.name for field in fields(TrainingArguments)}
     else "gradient_checkpointing"
 )
-# Sequences per device and forward, at most, where nothing is said.
-DEFAULT_BATCH = 16
+# Blocks set aside to measure the loss on, at most; and the least part of a data set that they may be.
+HELD_OUT, PART = 16, 20
 
 
 class RemovalTrainer(Trainer):
-    """Trainer plus the auxiliary loss; logs cross-entropy "ce" and unweighted auxiliary loss "aux"."""
+    """Trainer plus the auxiliary loss; logs cross-entropy "ce" and unweighted auxiliary loss "aux".
 
-    model: Any  # a GPT2LMHeadModel made removable
+    Its learning rate is the schedule's, its data in the order of `order.py`, its checkpoints are whole or not there.
+    """
 
-    def __init__(self, *args, auxiliary_weight: float | int = 0.0, eot: int = -1, **kwargs):
+    model: Any  # made removable
+    begin = 0  # the step it begins at
+    place: dict | None = None  # where its stream goes on
+
+    def __init__(self, *args, record: Record, guard: Guard, sequences: int, **kwargs):
         super().__init__(*args, **kwargs)
-        self.auxiliary_weight, self.eot = auxiliary_weight, eot
-        self._sums: dict[str, Tensor] = {}
-        self._summed_from: int | None = None
+        self.record, self.guard, self.sequences = record, guard, sequences
+        self.discard: list[Path] = []  # damaged or given up; removed after the next save
+        self._run_dir: str | None = None
+        self._ce: list[Tensor] = []  # of each step since the last log
+        self._aux: Tensor | None = None
+        self._step = -1
 
-    def _add(self, name: str, value: Tensor) -> None:
-        if self._summed_from is None:
-            self._summed_from = self.state.global_step
-        self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+    def train(self, *args, **kwargs):
+        self._ce, self._aux, self._step = [], None, -1
+        return super().train(*args, **kwargs)
+
+    # -- what a step reads, and at which rate it learns
+
+    def get_train_dataloader(self):
+        share = Share(
+            self.sequences, self._train_batch_size, self.args.process_index, self.args.world_size, self.begin
+        )
+        return loader(self.train_dataset, share, self.args.seed, self.data_collator, self.place, self.args)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        record = self.record
+
+        def factor(step: int) -> float:
+            return learning_rate_factor(record.schedule, record.progress, step, record.n_layer)
+
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # -- losses
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            self._add("ce", loss)
-            ln_f = self.model.transformer.ln_f
-            if getattr(ln_f, "std", None) is not None:
+            if self._step != self.state.global_step:
+                self._step = self.state.global_step
+                self._ce.append(torch.zeros_like(loss.detach()))
+            self._ce[-1] = self._ce[-1] + loss.detach()
+            final = final_norm(self.model)
+            if getattr(final, "std", None) is not None:
                 # The cross-entropy comes as this micro-batch's share of the step's mean; so must this.
                 share = 1 / self.current_gradient_accumulation_steps
-                auxiliary = auxiliary_loss(ln_f.std, inputs["input_ids"], self.eot) * share
-                ln_f.std = None
-                self._add("aux", auxiliary)
-                loss = loss + self.auxiliary_weight * auxiliary
+                auxiliary = auxiliary_loss(final.std, final.target) * share
+                final.std = None
+                self._aux = auxiliary.detach() + (0.0 if self._aux is None else self._aux)
+                loss = loss + self.record.schedule.auxiliary_weight * auxiliary
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, start_time=None):
-        if "loss" in logs and self._sums:
-            steps = max(1, self.state.global_step - (self._summed_from or 0))
-            for name, value in self._sums.items():
-                logs[name] = self.accelerator.reduce(value, reduction="mean").item() / steps
-            self._sums, self._summed_from = {}, None
+        if "loss" in logs and self._ce:
+            asked = torch.tensor(float(self.record.asked))
+            sums = [*self._ce, torch.zeros_like(self._ce[0]) if self._aux is None else self._aux]
+            values = torch.stack([*sums, asked.to(sums[0])])
+            *ce, aux, asked_by = self.accelerator.reduce(values, reduction="mean").tolist()
+            if self.args.world_size > 1:
+                self.record.stopping = asked_by > 0
+            self.record.losses += ce
+            logs["ce"] = sum(ce) / len(ce)
+            if self._aux is not None:
+                logs["aux"] = aux / len(ce)
+            self._ce, self._aux = [], None
         super().log(logs, start_time)
 
+    def held_out_loss(self) -> float | None:
+        """Nats per token on the run's held-out blocks, the same on all processes; None: there are none."""
+        if self.record.held_out is None:
+            return None
+        device = self.args.device
+        with torch.autocast(device.type, torch.bfloat16) if self.args.bf16 else nullcontext():
+            size = self.args.per_device_train_batch_size
+            loss = held_out_loss(self.model, self.record.held_out, batch_size=size, device=device)
+        return self.accelerator.reduce(torch.tensor(loss, device=device), reduction="mean").item()
 
-def save_checkpoint(model: GPT2LMHeadModel, tokenizer, directory: str | Path) -> None:
-    """Write model and tokenizer as an HF directory: beside first, then renamed; it is whole or not there."""
-    directory = Path(directory)
-    beside = directory.with_name(f".{directory.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(beside)
-    if directory.exists():
-        shutil.rmtree(directory)
-    os.replace(beside, directory)
+    # -- checkpoints
+
+    def _issue_warnings_after_load(self, load_result):
+        """What Trainer warns of would go on with weights or averages that are none: of another version, say."""
+        ties = set(getattr(self.model, "_tied_weights_keys", None) or ())  # written once
+        missing = [name for name in load_result.missing_keys if name not in ties]
+        wrong = [f"lacks {name}" for name in missing] + [f"has {name} too" for name in load_result.unexpected_keys]
+        if wrong:
+            raise ValueError(f"the checkpoint is not of this model: it {wrong[0]} ({len(wrong)} such names)")
+
+    def _get_output_dir(self, trial):
+        return self._run_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial):
+        """Trainer's own, written beside; with the removal's state and a manifest added it gets its name."""
+        out, step, failed = Path(self.args.output_dir), self.state.global_step, None
+        beside = out / WRITING
+        held_out = self.held_out_loss()
+        on_main(lambda: shutil.rmtree(beside, ignore_errors=True))
+        self._run_dir = str(beside)
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeErrors
+            failed = error
+        finally:
+            self._run_dir = None
+        self.accelerator.wait_for_everyone()
+
+        def finish() -> None:
+            checkpoint = out / f"checkpoint-{step}"
+            try:
+                if failed is not None:
+                    reason = getattr(failed, "strerror", None) or str(failed).split("\n")[0]
+                    raise ValueError(f"cannot write {checkpoint}: {reason}")
+                with as_value_error(f"write {checkpoint}"):
+                    write_json(beside / checkpoint.name / STATE, self._state_to_save(held_out))
+                    publish(beside / checkpoint.name, checkpoint)
+                    discard = [path for path in self.discard if path != checkpoint]
+                    rotate(out, self.args.save_total_limit or len(checkpoints(out)), discard)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+
+        on_main(finish)
+        self.discard = []
+
+    def _state_to_save(self, held_out: float | None) -> dict[str, Any]:
+        record, step = self.record, self.state.global_step
+        loss = held_out if held_out is not None else record.losses[-1] if record.losses else float("nan")
+        good = record.baseline is not None and self.guard.is_good(loss, record.baseline)
+        place = place_after(self.train_dataset, step * self.sequences)
+        saved = {"step": step, "sequences": step * self.sequences, "place": place, "held_out": held_out, "good": good}
+        return record.to_json() | saved
 
 
-def checkpoint_to_resume(out: str | Path, resume: bool) -> Path | None:
-    """The checkpoint a run in `out` goes on from; None for a new run.
+class Baseline(TrainerCallback):
+    """Measures the untouched model's loss before the first step."""
 
-    Raises:
-        ValueError: what the directory holds and `resume` do not fit.
-    """
-    out, kept = Path(out), last_checkpoint(out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is not a directory")
-    finished = (out / "final").exists()
-    if not resume and (kept or finished):
-        raise ValueError(f"{out} already holds a run: resume it, or choose another directory")
-    if resume and finished:
-        raise ValueError(f"the run in {out} is finished: nothing to resume")
-    if resume and kept is None:
-        raise ValueError(f"nothing to resume in {out}: it holds no checkpoint")
-    return kept
+    trainer: RemovalTrainer
 
-
-def _check_same_run(out: Path, settings: dict) -> None:
-    before = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {}
-    for name, value in settings.items():
-        if before.get(name, value) != value:
-            raise ValueError(f"cannot resume {out}: {name} was {before[name]}, now {value}")
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0 and self.trainer.record.baseline is None:
+            self.trainer.record.baseline = self.trainer.held_out_loss()
 
 
 def remove_layernorm(
-    model: GPT2LMHeadModel,
+    model: PreTrainedModel,
     tokenizer,
     dataset,
     schedule: RemovalSchedule,
@@ -124,12 +222,16 @@ def remove_layernorm(
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
     note: dict | None = None,
-    **training_arguments,
-) -> GPT2LMHeadModel:
+    held_out: Int[Tensor, "batch pos"] | None = None,
+    control: str | Path | None = None,
+    guard: Guard | None = None,
+    **training: Any,
+) -> PreTrainedModel:
     """Fine-tune a GPT-2 while its LayerNorms are removed; write and return the LN-free model. (P1, P2)
 
     Trains without dropout: it would add to the variance that the frozen stds are averages of, and no token is
-    seen often enough to overfit.
+    seen often enough to overfit. A loss that does not come back takes the run back to its last good checkpoint, with
+    the next removal later; SIGTERM saves at the next step, then interrupts.
 
     Args:
         model: trained in place, in float32; afterwards it is no longer the model it was.
@@ -137,17 +239,23 @@ def remove_layernorm(
         dataset: map-style or iterable, of {"input_ids": Int[Tensor, "pos"]}, all of schedule.block_size.
         schedule: `schedule.vanilla()` trains the control instead.
         out: directory of the run: checkpoint-N/ while it lasts, final/ in the end.
-        resume: go on from the last checkpoint in `out`, with the removal exactly where it was.
+        resume: go on from the newest whole checkpoint in `out`, with the removal exactly where it was; start, if there
+            is none yet; return the model, if the run is finished.
         batch_size: sequences per device and forward, 16 or what fits best below; gradients are accumulated to
             schedule.tokens_per_step.
         dtype: "float32", or "bfloat16" for autocast with float32 weights.
         device: "cpu", "cuda" or "mps"; None: the best there is.
-        note: kept with the run's settings, all of which a resumed run must share.
-        training_arguments: passed on to TrainingArguments (save_steps, gradient_checkpointing, ...).
+        note: kept with the run's settings, for whoever reads them.
+        held_out: blocks that are not trained on, to measure the loss on; None: some that the dataset sets aside, if
+            it can (`set_aside`).
+        control: directory of the vanilla run that an adaptive schedule compares its loss with.
+        guard: when to go back, and when to give up; None: Guard().
+        training: passed on to TrainingArguments (save_steps, gradient_checkpointing, ...).
 
     Raises:
-        ValueError: schedule, model, data and directory do not fit together.
-        Diverged: the loss is not finite, or exploded.
+        ValueError: schedule, model, data, control and directory do not fit together; the disk refuses.
+        Diverged: the loss did not come back, however often the run went back.
+        KeyboardInterrupt: the run was interrupted, or asked to stop by SIGTERM.
 
     Example:
         >>> import tempfile
@@ -160,126 +268,119 @@ def remove_layernorm(
         >>> model, tokenizer = load_trainable("tiny")
         >>> data = Blocks(token_blocks(tokenizer, read_documents(VALIDATION_TEXT), 64))
         >>> schedule = replace(RemovalSchedule.preset("tiny").scaled(20), tokens_per_step=128, block_size=64)
-        >>> quiet = {"logging_strategy": "no", "disable_tqdm": True}
+        >>> quiet = {"logging_strategy": "no", "save_strategy": "no", "disable_tqdm": True}
         >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +ELLIPSIS
         ...     plain = remove_layernorm(model, tokenizer, data, schedule, folder, device="cpu", **quiet)
-        {'loss': ...
         {'train_runtime': ...}
         >>> is_ln_free(plain.config, plain.state_dict())
         True
     """
-    out, config, eot = Path(out), copy.deepcopy(model.config), tokenizer.eos_token_id
+    out, guard, eot = Path(out), Guard() if guard is None else guard, tokenizer.eos_token_id
+    config, layers = copy.deepcopy(model.config), n_layers(model)
+    sequences = schedule.tokens_per_step // schedule.block_size
     n_blocks = len(dataset) if hasattr(dataset, "__len__") else None
-    arguments = _arguments(config, schedule, out, batch_size, dtype, device, n_blocks)
-    checkpoint = checkpoint_to_resume(out, resume)
-    batch_size = arguments["per_device_train_batch_size"]
-    settings = {"schedule": asdict(schedule), "seed": seed, "batch_size": batch_size, **(note or {})}
-    settings = json.loads(json.dumps(settings))  # tuples as the lists they are read back as
-    if resume:
-        _check_same_run(out, settings)
+    if control is None and schedule.pace == "adaptive" and schedule.order:
+        raise ValueError("adaptive schedule needs control=, the directory of a vanilla run of the same data and seed")
+    arguments = training_arguments(config, layers, schedule, out, batch_size, dtype, device, n_blocks)
+    decided = sorted(training.keys() & (arguments.keys() | {"seed", "num_train_epochs", "lr_scheduler_type"}))
+    if decided:
+        raise ValueError(f"{', '.join(decided)}: the schedule or a parameter of its own says this")
+    check_directory(out, resume)
+    pin = {"dataloader_pin_memory": device != "cpu" and torch.cuda.is_available()}
+    training_args = TrainingArguments(**{**DEFAULTS, **pin, **training, **arguments, "seed": seed})
+    if training_args.parallel_mode.value == "not_distributed":
+        training_args._n_gpu = 1  # several GPUs are for torchrun: DataParallel's replicas lose the statistics
 
-    _ready(model)
+    untouched = dataset
+    n_aside = 0 if held_out is not None or not hasattr(dataset, "set_aside") else _to_set_aside(n_blocks, sequences)
+    if n_aside:
+        held_out, dataset = dataset.set_aside(n_aside)
+    settings = run_settings(model, untouched, n_aside, schedule, seed, dtype, training_args)
+    losses = [] if control is None else on_main(lambda: control_losses(control, settings, schedule.steps))
+    if schedule.pace == "adaptive":
+        settings["control"] = losses_hash(losses[: schedule.steps])
+    checkpoint = on_main(lambda: _begin(out, resume, settings, note))
+    if resume and finished(out):
+        return type(model).from_pretrained(out / "final").eval()
+
+    ready(model)
     if schedule.order:
         make_removable(model, eot=eot)
-    removal = RemovalCallback(schedule)
-    training = TrainingArguments(**{"seed": seed, **arguments, **training_arguments})
-    if training.parallel_mode.value == "not_distributed":
-        training._n_gpu = 1  # several GPUs are for torchrun: DataParallel's replicas lose the statistics
+    record = Record(schedule, layers, held_out=held_out, control=losses)
+    removal, baseline = RemovalCallback(record), Baseline()
     trainer = RemovalTrainer(
         model,
-        training,
+        training_args,
         train_dataset=dataset,
-        data_collator=_collate,
+        data_collator=collate,
         processing_class=tokenizer,
-        callbacks=[removal, LossGuard(), *callbacks],
-        auxiliary_weight=schedule.auxiliary_weight,
-        eot=eot,
+        callbacks=[baseline, removal, StopWhenAsked(record), LossGuard(guard, record), *callbacks],
+        record=record,
+        guard=guard,
+        sequences=sequences,
     )
-    if any(isinstance(callback, StatusLine) for callback in callbacks):
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-    if trainer.is_world_process_zero():
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "run.json").write_text(json.dumps(settings, indent=1))
-    if checkpoint is not None and steps_of(checkpoint) >= schedule.steps:
-        # All that is missing is the export; Trainer would train a step more.
-        trainer._load_from_checkpoint(str(checkpoint))
-        removal.apply(model, schedule.steps, out)
-    else:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    baseline.trainer = trainer
+    for callback in callbacks:
+        if isinstance(callback, StatusLine):
+            callback.record = record
+            trainer.remove_callback(PrinterCallback)
+            trainer.remove_callback(ProgressCallback)
+    _train(trainer, checkpoint, out, removal)
 
-    if schedule.order:
-        final = export_ln_free(model, config)
-    else:
-        final = plain_model(config, {name: w.clone() for name, w in model.state_dict().items()})
-    if trainer.is_world_process_zero():
-        save_checkpoint(final, tokenizer, out / "final")
+    final = export_ln_free(model, config) if schedule.order else plain_model(config, plain_state(model))
+    state = record.to_json() | {"step": trainer.state.global_step, "rollbacks": read_json(out / ROLLBACKS) or []}
+    on_main(lambda: save_checkpoint(final, tokenizer, out / "final", state))
     return final
 
 
-def _arguments(config, schedule: RemovalSchedule, out: Path, batch_size, dtype, device, n_blocks) -> dict:
-    """TrainingArguments' of a schedule; ValueError where it, model, data and machine do not fit together."""
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"unknown dtype {dtype!r}: choose float32 or bfloat16")
-    if device not in (None, "cpu", "cuda", "mps"):
-        raise ValueError(f"unknown device {device!r}: choose cpu, cuda or mps")
-    if device in ("cuda", "mps") and not getattr(torch, device).is_available():
-        raise ValueError(f"device {device} is not available")
-    schedule.events(config.n_layer)  # raises where they do not fit into the steps
-    if schedule.block_size > config.n_positions:
-        raise ValueError(f"schedule has blocks of {schedule.block_size}, model has {config.n_positions}")
-    sequences, world = schedule.tokens_per_step // schedule.block_size, int(os.environ.get("WORLD_SIZE", 1))
-    if n_blocks is not None and n_blocks < sequences:
-        raise ValueError(
-            f"text is too short: {n_blocks} blocks of {schedule.block_size} tokens, a step needs {sequences}"
-        )
-    if sequences % world:
-        raise ValueError(f"{sequences} sequences per step do not divide among {world} processes")
-    share = sequences // world
-    if batch_size is None:
-        batch_size = max(n for n in range(1, min(DEFAULT_BATCH, share) + 1) if share % n == 0)
-    if batch_size < 1 or share % batch_size:
-        raise ValueError(f"batch size {batch_size} does not divide the {share} sequences of a step")
-    return {
-        "output_dir": str(out),
-        "max_steps": schedule.steps,
-        "use_cpu": device == "cpu",
-        "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": share // batch_size,
-        "learning_rate": schedule.learning_rate,
-        "warmup_steps": schedule.warmup_steps,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr": schedule.min_learning_rate},
-        "weight_decay": schedule.weight_decay,
-        "max_grad_norm": schedule.max_grad_norm,
-        "bf16": dtype == "bfloat16",
-        "optim": "adamw_torch_fused",
-        "remove_unused_columns": False,
-        "dataloader_drop_last": True,
-        "dataloader_pin_memory": device != "cpu" and torch.cuda.is_available(),
-        "save_steps": 50,
-        "save_total_limit": 2,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "report_to": [],
-        "ddp_find_unused_parameters": False,
-    }
+def _to_set_aside(n_blocks: int | None, sequences: int) -> int:
+    """How many blocks: few of a small data set, and none that a step needs."""
+    return HELD_OUT if n_blocks is None else max(0, min(HELD_OUT, n_blocks // PART, n_blocks - sequences))
 
 
-def _ready(model: GPT2LMHeadModel) -> None:
-    """Without dropout and key-value cache, and with GPT-2's activation in one kernel."""
-    model.config.use_cache = False
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    if model.config.activation_function == "gelu_new":
-        blocks: Any = model.transformer.h
-        for block in blocks:
-            block.mlp.act = ACT2FN["gelu_pytorch_tanh"]
+def _begin(out: Path, resume: bool, settings: dict, note: dict | None) -> Path | None:
+    """The checkpoint to go on from; the directory is there and says what the run is."""
+    if resume:
+        with as_value_error(f"use {out}"):
+            check_same_run(out, settings)
+        if finished(out):
+            return None
+    checkpoint = checkpoint_to_resume(out, resume)
+    with as_value_error(f"use {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+    if not checkpoint:
+        (out / ROLLBACKS).unlink(missing_ok=True)  # of a run that was never saved
+    write_json(out / RUN, {"settings": settings, "note": note or {}})
+    return checkpoint
 
 
-def _collate(examples: list[dict]) -> dict[str, Tensor]:
-    tokens = torch.stack([torch.as_tensor(example["input_ids"]) for example in examples])
-    labels = tokens.clone()
-    labels[:, 0] = -100  # no position predicts it; unmasked, Trainer would count it and shrink the mean
-    return {"input_ids": tokens, "labels": labels}
+def _train(trainer: RemovalTrainer, checkpoint: Path | None, out: Path, removal: RemovalCallback) -> None:
+    """To the end of the schedule, from a checkpoint and, where the loss asks for it, from an earlier one again."""
+    record = trainer.record
+    with asked_by_sigterm(record):
+        while True:
+            record.restore(checkpoint, out)
+            trainer.begin = 0 if checkpoint is None else steps_of(checkpoint)
+            trainer.place = None if checkpoint is None else state_in(checkpoint).get("place")
+            newer = checkpoints(out) if checkpoint is None else checkpoints(out)[: checkpoints(out).index(checkpoint)]
+            trainer.discard = newer
+            trainer.args.max_steps = record.length()
+            if checkpoint is not None and trainer.begin >= record.length():
+                # All that is missing is the export; Trainer would train a step more.
+                trainer._load_from_checkpoint(str(checkpoint))
+                trainer.state.global_step = trainer.begin
+                removal.apply(trainer.model, trainer.begin)
+                return
+            try:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                break
+            except Suspicion as suspicion:
+                step, why, progress, losses = trainer.state.global_step, str(suspicion), record.progress, record.losses
+                checkpoint, line = on_main(
+                    lambda: roll_back(
+                        out, trainer.guard, record.schedule, record.n_layer, progress, step, losses, why
+                    )
+                )
+                say(line)
+    if record.stopping:
+        raise KeyboardInterrupt
