@@ -36,7 +36,7 @@ LAUNCHERS = {
 }
 
 
-def launch(launcher: str, folder: Path, *parts: str, timeout: float = 240) -> None:
+def launch(launcher: str, folder: Path, *parts: str, timeout: float = 300) -> None:
     """Do some parts in N processes, on the CPU and on one thread each; none outlives the time limit."""
     command = [sys.executable, "-m", *LAUNCHERS[launcher], __file__, str(folder), *parts]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
@@ -174,7 +174,7 @@ def sharded(folder: Path, kind: str, rank: int) -> None:
 
 def main(folder: str, *parts: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=180))
     rank, at = dist.get_rank(), Path(folder)
     for part in parts:
         what, _, name = part.partition(":")
