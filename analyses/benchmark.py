@@ -4,6 +4,7 @@ python analyses/benchmark.py dla
 python analyses/benchmark.py dla --device cuda --shape xl
 python analyses/benchmark.py patching --quick --shape smollm2
 python analyses/benchmark.py readers
+python analyses/benchmark.py finetune --shape smollm2
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lnfree_interp import RemovalSchedule, evaluate_loss, load_model, remove_layernorm, token_blocks
 from lnfree_interp.data import Blocks
-from lnfree_interp.finetune import Diverged, StatusLine, load_trainable
+from lnfree_interp.finetune import Diverged, Guard, StatusLine, load_trainable
 
 EVALUATED = 32768  # tokens
 
@@ -45,6 +45,7 @@ def train(task) -> tuple[Run, Path, float]:
             callbacks=[history],
             logging_steps=1,
             save_steps=50,
+            guard=Guard(multiple=1.8, rollbacks=0),  # whether a schedule holds is what is asked
         )
     except Diverged as error:
         diverged = str(error).split(":")[0]

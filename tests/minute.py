@@ -45,15 +45,15 @@ MINUTE = RemovalSchedule(
 
 
 class Recorder(TrainerCallback):
-    """What was logged, the running averages after each step, and the first batch."""
+    """What was logged, the running averages after each step, and the batches."""
 
     def __init__(self):
-        self.logs, self.averages, self.batch = [], [], None
+        self.logs, self.averages, self.batches = [], [], []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         def keep(module, args, kwargs):
             if module.training:
-                self.batch = kwargs["input_ids"] if self.batch is None else self.batch
+                self.batches.append(kwargs["input_ids"])
 
         model.register_forward_pre_hook(keep, with_kwargs=True)
 
@@ -100,3 +100,10 @@ def train(tokenizer, out, schedule=MINUTE, *, callbacks=(), model=None, data=Non
 def weights_equal(a, b):
     a, b = a.state_dict(), b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+class Aside(Blocks):
+    """Blocks that set some aside: the last ones."""
+
+    def set_aside(self, n: int):
+        return self.blocks[-n:], Blocks(self.blocks[:-n])

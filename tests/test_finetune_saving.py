@@ -1,4 +1,4 @@
-"""What a run leaves on disk: whole or passed over, the same run or refused, the state before kept when the disk fails."""
+"""What a run leaves on disk: whole or passed over, the same run or refused, the state before kept on a full disk."""
 
 import json
 import os
@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from minute import MINUTE, At, byte_tokenizer, interrupt, minute_blocks, minute_gpt2, train, weights_equal
+from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from lnfree_interp.finetune import last_checkpoint
+from lnfree_interp.finetune import last_checkpoint, saving
 from lnfree_interp.finetune.saving import (
     MANIFEST,
     STATE,
@@ -160,6 +162,19 @@ def test_an_older_version_s_checkpoint_is_taken_if_all_its_files_can_be_read(who
     assert weights_equal(final, whole[1]), "which events had happened followed from the step"
 
 
+def test_a_hash_is_of_all_parts_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "PART", 10)
+    path = tmp_path / "model.safetensors"
+    for text in (b"", b"0123456789", b"0123456789abcdefghij?"):
+        path.write_bytes(text)
+        write_manifest(tmp_path)
+        assert fault(tmp_path) is None
+        for damaged in (text[10:20] + text[:10] + text[20:], text[:-1] + b"!"):
+            if damaged != text and len(damaged) == len(text):
+                path.write_bytes(damaged)
+                assert fault(tmp_path) == "model.safetensors is not what was written"
+
+
 def fake_run(out: Path, checkpoints: dict[int, bool]):
     for step, good in checkpoints.items():
         checkpoint = out / f"checkpoint-{step}"
@@ -178,6 +193,31 @@ def test_rotation_keeps_the_newest_two_and_the_newest_good_one(tmp_path):
     (tmp_path / "checkpoint-9" / STATE).unlink()
     rotate(tmp_path, 2)
     assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-110", "checkpoint-100"]
+
+
+def minute_neox():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 257, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    ids = {"bos_token_id": 0, "eos_token_id": 0}
+    config = GPTNeoXConfig(**sizes, num_attention_heads=2, max_position_embeddings=16, **ids)
+    return GPTNeoXForCausalLM(config)
+
+
+def test_an_architecture_whose_weights_are_published_under_other_names(tokenizer, tmp_path):
+    """GPT-NeoX's head is: a resumed run has it, and one that goes back has it too."""
+    _, final = train(tokenizer, tmp_path / "a", model=minute_neox())
+    with pytest.raises(KeyboardInterrupt):
+        train(tokenizer, tmp_path / "b", model=minute_neox(), callbacks=[At(7, interrupt)])
+    _, resumed = train(tokenizer, tmp_path / "b", model=minute_neox(), resume=True)
+    assert weights_equal(resumed, final)
+    (tmp_path / "b" / "final").rename(tmp_path / "c")
+    checkpoint = last_checkpoint(tmp_path / "b")
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["embed_out.weight"]
+    save_file(weights, checkpoint / "model.safetensors")
+    write_manifest(checkpoint)
+    with pytest.raises(ValueError, match=r"is not of this model: it lacks lm_head\.weight"):
+        train(tokenizer, tmp_path / "b", model=minute_neox(), resume=True)
 
 
 # -- the same run -----------------------------------------------------------------------------------------
@@ -300,7 +340,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(whole, tokeniz
 
 
 def test_the_result_is_whole_or_not_there(copy, tokenizer):
-    with files_of_at_most(4_000), pytest.raises(ValueError, match="cannot write .*final: "):
+    with files_of_at_most(4_000), pytest.raises(ValueError, match=r"cannot write .*final: "):
         train(tokenizer, copy, resume=True)
     assert sorted(p.name for p in copy.iterdir()) == ["checkpoint-10", "checkpoint-14", "run.json"]
 
@@ -320,7 +360,7 @@ def test_directories_that_are_none(tokenizer, tmp_path):
         assert "\n" not in str(error.value)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot read .*run.json"):
+    with pytest.raises(ValueError, match=r"cannot read .*run\.json"):
         train(tokenizer, tmp_path / "other", resume=True)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_a_wrong_field_is_named(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             RemovalSchedule.from_json(path)
-    with pytest.raises(ValueError, match="cannot read schedule .*absent.json: No such file"):
+    with pytest.raises(ValueError, match=r"cannot read schedule .*absent\.json: No such file"):
         RemovalSchedule.from_json(tmp_path / "absent.json")
     with pytest.raises(ValueError, match="cannot write"):
         RemovalSchedule.preset("small").to_json(tmp_path / "absent" / "schedule.json")
@@ -286,16 +287,14 @@ def test_an_adaptive_schedule_waits_until_the_loss_is_back(name, n_layer, half):
     progress, seen = run_adaptive(schedule, n_layer, lambda i: 0.8 * 0.5 ** (i / half))
     assert [event[1:] for event in progress.happened] == [event[1:] for event in planned]
     needed = math.ceil(3 * half) + 1  # 0.8 -> 0.1, seen one step later than it was run
-    for (a, b), (c, d) in zip(
-        zip(progress.happened, progress.happened[1:]), zip(planned, planned[1:]), strict=True
-    ):
+    for (a, b), (c, d) in zip(pairwise(progress.happened), pairwise(planned), strict=True):
         assert b.step - a.step >= max(1, d.step - c.step), "gaps are least distances"
-    steps = [b.step - a.step for a, b in zip(progress.happened, progress.happened[1:])]
+    steps = [b.step - a.step for a, b in pairwise(progress.happened)]
     shares = [latest_step(schedule, p, n_layer) for p in seen if 0 < len(p.happened) < len(planned)]
     assert all(p.happened[-1].step <= schedule.steps - schedule.settle for p in seen if p.happened)
     assert len(seen) == progress.happened[-1].step + schedule.settle <= schedule.steps
     if max(shares) and all(step < schedule.steps // len(planned) // 2 for step in (needed, max(steps))):
-        gaps = [max(1, b.step - a.step, needed) for a, b in zip(planned, planned[1:])]
+        gaps = [max(1, b.step - a.step, needed) for a, b in pairwise(planned)]
         assert steps == gaps, "as soon as it is back"
 
 
@@ -305,8 +304,8 @@ def test_a_loss_that_never_comes_back_waits_its_even_share():
     assert progress.happened[-1].step <= 600 - schedule.settle
     assert progress.happened[-1].step > 550, "all of the time is used"
     short, _ = run_adaptive(replace(schedule, patience=9), n_layer, lambda i: 1.0)
-    gaps = [b.step - a.step for a, b in zip(short.happened, short.happened[1:])]
-    planned = [b.step - a.step for a, b in zip(schedule.events(4), schedule.events(4)[1:])]
+    gaps = [b.step - a.step for a, b in pairwise(short.happened)]
+    planned = [b.step - a.step for a, b in pairwise(schedule.events(4))]
     assert gaps == [max(9, gap) for gap in planned]
 
 

@@ -39,7 +39,7 @@ class Record:
 
     schedule: RemovalSchedule
     n_layer: int
-    progress: Progress = Progress()
+    progress: Progress = field(default_factory=Progress)
     losses: list[float] = field(default_factory=list)
     baseline: float | None = None
     held_out: Int[Tensor, "batch pos"] | None = None
@@ -66,12 +66,7 @@ class Record:
         self.progress, self.seen = resumed_progress(out, self.progress), len(self.losses)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "version": 1,
-            "progress": self.progress.to_json(),
-            "baseline": self.baseline,
-            "ce": self.losses,
-        }
+        return {"version": 1, "progress": self.progress.to_json(), "baseline": self.baseline, "ce": self.losses}
 
 
 class RemovalCallback(TrainerCallback):

@@ -21,7 +21,8 @@ from .removable import family_of, removal_sites
 def whole(x: Tensor, *, copied: bool = False) -> Tensor:
     """A weight without autograd; a sharded one (a DTensor) gathered on the CPU, which all processes take part in."""
     if isinstance(x, DTensor):
-        return x.detach().full_tensor().to("cpu", copy=copied)
+        with torch.no_grad():
+            return x.full_tensor().to("cpu", copy=copied)
     return x.detach().clone() if copied else x.detach()
 
 

@@ -107,7 +107,8 @@ class StdSite(nn.Module):
         return self.kind if self.layer is None else f"h.{self.layer} {self.kind}"
 
     def is_massive(self, std: Float[Tensor, "batch pos *one"]) -> Bool[Tensor, "batch pos *one"]:
-        return std > self.classes.massive * self.average[ORDINARY]  # of none as long as there is no average
+        times = self.classes.massive or float("inf")
+        return std > times * self.average[ORDINARY]  # of none as long as there is no average
 
     def observe(self, std: Float[Tensor, "batch pos"], total: Float[Tensor, "1 pos"]) -> None:
         """Keep this forward's sums over sequences; gradient checkpointing's second forward overwrites them.
@@ -143,7 +144,8 @@ class RemovableNorm(nn.LayerNorm):
     sites: Any  # kind -> StdSite
 
     def __init__(self, norm: nn.Module, eps: float, sites: dict[str, StdSite]):
-        weight, bias = norm.get_parameter("weight"), getattr(norm, "bias", None)
+        weight: Any = norm.weight
+        bias: Any = getattr(norm, "bias", None)
         super().__init__(len(weight), eps=eps, device="meta", bias=bias is not None)
         self.weight, self.bias = weight, bias
         self.centres = bias is not None
@@ -183,10 +185,11 @@ class RemovableNorm(nn.LayerNorm):
     def left(self, x: Float[Tensor, "batch pos d_model"], inverse: Tensor) -> Float[Tensor, "batch pos d_model"]:
         """What is left of the norm, applied to the stream."""
         centred = x - x.mean(-1, keepdim=True) if self.centres else x
+        gain: Tensor = self.weight
         if inverse.ndim:
-            centred, gain = centred * inverse, self.weight
+            centred = (centred * inverse).to(x.dtype)  # inverses are in float32 at least
         else:
-            gain = self.weight * inverse
+            gain = gain * inverse
         return centred * gain if self.bias is None else torch.addcmul(self.bias, centred, gain)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
@@ -280,4 +283,4 @@ class RemovableReader(nn.Module):
         if not fold:
             return F.linear(norm.left(x, inverses[site]), weight, bias)
         weight, bias = fold_reader(weight, bias, norm.weight, norm.bias, centres=norm.centres)
-        return F.linear(x * inverses[site], weight, bias)
+        return F.linear((x * inverses[site]).to(x.dtype), weight, bias)

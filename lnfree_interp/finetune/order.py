@@ -32,7 +32,7 @@ class Share:
 
 
 class ShuffledSteps:
-    """Micro-batches of indices of a map-style dataset: pass after pass over it, each shuffled by seed and its number."""
+    """Micro-batches of indices of a map-style dataset: pass after pass, each shuffled by seed and its number."""
 
     def __init__(self, n: int, share: Share, seed: int):
         self.n, self.share, self.seed = n, share, seed
@@ -59,11 +59,11 @@ class StreamedSteps(IterableDataset):
     """Micro-batches of an iterable dataset, in its order and over again; every process reads all and keeps its own.
 
     Args:
-        place: where `dataset.go_on` finds sequence `share.begin * share.sequences`; None: those before are read again.
+        moved: the dataset from where step `share.begin` begins; None: what comes before is read again, and passed over.
     """
 
-    def __init__(self, dataset, share: Share, collate, place: dict | None = None):
-        self.dataset, self.share, self.collate, self.place = dataset, share, collate, place
+    def __init__(self, dataset, share: Share, collate, moved=None):
+        self.dataset, self.share, self.collate, self.moved = dataset, share, collate, moved
 
     def __iter__(self) -> Iterator[Any]:
         share, batch = self.share, []
@@ -75,9 +75,8 @@ class StreamedSteps(IterableDataset):
                     batch = []
 
     def _items(self) -> Iterator[Any]:
-        if self.place is not None:
-            moved = self.dataset.go_on(self.place)
-            yield from self.dataset if moved is None else moved
+        if self.moved is not None:
+            yield from self.moved
             yield from self._endlessly()
         else:
             yield from islice(self._endlessly(), self.share.begin * self.share.sequences, None)
@@ -92,7 +91,7 @@ class StreamedSteps(IterableDataset):
                 raise ValueError("dataset has no blocks")
 
 
-def loader(dataset, share: Share, seed: int, collate, place: dict | None, args) -> DataLoader:
+def loader(dataset, share: Share, seed: int, collate, args, moved=None) -> DataLoader:
     """What a Trainer reads: no length, so that it asks for no end of a pass."""
     common: dict[str, Any] = {
         "num_workers": args.dataloader_num_workers,
@@ -105,8 +104,11 @@ def loader(dataset, share: Share, seed: int, collate, place: dict | None, args) 
         return DataLoader(
             dataset, batch_sampler=_Unsized(ShuffledSteps(len(dataset), share, seed)), collate_fn=collate, **common
         )
-    common["num_workers"] = min(1, common["num_workers"])  # two would both read everything
-    return DataLoader(StreamedSteps(dataset, share, collate, place), batch_size=None, **common)
+    # Two workers would both read everything; what says where it is has to be read here.
+    common["num_workers"] = 0 if hasattr(dataset, "place") else min(1, common["num_workers"])
+    if not common["num_workers"]:
+        common |= {"prefetch_factor": None, "persistent_workers": False}
+    return DataLoader(StreamedSteps(dataset, share, collate, moved), batch_size=None, **common)
 
 
 class _Unsized(torch.utils.data.Sampler):
@@ -120,8 +122,13 @@ class _Unsized(torch.utils.data.Sampler):
 
 
 def place_after(dataset, sequences: int) -> dict | None:
-    """Where a stream goes on after so many sequences, if it can say."""
-    return dataset.place(sequences) if hasattr(dataset, "place") and not hasattr(dataset, "__len__") else None
+    """Where a stream goes on after so many sequences; None: it cannot say, or has begun again."""
+    if not hasattr(dataset, "place") or hasattr(dataset, "__len__"):
+        return None
+    try:
+        return dataset.place(sequences)
+    except ValueError:
+        return None
 
 
 def collate(examples: list[dict]) -> dict[str, Tensor]:

@@ -178,7 +178,7 @@ def collect_std(model: nn.Module) -> None:
     """Note the stds of the last forward; call once per micro-batch."""
     sites = [site for site in removal_sites(model).values() if site.latest is not None]
     if sites:
-        latest = torch.stack([site.latest for site in sites])  # [site, part, pos]
+        latest = torch.stack([site.latest for site in sites if site.latest is not None])  # [site, part, pos]
         ordinary, at0 = latest[:, 0, 1:].sum(-1), latest[:, :2, 0].sum(-1)
         n_sequences, n_pos = sites[0].n_sequences, latest.shape[-1]
         massive = n_massive = torch.zeros_like(ordinary)
@@ -204,7 +204,7 @@ def update_averages(model: nn.Module, momentum: float | int = 0.9) -> None:
     sites = [site for site in removal_sites(model).values() if site.pending is not None]
     final = [m for m in model.modules() if isinstance(m, RemovableFinalNorm) and m.pending is not None]
     rows: list[Any] = [site.pending for site in sites]
-    rows += [F.pad(norm.pending.view(2, 1), (0, 2)).flatten() for norm in final]
+    rows += [F.pad(norm.pending[:, None], (0, 2)).flatten() for norm in final if norm.pending is not None]
     if not rows:
         return
     totals = torch.stack(rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +14,7 @@ from ..families import HEAD
 from ..gguf_files import is_gguf, open_gguf
 from ..names import locate_checkpoint
 from .export import plain_model
-from .removable import check_removable
+from .removable import check_removable, family_of
 
 # Vocabularies are padded to multiples of it, or of multiples of it.
 PADDED_TO = 64
@@ -66,15 +68,28 @@ def load_trainable(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 def ready(model: PreTrainedModel) -> None:
     """Make a model ready to train: no dropout, no key-value cache, its activation in one kernel where it has one.
 
-    The function it computes stays the same.
+    The function it computes stays the same. And what `save_pretrained` stores under another name than the model's own,
+    GPT-NeoX's head, is found when a state dict is loaded: Trainer passes over it in silence when it resumes.
+
+    Raises:
+        ValueError: a model of no family that norms are removed from.
     """
+    renamed = family_of(model).renamed
     model.config.use_cache = False
     name = getattr(model.config, "hidden_act", None) or model.config.activation_function
     for module in model.modules():
+        parts: Any = module
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # Llama's and GPT-NeoX's is a number
+            parts.attention_dropout = 0.0  # Llama's and GPT-NeoX's is a number
         for act in ("act", "act_fn"):
             if name in FUSED and isinstance(getattr(module, act, None), nn.Module):
                 setattr(module, act, ACT2FN[FUSED[name]])
+
+    def rename(module, state, prefix, *args):
+        for stored, name in renamed:
+            if prefix + stored in state:
+                state[prefix + name] = state.pop(prefix + stored)
+
+    model.register_load_state_dict_pre_hook(rename)

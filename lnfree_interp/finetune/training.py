@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class RemovalTrainer(Trainer):
 
     model: Any  # made removable
     begin = 0  # the step it begins at
-    place: dict | None = None  # where its stream goes on
+    moved: Any = None  # its stream, from there on
 
     def __init__(self, *args, record: Record, guard: Guard, sequences: int, **kwargs):
         super().__init__(*args, **kwargs)
@@ -83,10 +84,8 @@ class RemovalTrainer(Trainer):
     # -- what a step reads, and at which rate it learns
 
     def get_train_dataloader(self):
-        share = Share(
-            self.sequences, self._train_batch_size, self.args.process_index, self.args.world_size, self.begin
-        )
-        return loader(self.train_dataset, share, self.args.seed, self.data_collator, self.place, self.args)
+        share = Share(self.sequences, self._train_batch_size, self.args.process_index, self.args.world_size, self.begin)
+        return loader(self.train_dataset, share, self.args.seed, self.data_collator, self.args, self.moved)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         record = self.record
@@ -148,7 +147,8 @@ class RemovalTrainer(Trainer):
 
     def _issue_warnings_after_load(self, load_result):
         """What Trainer warns of would go on with weights or averages that are none: of another version, say."""
-        ties = set(getattr(self.model, "_tied_weights_keys", None) or ())  # written once
+        tied = getattr(self.model, "_tied_weights_keys", None) if self.model.config.tie_word_embeddings else None
+        ties = set(tied or ())  # written once
         missing = [name for name in load_result.missing_keys if name not in ties]
         wrong = [f"lacks {name}" for name in missing] + [f"has {name} too" for name in load_result.unexpected_keys]
         if wrong:
@@ -193,7 +193,8 @@ class RemovalTrainer(Trainer):
         record, step = self.record, self.state.global_step
         loss = held_out if held_out is not None else record.losses[-1] if record.losses else float("nan")
         good = record.baseline is not None and self.guard.is_good(loss, record.baseline)
-        place = place_after(self.train_dataset, step * self.sequences)
+        stream = self.train_dataset if self.moved is None else self.moved
+        place = place_after(stream, step * self.sequences)
         saved = {"step": step, "sequences": step * self.sequences, "place": place, "held_out": held_out, "good": good}
         return record.to_json() | saved
 
@@ -348,6 +349,7 @@ def _begin(out: Path, resume: bool, settings: dict, note: dict | None) -> Path |
     checkpoint = checkpoint_to_resume(out, resume)
     with as_value_error(f"use {out}"):
         out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / WRITING, ignore_errors=True)
     if not checkpoint:
         (out / ROLLBACKS).unlink(missing_ok=True)  # of a run that was never saved
     write_json(out / RUN, {"settings": settings, "note": note or {}})
@@ -361,7 +363,8 @@ def _train(trainer: RemovalTrainer, checkpoint: Path | None, out: Path, removal:
         while True:
             record.restore(checkpoint, out)
             trainer.begin = 0 if checkpoint is None else steps_of(checkpoint)
-            trainer.place = None if checkpoint is None else state_in(checkpoint).get("place")
+            place = None if checkpoint is None else state_in(checkpoint).get("place")
+            trainer.moved = None if place is None else trainer.train_dataset.go_on(place)
             newer = checkpoints(out) if checkpoint is None else checkpoints(out)[: checkpoints(out).index(checkpoint)]
             trainer.discard = newer
             trainer.args.max_steps = record.length()
@@ -375,12 +378,8 @@ def _train(trainer: RemovalTrainer, checkpoint: Path | None, out: Path, removal:
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
                 break
             except Suspicion as suspicion:
-                step, why, progress, losses = trainer.state.global_step, str(suspicion), record.progress, record.losses
-                checkpoint, line = on_main(
-                    lambda: roll_back(
-                        out, trainer.guard, record.schedule, record.n_layer, progress, step, losses, why
-                    )
-                )
+                run = (record.schedule, record.n_layer, record.progress, trainer.state.global_step, record.losses)
+                checkpoint, line = on_main(partial(roll_back, out, trainer.guard, *run, str(suspicion)))
                 say(line)
     if record.stopping:
         raise KeyboardInterrupt
