@@ -64,9 +64,10 @@ STOPPED, ASKED, LOST = "stopped", "asked", "lost"
 
 def run(folder: Path, name: str, *, rank: int = 0, resume: bool = False, batch_size: int | None = None) -> dict:
     """A removal of a minute GPT-2 in fp64; what it gave, which is kept in a file as well."""
-    from minute import At, Recorder, byte_tokenizer, interrupt, minute_gpt2, train
+    from minute import Aside, At, Recorder, byte_tokenizer, interrupt, minute_blocks, minute_gpt2, train
 
     from lnfree_interp.finetune.guard import Guard
+    from lnfree_interp.finetune.saving import state_in
 
     recorder, final = Recorder(), None
     happens = {
@@ -74,7 +75,8 @@ def run(folder: Path, name: str, *, rank: int = 0, resume: bool = False, batch_s
         ASKED: [At(4, lambda model: rank or os.kill(os.getpid(), signal.SIGTERM), times=1 - resume)],
         LOST: [At(8, lambda model: [p.data.mul_(100) for p in model.parameters()], times=1)],
     }
-    options = {"resume": resume, "batch_size": batch_size, "guard": Guard(patience=0, wait=3)}
+    data = Aside(minute_blocks().blocks)
+    options = {"resume": resume, "batch_size": batch_size, "guard": Guard(patience=0, wait=3), "data": data}
     callbacks, model = [recorder, *happens.get(name, [])], minute_gpt2(dtype=torch.float64)
     try:
         with patch.object(torch.Tensor, "float", torch.Tensor.double):  # transformers' loss too in fp64
@@ -82,7 +84,8 @@ def run(folder: Path, name: str, *, rank: int = 0, resume: bool = False, batch_s
         final = plain.state_dict()
     except KeyboardInterrupt:
         assert name in (STOPPED, ASKED)
-    found = {"logs": recorder.logs, "averages": recorder.averages, "batch": recorder.batch, "final": final}
+    found = {"logs": recorder.logs, "averages": recorder.averages, "batches": recorder.batches, "final": final}
+    found["state"] = state_in(folder / name / "final")
     torch.save(found, folder / f"{name}-{rank}.pt")
     return found
 

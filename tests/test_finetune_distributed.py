@@ -51,6 +51,8 @@ def assert_same_run(found: dict, alone: dict, since: int = 0):
         assert values[0] == pytest.approx(values[1], rel=tolerance), name
     close(found["averages"], alone["averages"][since:])
     close(found["final"], alone["final"])
+    for name in ("ce", "baseline"):
+        assert found["state"][name] == pytest.approx(alone["state"][name], rel=1e-9), name
 
 
 def test_torchrun_trains_what_one_process_does(folder, alone):
@@ -59,15 +61,15 @@ def test_torchrun_trains_what_one_process_does(folder, alone):
     assert_same_run(one, alone)
     close(other["averages"], one["averages"], 0)
     close(other["final"], one["final"], 0)
-    assert not torch.equal(one["batch"], other["batch"])  # each has its part of a step
-    close(torch.cat([one["batch"], other["batch"]]), alone["batch"])
+    for *parts, whole in zip(one["batches"], other["batches"], alone["batches"], strict=True):
+        assert torch.equal(torch.cat(parts), whole) and not torch.equal(*parts)
 
 
 def test_accelerate_launch_does_too(tmp_path, alone):
     """With a sequence per forward besides."""
     launch("accelerate", tmp_path, "run:accelerate")
     one, other = of_each(tmp_path, "accelerate")
-    assert len(one["batch"]) == len(other["batch"]) == 1
+    assert all(len(batch) == 1 for batch in one["batches"] + other["batches"])
     assert_same_run(one, alone)
     close(other["final"], one["final"], 0)
 
