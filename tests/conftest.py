@@ -9,15 +9,17 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # What tests start in processes of their own imports this package, not one that happens to be installed.
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 
-from jaxtyping import install_import_hook
+import typechecks
 
-_hook = install_import_hook("lnfree_interp", "beartype.beartype")
+typechecks.install("lnfree_interp")
 
 import pytest
 import torch
 import virtual_device
 
 from lnfree_interp import lens
+
+typechecks.once_per_type(lens.LensModel)
 
 # Autograd makes room for devices at the first backward pass of a process: the virtual one must be there before.
 if virtual_device.MISSING is None:

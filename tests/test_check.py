@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import KINDS, make_model
+from pytest import param
 from test_forward import OTHER_BLOCKS
 from test_models import random_checkpoint
 
@@ -21,8 +22,8 @@ def unmeasured(check):
     return {law.name: law.note for law in check.laws if law.error is None}
 
 
-@pytest.mark.parametrize("kind", ["GPT-2", *(pytest.param(kind, marks=slow) for kind in KINDS if kind != "GPT-2")])
-@pytest.mark.parametrize("normalised", [True, pytest.param(False, marks=slow)])
+@pytest.mark.parametrize("kind", ["GPT-2", *(param(kind, marks=slow) for kind in KINDS if kind != "GPT-2")])
+@pytest.mark.parametrize("normalised", [True, param(False, marks=slow)])
 def test_the_laws_hold(model_of, kind, normalised):
     model = model_of(kind, normalised)
     check = check_model(model)
@@ -89,9 +90,9 @@ def off(weights):
     ("module", "broken"),
     [
         (forward, "forward = the model's own"),
-        (activation, "patched resid_pre = overwritten by a hook"),
-        (attribution, "gradient estimate of attn_out = autograd's"),
-        (ablate, "ablated neurons, the last layer's, stream = set by a hook"),
+        param(activation, "patched resid_pre = overwritten by a hook", marks=slow),
+        param(attribution, "gradient estimate of attn_out = autograd's", marks=slow),
+        param(ablate, "ablated neurons, the last layer's, stream = set by a hook", marks=slow),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
 )
@@ -106,7 +107,7 @@ def test_a_wrong_weight_fails_what_reads_it(module, broken, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("by", "kind"), [("component", None), ("head", "LNPre"), pytest.param("neuron", None, marks=slow)]
+    ("by", "kind"), [param("component", None, marks=slow), ("head", "LNPre"), param("neuron", None, marks=slow)]
 )
 def test_a_wrong_attribution_is_found(by, kind, monkeypatch):
     right = laws.logit_attributions
@@ -146,9 +147,7 @@ def test_nothing_measured_is_nothing_that_holds():
 # The command
 
 
-@pytest.mark.parametrize(
-    "name", ["tiny", pytest.param("tiny-vanilla", marks=slow), pytest.param("tiny-noLN", marks=slow)]
-)
+@pytest.mark.parametrize("name", ["tiny", param("tiny-vanilla", marks=slow), param("tiny-noLN", marks=slow)])
 def test_the_command_on_embedded_models(name, capsys):
     assert command.main([name, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
@@ -157,6 +156,7 @@ def test_the_command_on_embedded_models(name, capsys):
     assert "activation patching: of each cell only what it changes" in printed
 
 
+@slow
 def test_the_command_names_what_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(forward, "read_weights", lambda model: off(read_weights(model)))
     random_checkpoint(tmp_path / "small", ln_free=True)

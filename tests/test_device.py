@@ -404,6 +404,7 @@ def test_pairs_are_made_where_they_are_read_from(make):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_a_model_is_checked_where_it_is():
     check = check_model(on_device(load_model("tiny-noLN", device="cpu")), [[1, 2, 3, 4]])
     assert check.holds, check.failed

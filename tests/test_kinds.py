@@ -127,7 +127,7 @@ def test_a_device_gives_the_cpus_numbers_and_is_not_waited_for_more(kind):
                     with virtual_device.host_syncs() as waits:
                         found = function(there, pairs, **options).values.cpu()
                     syncs.append(waits.total())
-                    wanted = function(here, pairs, **options).values
-                    size = wanted.abs().max().item()
-                    torch.testing.assert_close(found, wanted, atol=1e-4 * size, rtol=1e-3)
+                wanted = function(here, pairs, **options).values
+                size = wanted.abs().max().item()
+                torch.testing.assert_close(found, wanted, atol=1e-4 * size, rtol=1e-3)
                 assert syncs[1] <= syncs[0], (site, dict(waits))

@@ -52,32 +52,37 @@ def test_a_star_import_gives_the_public_names():
 
 
 @slow
-@pytest.mark.parametrize(
-    "first", ["import lnfree_interp.evaluate.hellaswag", "import lnfree_interp.evaluate", "import lnfree_interp"]
-)
-def test_a_function_is_not_hidden_by_the_module_it_lives_in(first):
-    code = f"{first}; import lnfree_interp; from lnfree_interp.evaluate import hellaswag as one\n"
-    code += "print(type(one).__name__, one is lnfree_interp.hellaswag, one is lnfree_interp.evaluate.hellaswag)"
-    assert run_python(code) == "function True True"
+def test_a_function_is_not_hidden_by_the_module_it_lives_in():
+    """Whatever is imported first: in processes of their own, forked from one that has torch."""
+    code = "import os, torch\n"
+    for first in ("lnfree_interp.evaluate.hellaswag", "lnfree_interp.evaluate", "lnfree_interp"):
+        code += f"if not os.fork():\n    import {first}, lnfree_interp\n"
+        code += "    from lnfree_interp.evaluate import hellaswag as one\n"
+        code += "    two, three = lnfree_interp.hellaswag, lnfree_interp.evaluate.hellaswag\n"
+        code += "    print(type(one).__name__, one is two, one is three, flush=True); os._exit(0)\nos.wait()\n"
+    assert run_python(code).splitlines() == ["function True True"] * 3
 
 
 ANALYSES = ("activation_patching", "ablate_neurons", "evaluate_loss", "residual_norms")
 HEAVY = ("torch", "transformers", "transformer_lens", "plotly", "pandas", "datasets")
 
 
-@pytest.mark.parametrize(
-    ("statement", "unwanted"),
-    [
-        (f"import lnfree_interp, {', '.join(p.__name__ for p in PACKAGES)}; dir(lnfree_interp)", HEAVY),
-        ("from lnfree_interp import RemovalSchedule, cli, read_documents", HEAVY),
-        param("from lnfree_interp.finetune import remove_layernorm", ("transformer_lens", "plotly"), marks=slow),
-        param("from lnfree_interp import direct_logit_attribution, load_model", ("plotly",), marks=slow),
-        param(f"from lnfree_interp import {', '.join(ANALYSES)}", ("plotly",), marks=slow),
-    ],
-)
-def test_nothing_heavy_is_imported_before_it_is_needed(statement, unwanted):
-    code = f"import sys; {statement}; print([m for m in {unwanted} if m in sys.modules])"
-    assert run_python(code) == "[]"
+NOTHING = f"import lnfree_interp, {', '.join(p.__name__ for p in PACKAGES)}; dir(lnfree_interp)"
+# Statement and what must not be there after it and all before.
+LIGHT = [(NOTHING, HEAVY), ("from lnfree_interp import RemovalSchedule, cli, read_documents", HEAVY)]
+SOME = [
+    ("from lnfree_interp.finetune import remove_layernorm", ("transformer_lens", "plotly")),
+    ("from lnfree_interp import direct_logit_attribution, load_model", ("plotly",)),
+    (f"from lnfree_interp import {', '.join(ANALYSES)}", ("plotly",)),
+]
+
+
+@pytest.mark.parametrize("statements", [LIGHT, param(SOME, marks=slow)], ids=["light", "some"])
+def test_nothing_heavy_is_imported_before_it_is_needed(statements):
+    code = "import sys\n"
+    for statement, unwanted in statements:
+        code += f"{statement}; print([m for m in {unwanted} if m in sys.modules])\n"
+    assert run_python(code).splitlines() == ["[]"] * len(statements)
 
 
 def test_every_public_function_has_a_runnable_example():

@@ -33,7 +33,7 @@ def tolerance(model):
 # Exactness
 
 
-@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("direction", ["denoising", pytest.param("noising", marks=pytest.mark.slow)])
 def test_patched_cell_is_plain_hook(any_kind, direction):
     pairs = make_pairs(any_kind, changed=CHANGED)
     for site in every_site(any_kind):

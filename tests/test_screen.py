@@ -32,6 +32,7 @@ from lnfree_interp.patching.prices import cell_prices, counted, forward_flops, r
 from lnfree_interp.weights import read_weights
 
 CHANGED = ((2, 4), (5,), (3,))
+slow = pytest.mark.slow
 
 
 def some(shape, seed=0, share=0.4):
@@ -115,14 +116,12 @@ def last_two(logits):
     return logits[:, -1, 0] - logits[:, -2, 1]
 
 
-@pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize(
-    "kind, fast",
-    [
-        ("GPT-2", True),
-        *(pytest.param(kind, fast, marks=pytest.mark.slow) for kind, fast in (("GPT-2", False), ("Llama", True))),
-    ],
-)
+QUICK = ("resid_pre", "q", "neurons", "pattern")  # sites of a kind cost the same
+FORWARDS = [("GPT-2", True), pytest.param("GPT-2", False, marks=slow), pytest.param("Llama", True, marks=slow)]
+
+
+@pytest.mark.parametrize("site", [site if site in QUICK else pytest.param(site, marks=slow) for site in SITES])
+@pytest.mark.parametrize("kind, fast", FORWARDS)
 def test_no_cell_costs_more_than_its_price(model_of, site, kind, fast):
     model = model_of(kind, n_layers=3)
     pairs = make_pairs(model, pos=9, changed=((2, 4), (5,), (7,)))
@@ -297,7 +296,11 @@ def edge_prices_of(model, pairs, metric=logit_diff):
     return edge_prices(model, request, pairs, weights), edge_runs_flops(model, request, pairs, weights)
 
 
-@pytest.mark.parametrize("kind, metric", [("GPT-2", last_two), *((kind, logit_diff) for kind in NEW_KINDS)])
+@pytest.mark.parametrize(
+    "kind, metric",
+    [("GPT-2", last_two), ("Gemma", logit_diff)]
+    + [pytest.param(kind, logit_diff, marks=slow) for kind in NEW_KINDS if kind != "Gemma"],
+)
 def test_no_edge_costs_more_than_its_price(model_of, kind, metric):
     model = model_of(kind, n_layers=3)
     pairs = make_pairs(model, pos=9, changed=((2, 4), (5,), (7,)))
@@ -314,7 +317,11 @@ def test_no_edge_costs_more_than_its_price(model_of, kind, metric):
 
 @pytest.mark.parametrize(
     "kind, normalised, options",
-    [("GPT-2", False, METHODS[1]), ("GPT-2", True, {"method": "second_order"}), ("Llama", True, METHODS[0])],
+    [
+        ("GPT-2", False, METHODS[1]),
+        pytest.param("GPT-2", True, {"method": "second_order"}, marks=slow),
+        pytest.param("Llama", True, METHODS[0], marks=slow),
+    ],
     ids=str,
 )
 def test_edges_within_the_budget(model_of, kind, normalised, options):
@@ -371,6 +378,7 @@ def test_bad_edges(random_model):
 # Plans
 
 
+@slow
 def test_flags_are_what_they_say(random_model):
     model = random_model("LNPre", n_layers=3)
     pairs = make_pairs(model, n=3, pos=6, changed=CHANGED)
@@ -423,6 +431,7 @@ def test_a_plan_takes_what_the_budget_pays():
     assert torch.equal(both.run[0], both.run[1]) and both.run[0].nonzero()[:, 1].tolist() == [0]
 
 
+@slow
 @pytest.mark.parametrize("whole_draws", [False, True])
 def test_errors_left_are_estimated_without_bias(whole_draws):
     """And their intervals hold, where errors are skewed but go with the effects."""
@@ -448,7 +457,7 @@ def test_errors_left_are_estimated_without_bias(whole_draws):
     assert sum(covered) > 0.85 * len(covered)
 
 
-@pytest.mark.slow
+@slow
 def test_intervals_hold_on_models(random_model):
     covered = []
     for norm in (None, "LNPre"):

@@ -69,7 +69,7 @@ def held_out_loss(model: Callable[..., Any], blocks: Int[Tensor, "batch pos"], *
             tokens = batch.to(device)
             logits = model(input_ids=tokens).logits[:, :-1].float()
             loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
-            total += loss.double().cpu()
+            total += loss.cpu().double()
     finally:
         module.train(training)
     return total.item() / blocks[:, 1:].numel()
