@@ -1,4 +1,4 @@
-"""Shared fixtures. Shapes in signatures are checked by beartype for the whole package while tests run."""
+"""Shared fixtures. Types and shapes in signatures are checked by beartype as tests run, unless JAXTYPING_DISABLE=1."""
 
 import os
 from pathlib import Path
@@ -9,17 +9,16 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # What tests start in processes of their own imports this package, not one that happens to be installed.
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 
-import typechecks
+import jaxtyping
 
-typechecks.install("lnfree_interp")
+if not jaxtyping.config.jaxtyping_disable:
+    jaxtyping.install_import_hook("lnfree_interp", "beartype.beartype")
 
 import pytest
 import torch
 import virtual_device
 
 from lnfree_interp import lens
-
-typechecks.once_per_type(lens.LensModel)
 
 # Autograd makes room for devices at the first backward pass of a process: the virtual one must be there before.
 if virtual_device.MISSING is None:
