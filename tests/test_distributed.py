@@ -298,7 +298,7 @@ def by_hand(*arguments, world=2, **fields):
 
 
 def torchrun(name, flags, world=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--standalone"]
     return start([*command, "-m", f"lnfree_interp.{name}", *flags])
 
 

@@ -108,7 +108,7 @@ def _train(args) -> None:
         seed=args.seed,
         callbacks=[StatusLine(schedule)],
         note={"model": args.model, "text": args.text, "data": args.data},
-        held_out=held_out,
+        held_out=0 if held_out is None else held_out,
         control=args.control,
         guard=Guard(**guard_fields(args)),
         save_steps=args.save_steps,
@@ -212,13 +212,7 @@ def _n_held_out(args, n_blocks: int | None, schedule: RemovalSchedule) -> int:
 def _set_aside(args, dataset, schedule: RemovalSchedule) -> tuple[Int[Tensor, "batch pos"] | None, Any]:
     """Held-out blocks, and the dataset without them."""
     n = _n_held_out(args, len(dataset) if hasattr(dataset, "__len__") else None, schedule)
-    return dataset.set_aside(n) if n else (None, _undivided(dataset))
-
-
-def _undivided(dataset) -> Any:
-    """The same data that set nothing aside: `remove_layernorm` would, by itself."""
-    names = ("__len__", "__getitem__", "__iter__", "place", "go_on", "fingerprint")
-    return type("Undivided", (), {name: getattr(dataset, name) for name in names if hasattr(dataset, name)})()
+    return dataset.set_aside(n) if n else (None, dataset)
 
 
 # -- before it starts ---------------------------------------------------------------------------------------

@@ -223,7 +223,7 @@ def remove_layernorm(
     seed: int = 0,
     callbacks: Sequence[TrainerCallback] = (),
     note: dict | None = None,
-    held_out: Int[Tensor, "batch pos"] | None = None,
+    held_out: Int[Tensor, "batch pos"] | int | None = None,
     control: str | Path | None = None,
     guard: Guard | None = None,
     **training: Any,
@@ -247,8 +247,8 @@ def remove_layernorm(
         dtype: "float32", or "bfloat16" for autocast with float32 weights.
         device: "cpu", "cuda" or "mps"; None: the best there is.
         note: kept with the run's settings, for whoever reads them.
-        held_out: blocks that are not trained on, to measure the loss on; None: some that the dataset sets aside, if
-            it can (`set_aside`).
+        held_out: blocks that are not trained on, to measure the loss on, or how many of them the dataset sets aside;
+            None: some, if it can (`set_aside`).
         control: directory of the vanilla run that an adaptive schedule compares its loss with.
         guard: when to go back, and when to give up; None: Guard().
         training: passed on to TrainingArguments (save_steps, gradient_checkpointing, ...).
@@ -293,10 +293,15 @@ def remove_layernorm(
         training_args._n_gpu = 1  # several GPUs are for torchrun: DataParallel's replicas lose the statistics
 
     untouched = dataset
-    aside = held_out is None and hasattr(dataset, "set_aside")
-    n_aside = blocks_to_set_aside(n_blocks, sequences) if aside else 0
+    n_aside, blocks = 0, None
+    if isinstance(held_out, Tensor):
+        blocks = held_out
+    elif held_out is not None:
+        n_aside = held_out
+    elif hasattr(dataset, "set_aside"):
+        n_aside = blocks_to_set_aside(n_blocks, sequences)
     if n_aside:
-        held_out, dataset = dataset.set_aside(n_aside)
+        blocks, dataset = dataset.set_aside(n_aside)
     settings = run_settings(model, untouched, n_aside, schedule, seed, dtype, training_args)
     losses = [] if control is None else on_main(lambda: control_losses(control, settings, schedule.steps))
     if schedule.pace == "adaptive":
@@ -308,7 +313,7 @@ def remove_layernorm(
     ready(model)
     if schedule.order:
         make_removable(model, eot=eot)
-    record = Record(schedule, layers, held_out=held_out, control=losses)
+    record = Record(schedule, layers, held_out=blocks, control=losses)
     removal, baseline = RemovalCallback(record), Baseline()
     trainer = RemovalTrainer(
         model,
