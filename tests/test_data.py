@@ -510,14 +510,13 @@ def test_what_a_stream_cannot_do_is_one_line(tokenizer, sources, tmp_path):
 
 
 def test_a_stream_left_early_leaves_no_thread(tokenizer, sources):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     stream = iter(StreamedBlocks(sources["texts"], tokenizer, 8, buffer=4))
     assert len(items(islice(stream, 3))) == 3
     stream.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("blocks"):
-            thread.join(10)
-    assert threading.active_count() == before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_a_stream_is_what_a_loader_reads(tokenizer, sources):

@@ -184,9 +184,7 @@ def test_good_is_measured_on_blocks_that_are_not_trained_on(tokenizer, tmp_path)
 def test_measuring_changes_nothing_else(rolled_back, tokenizer, tmp_path):
     """With blocks held out, however often it is saved, the same weights come out."""
     held_out = minute_blocks(3, seed=5).blocks
-    finals = [
-        train(tokenizer, tmp_path / str(n), held_out=held_out if n else 0, save_steps=3 + n)[1] for n in range(2)
-    ]
+    finals = [train(tokenizer, tmp_path / str(n), held_out=held_out if n else 0, save_steps=3 + n)[1] for n in range(2)]
     assert equal(*finals)
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 MANIFEST, STATE, RUN, ROLLBACKS = "manifest.json", "removal.json", "run.json", "rollbacks.json"
-WRITING = ".writing"
+WRITING, OLD = ".writing", ".old"
 PART = 1 << 26  # bytes
 T = TypeVar("T")
 
@@ -270,22 +270,30 @@ def _is_good(checkpoint: Path) -> bool:
 def publish(beside: Path, directory: Path) -> None:
     """Add the manifest, then give the directory its name; what had the name before goes."""
     write_manifest(beside)
-    old = directory.with_name(f".{directory.name}.old")
+    old = _set_apart(directory)
+    os.replace(beside, directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _set_apart(directory: Path) -> Path:
+    """A directory, if it is there, under the name it has while it is removed: under its own it is whole or not there."""
+    old = directory.with_name(f".{directory.name}{OLD}")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
         os.replace(directory, old)
-    os.replace(beside, directory)
-    shutil.rmtree(old, ignore_errors=True)
+    return old
 
 
 def rotate(out: Path, keep: int, discard: Collection[Path] = ()) -> None:
     """Remove all checkpoints but the `keep` (at least two) newest and the newest good one; and those to discard."""
     for path in discard:
-        shutil.rmtree(path, ignore_errors=True)
+        _set_apart(path)
     kept = {*checkpoints(out)[: max(2, keep)], *good_checkpoints(out)[:1]}
     for path in checkpoints(out):
         if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            _set_apart(path)
+    for path in out.glob(f".checkpoint-*{OLD}"):  # also of a process that was killed here
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def save_checkpoint(model, tokenizer, directory: str | Path, state: dict | None = None) -> None:
