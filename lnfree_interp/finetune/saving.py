@@ -276,7 +276,7 @@ def publish(beside: Path, directory: Path) -> None:
 
 
 def _set_apart(directory: Path) -> Path:
-    """A directory, if it is there, under the name it has while it is removed: under its own it is whole or not there."""
+    """A directory, if it is there, under a name for what is being removed: under its own it is whole or not there."""
     old = directory.with_name(f".{directory.name}{OLD}")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():
