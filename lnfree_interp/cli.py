@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from . import distributed
-from .documents import hub_documents, read_documents, read_text
+from .documents import Document, documents_of, hub_documents, kind_of, read_documents, read_text
 from .lens import LensModel
 from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, dtype_name, locate_checkpoint
 
@@ -78,7 +78,7 @@ def check(args: argparse.Namespace, *, several: bool = False) -> None:
     for name in args.model:
         locate_checkpoint(name)
     if args.text:
-        read_documents(args.text)
+        next(iter(documents(args)))
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is not a directory")
 
@@ -161,9 +161,14 @@ def display_name(name: str) -> str:
     return Path(name).name if Path(name).is_dir() else name
 
 
-def documents(args: argparse.Namespace) -> Iterable[str]:
-    """The documents of --text, --data, or the embedded validation text."""
-    return hub_documents(args.data) if args.data else read_documents(args.text or VALIDATION_TEXT)
+def documents(args: argparse.Namespace) -> Iterable[Document]:
+    """The documents of --text (a file, or a directory of them), of --data, or of the embedded validation text."""
+    if not args.text:
+        return hub_documents(args.data) if args.data else read_documents(VALIDATION_TEXT)
+    path = Path(args.text)
+    if path.is_dir() or (path.exists() and kind_of(path)):
+        return documents_of(path)
+    return read_documents(path)  # a text by any other name, or what there is not
 
 
 def load_tokens(args: argparse.Namespace, model: LensModel, *, context: int = 512):
@@ -211,7 +216,7 @@ def token_rows(args: argparse.Namespace, model: LensModel, *, context: int = 512
                 os.unlink(path)
 
 
-def _write_rows(file, tokenizer, documents: Iterable[str], context: int, most: int) -> None:
+def _write_rows(file, tokenizer, documents: Iterable[Document], context: int, most: int) -> None:
     """The documents' first rows of `context` token ids, at most so many, as int32."""
     import numpy as np
 

@@ -1,6 +1,8 @@
 """Commands: a table on stdout, a .csv and an .html on disk; bad input is one line, status 2, nothing written."""
 
+import argparse
 import gzip
+import json
 import os
 import pty
 import subprocess
@@ -265,3 +267,10 @@ def test_an_interrupt_is_one_line(capsys):
     args = cli.parser("dla", "").parse_args(["--model", "tiny"])
     assert cli.guard(interrupted, args, "dla") == 130
     assert capsys.readouterr().err == "dla: interrupted\n"
+
+
+def test_text_may_be_a_directory(tmp_path):
+    texts = ["It was the best of times,", "it was the worst of times."]
+    (tmp_path / "a.txt").write_text(texts[0])
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": texts[1]}))
+    assert list(cli.documents(argparse.Namespace(text=str(tmp_path), data=None))) == texts

@@ -190,5 +190,5 @@ def test_measuring_changes_nothing_else(rolled_back, tokenizer, tmp_path):
 
 def test_the_held_out_loss_does_not_depend_on_how_it_is_cut():
     model, blocks = minute_gpt2().train(), minute_blocks(7).blocks
-    losses = [held_out_loss(model, blocks, batch_size=size, device="cpu") for size in (1, 3, 7, 50)]
+    losses = [held_out_loss(model, blocks, batch_size=size) for size in (1, 3, 7, 50)]
     assert losses == pytest.approx([by_hand(minute_gpt2(), blocks)] * 4, rel=1e-6) and model.training

@@ -1,5 +1,6 @@
 from .callbacks import LossGuard as LossGuard, RemovalCallback as RemovalCallback, StatusLine as StatusLine
-from .guard import Diverged as Diverged, Guard as Guard
+from .guard import Diverged as Diverged
+from .progress import Guard as Guard
 from .saving import (
     checkpoint_to_resume as checkpoint_to_resume,
     finished as finished,

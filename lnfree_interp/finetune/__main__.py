@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import cli
+from ..distributed import rank
 from ..documents import files_of
 from ..names import locate_checkpoint
 from ..schedule import PRESETS
-from .flags import ADAPTIVE, add_guard_flags, add_schedule_flags, guard_fields, schedule_from, whole
+from .flags import ADAPTIVE, add_guard_flags, add_schedule_flags, guard_from, schedule_from, whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit status 2: bad input; 1: the loss diverged; 130: interrupted."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank() == 0:
         return _main(argv)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         return _main(argv)  # of several processes one speaks: all would say the same
@@ -86,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
 def _check(args) -> None:
     """Everything that can be known to be wrong before anything heavy is imported."""
     schedule = schedule_from(args)
-    guard_fields(args)
+    guard_from(args)
     if schedule.pace == "adaptive" and args.control is None:
         raise ValueError("--control DIR is needed, the vanilla run whose loss an adaptive schedule waits for")
     if args.control is not None and not (args.control / "run.json").is_file():

@@ -6,8 +6,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from ..schedule import RemovalSchedule
-from .guard import Guard, Suspicion, resumed_progress
-from .progress import Progress, advance, length, observe, state_of
+from .guard import Suspicion, resumed_progress
+from .progress import Guard, Progress, advance, length, observe, state_of
 from .removable import collect_std, final_norm, freeze, update_averages
 from .saving import state_in, steps_of
 from .settings import losses_in
@@ -174,22 +174,27 @@ class StopWhenAsked(TrainerCallback):
 
 
 @contextmanager
-def asked_by_sigterm(record: Record) -> Iterator[None]:
-    """SIGTERM asks a run to stop; a second one is as Ctrl-C. Signals are the main thread's."""
+def on_sigterm(act: Callable[[], object]) -> Iterator[None]:
+    """What SIGTERM does meanwhile. Signals are the main thread's: in another nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def ask(number, frame) -> None:
-        if record.asked:
-            raise KeyboardInterrupt
-        record.asked = True
-
-    before = signal.signal(signal.SIGTERM, ask)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: act())
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def asked_by_sigterm(record: Record) -> AbstractContextManager[None]:
+    """SIGTERM asks a run to stop; a second one is as Ctrl-C."""
+
+    def ask() -> None:
+        if record.asked:
+            raise KeyboardInterrupt
+        record.asked = True
+
+    return on_sigterm(ask)
 
 
 class StatusLine(TrainerCallback):

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.integrations import integration_utils
 from transformers.utils import logging as transformers_logging
 
 from ..cli import bar
 from ..corpus import read_corpus
 from ..data import StreamedBlocks
+from ..distributed import rank
 from ..schedule import RemovalSchedule
 from . import dry_run
-from .callbacks import StatusLine
+from .callbacks import StatusLine, on_sigterm
 from .card import CARD, Facts, base_of, check_push, data_of, model_card, name_card, push, write_card
-from .flags import guard_fields, schedule_from, source_of
-from .guard import Diverged, Guard, held_out_loss
+from .flags import guard_from, schedule_from, source_of
+from .guard import Diverged, held_out_loss
 from .removable import n_layers
 from .saving import STATE, check_directory, finished, read_json
 from .settings import control_losses, fingerprint, training_arguments
@@ -39,7 +34,7 @@ def run(args) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        with _sigterm_interrupts():
+        with on_sigterm(_interrupt):  # while nothing is trained; a run has its own answer
             if args.dry_run:
                 _dry_run(args)
             else:
@@ -54,30 +49,13 @@ def run(args) -> int:
     return 0
 
 
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """While nothing is trained SIGTERM is as Ctrl-C; a run has its own answer. Signals are the main thread's."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number, frame) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _is_main() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def _tell(text: str) -> None:
     """On stdout, once however many processes there are."""
-    if _is_main():
+    if rank() == 0:
         print(text, flush=True)
 
 
@@ -110,13 +88,13 @@ def _train(args) -> None:
         note={"model": args.model, "text": args.text, "data": args.data},
         held_out=0 if held_out is None else held_out,
         control=args.control,
-        guard=Guard(**guard_fields(args)),
+        guard=guard_from(args),
         save_steps=args.save_steps,
         report_to=[name for name in args.report_to if name != "none"],
         logging_steps=1 if schedule.tokens_per_step > 100_000 or schedule.pace == "adaptive" else 10,
         **({CHECKPOINTING: True} if args.gradient_checkpointing else {}),
     )
-    if _is_main():
+    if rank() == 0:
         device = next(model.parameters()).device
         facts = _facts(args, schedule, made, n_layers(model), held_out, print_of, device)
         write_card(final, model_card(facts, args.push_to_hub))
@@ -125,7 +103,7 @@ def _train(args) -> None:
 
 
 def _push(args, final: Path) -> None:
-    if args.push_to_hub and _is_main():
+    if args.push_to_hub and rank() == 0:
         name_card(final, args.push_to_hub)
         _tell(f"pushed to {push(final, args.push_to_hub)}")
 
@@ -138,10 +116,10 @@ def _facts(args, schedule: RemovalSchedule, made, layers: int, held_out, print_o
     after = control = None
     if held_out is not None:
         size = args.batch_size or 1
-        after = _loss(made, held_out, size, device, args.dtype)
+        after = held_out_loss(made.to(device), held_out, batch_size=size, dtype=args.dtype)
         if args.control is not None and finished(args.control):
             other = AutoModelForCausalLM.from_pretrained(args.control / "final", local_files_only=True)
-            control = _loss(other, held_out, size, device, args.dtype)
+            control = held_out_loss(other.to(device), held_out, batch_size=size, dtype=args.dtype)
     return Facts(
         base=base,
         base_on_hub=on_hub,
@@ -160,11 +138,6 @@ def _facts(args, schedule: RemovalSchedule, made, layers: int, held_out, print_o
         seed=args.seed,
         dtype=args.dtype,
     )
-
-
-def _loss(model: PreTrainedModel, blocks: Int[Tensor, "batch pos"], size: int, device, dtype: str) -> float:
-    with torch.autocast(device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext():
-        return held_out_loss(model.to(device), blocks, batch_size=size, device=device)
 
 
 # -- what it needs ------------------------------------------------------------------------------------------
@@ -222,7 +195,7 @@ def _dry_run(args) -> None:
     schedule = schedule_from(args)
     _check_outside(args)
     check_directory(args.out, args.resume)
-    if not _is_main():
+    if rank() != 0:
         return
     model, tokenizer = load_trainable(args.model)
     if args.control is not None:

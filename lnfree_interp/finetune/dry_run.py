@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -18,9 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data import token_blocks
+from ..distributed import world_size
 from ..documents import documents_of, files_of
 from ..models import resolve_device
 from ..schedule import RemovalSchedule
+from .guard import precision
 from .order import collate
 from .removable import make_removable, n_layers
 from .saving import checkpoints, finished, steps_of
@@ -87,7 +88,7 @@ def _kept(model: PreTrainedModel, blocks: Int[Tensor, "batch pos"], dtype: str) 
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), _precision(model, dtype):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), precision(model, dtype):
         loss = model(**_batch(blocks)).loss  # holds what is counted, so that no address is counted for two
     del loss
     return sum(kept.values())
@@ -95,10 +96,6 @@ def _kept(model: PreTrainedModel, blocks: Int[Tensor, "batch pos"], dtype: str) 
 
 def _batch(blocks: Int[Tensor, "batch pos"]) -> dict[str, Tensor]:
     return collate([{"input_ids": block} for block in blocks])
-
-
-def _precision(model: PreTrainedModel, dtype: str) -> AbstractContextManager:
-    return torch.autocast(model.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 def measure_seconds(
@@ -122,7 +119,7 @@ def measure_seconds(
 
     def micro_batch() -> float:
         began = clock()
-        with _precision(model, dtype):
+        with precision(model, dtype):
             loss = model(**_batch(blocks)).loss
         loss.backward()
         return clock() - began
@@ -206,7 +203,7 @@ def report(
     Raises:
         ValueError: the device is not there, nothing can be written in `out`.
     """
-    where, world = resolve_device(device), int(os.environ.get("WORLD_SIZE", 1))
+    where, world = resolve_device(device), world_size()
     size, n_batches = arguments["per_device_train_batch_size"], arguments["gradient_accumulation_steps"]
     steps, most = schedule.steps, "at most " if schedule.pace == "adaptive" else ""
     yield "schedule", schedule.describe(n_layers(model))

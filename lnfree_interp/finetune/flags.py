@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..schedule import KINDS, PACES, PRESETS, RemovalSchedule
+from .progress import Guard
 
 ADAPTIVE = "adaptive"
 
@@ -68,12 +69,12 @@ def whole_or_none(text: str) -> int | None:
         raise argparse.ArgumentTypeError(f"{error}, or none") from None
 
 
-# Field of the guard: its default, how it is read, what it is.
-GUARD: dict[str, tuple[float, Callable[[str], Any], str]] = {
-    "multiple": (1.6, number, "of the untouched model's loss, above which a loss is suspect"),
-    "patience": (20, whole, "steps that a loss may be suspect before the run goes back to its last good checkpoint"),
-    "wait": (20, whole, "steps that the next removal comes later then; twice as many after each further rollback"),
-    "rollbacks": (3, whole, "after so many the run stops"),
+# The same for the guard's fields.
+GUARD_HELP = {
+    "multiple": "of the untouched model's loss, above which a loss is suspect",
+    "patience": "steps that a loss may be suspect before the run goes back to its last good checkpoint",
+    "wait": "steps that the next removal comes later then; twice as many after each further rollback",
+    "rollbacks": "after so many the run stops",
 }
 _READ: dict[str, Callable[[str], Any]] = {"int": whole, "int | None": whole_or_none, "float | int": number, "str": str}
 
@@ -99,22 +100,22 @@ def add_schedule_flags(group) -> None:
 
 
 def add_guard_flags(group) -> None:
-    for name, (default, read, text) in GUARD.items():
-        group.add_argument(f"--guard-{name}", type=read, default=default, metavar="N", help=f"{text} ({default})")
+    for field in fields(Guard):
+        text = f"{GUARD_HELP[field.name]} ({field.default})"
+        read = _READ[str(field.type)]
+        group.add_argument(f"--guard-{field.name}", type=read, default=field.default, metavar="N", help=text)
 
 
-def guard_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `guard.Guard`.
+def guard_from(args: argparse.Namespace) -> Guard:
+    """The guard that the flags ask for.
 
     Raises:
         ValueError: one that is none; the flag is named.
     """
-    found = {name: getattr(args, f"guard_{name}") for name in GUARD}
-    if not found["multiple"] > 1:
-        raise ValueError(f"--guard-multiple {found['multiple']:g} is not above 1")
-    if found["wait"] < 1:
-        raise ValueError(f"--guard-wait {found['wait']} is not at least 1")
-    return found
+    try:
+        return Guard(**{field.name: getattr(args, f"guard_{field.name}") for field in fields(Guard)})
+    except ValueError as error:
+        raise ValueError(f"--guard-{error}") from None
 
 
 def schedule_from(args: argparse.Namespace) -> RemovalSchedule:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ..schedule import RemovalSchedule
-from .progress import Progress, removed, rolled_back
+from .progress import Guard, Progress, removed, rolled_back
 from .saving import ROLLBACKS, fault, good_checkpoints, last_checkpoint, read_json, state_in, superseded, write_json
 
 
@@ -26,52 +26,26 @@ class Suspicion(Exception):
     """The run as it is should not go on; the reason in words."""
 
 
-@dataclass(frozen=True)
-class Guard:
-    """When a run goes back to its last good checkpoint, and when it is given up.
-
-    A removal may cost 1 to 2 nats for some steps and be made up for; from a loss of 5, of GPT-2's 3, hardly a run
-    came back (P1).
-
-    Attributes:
-        multiple: of the untouched model's loss, above which a loss is suspect and a checkpoint not good.
-        patience: steps that a loss may be suspect.
-        wait: steps that the next removal comes later after the first rollback; twice as many after each further one.
-        rollbacks: after so many the run stops.
-    """
-
-    multiple: float | int = 1.6
-    patience: int = 20
-    wait: int = 20
-    rollbacks: int = 3
-
-    def __post_init__(self):
-        if not self.multiple > 1:
-            raise ValueError(f"multiple is {self.multiple}, not above 1")
-        for name, least in (("patience", 0), ("wait", 1), ("rollbacks", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, not at least {least}")
-
-    def is_good(self, loss: float, baseline: float) -> bool:
-        """Whether a loss (nats) is finite and not suspect."""
-        return math.isfinite(loss) and loss <= self.multiple * baseline
+def precision(model: Any, dtype: str) -> AbstractContextManager:
+    """What a model of float32 weights computes within: autocast for "bfloat16", nothing for "float32"."""
+    return torch.autocast(model.device.type, torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 @torch.no_grad()
-def held_out_loss(model: Callable[..., Any], blocks: Int[Tensor, "batch pos"], *, batch_size: int, device) -> float:
+def held_out_loss(model: Any, blocks: Int[Tensor, "batch pos"], *, batch_size: int, dtype: str = "float32") -> float:
     """Mean cross-entropy per token (nats) of held-out blocks; the mode of the model is left as it was."""
-    module: Any = model
-    training = module.training
-    module.eval()
+    training = model.training
+    model.eval()
     total = torch.zeros((), dtype=torch.float64)
     try:
         for batch in blocks.split(batch_size):
-            tokens = batch.to(device)
-            logits = model(input_ids=tokens).logits[:, :-1].float()
+            tokens = batch.to(model.device)
+            with precision(model, dtype):
+                logits = model(input_ids=tokens).logits[:, :-1].float()
             loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
             total += loss.cpu().double()
     finally:
-        module.train(training)
+        model.train(training)
     return total.item() / blocks[:, 1:].numel()
 
 

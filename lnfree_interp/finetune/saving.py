@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
+from ..distributed import rank
+
 MANIFEST, STATE, RUN, ROLLBACKS = "manifest.json", "removal.json", "run.json", "rollbacks.json"
 WRITING, OLD = ".writing", ".old"
 PART = 1 << 26  # bytes
@@ -322,5 +324,5 @@ def save_checkpoint(model, tokenizer, directory: str | Path, state: dict | None 
 
 def say(line: str) -> None:
     """On stderr, once however many processes there are."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank() == 0:
         print(line, file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..distributed import world_size
 from ..schedule import RemovalSchedule
 from .saving import RUN, STATE, checkpoints, fault, read_json
 
@@ -161,7 +161,7 @@ def training_arguments(
     context = config.max_position_embeddings
     if schedule.block_size > context:
         raise ValueError(f"schedule has blocks of {schedule.block_size}, model has {context}")
-    sequences, world = schedule.tokens_per_step // schedule.block_size, int(os.environ.get("WORLD_SIZE", 1))
+    sequences, world = schedule.tokens_per_step // schedule.block_size, world_size()
     if n_blocks is not None and n_blocks < sequences:
         raise ValueError(
             f"text is too short: {n_blocks} blocks of {schedule.block_size} tokens, a step needs {sequences}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -21,9 +20,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ..schedule import RemovalSchedule
 from .callbacks import LossGuard, Record, RemovalCallback, StatusLine, StopWhenAsked, asked_by_sigterm
 from .export import export_ln_free, plain_model, plain_state
-from .guard import Guard, Suspicion, held_out_loss, roll_back
+from .guard import Suspicion, held_out_loss, roll_back
 from .order import Share, collate, loader, place_after
-from .progress import learning_rate_factor
+from .progress import Guard, learning_rate_factor
 from .removable import auxiliary_loss, final_norm, make_removable, n_layers
 from .saving import (
     ROLLBACKS,
@@ -137,11 +136,9 @@ class RemovalTrainer(Trainer):
         """Nats per token on the run's held-out blocks, the same on all processes; None: there are none."""
         if self.record.held_out is None:
             return None
-        device = self.args.device
-        with torch.autocast(device.type, torch.bfloat16) if self.args.bf16 else nullcontext():
-            size = self.args.per_device_train_batch_size
-            loss = held_out_loss(self.model, self.record.held_out, batch_size=size, device=device)
-        return self.accelerator.reduce(torch.tensor(loss, device=device), reduction="mean").item()
+        size, dtype = self.args.per_device_train_batch_size, "bfloat16" if self.args.bf16 else "float32"
+        loss = held_out_loss(self.model, self.record.held_out, batch_size=size, dtype=dtype)
+        return self.accelerator.reduce(torch.tensor(loss, device=self.args.device), reduction="mean").item()
 
     # -- checkpoints
 
