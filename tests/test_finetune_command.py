@@ -103,6 +103,7 @@ VALUES = {
     "int | None": st.none() | st.integers(1, 50),
     "float": st.floats(0, 0.9),
     "float | int": st.floats(0, 0.9),
+    "float | int | None": st.none() | st.floats(0, 9),
     "Sequence[str]": st.permutations(KINDS).map(tuple),
     "Mapping[str, float | int]": st.fixed_dictionaries({kind: st.floats(0, 9) for kind in KINDS}),
 }
@@ -190,6 +191,8 @@ BAD = {
     "infinity": ({"margin": "inf"}, "argument --margin: 'inf' is not a number"),
     "whole number": ({"start": "1.5"}, "argument --start: '1.5' is not a whole number"),
     "whole number or none": ({"patience": "no"}, "argument --patience: 'no' is not a whole number of"),
+    "number or none": ({"massive": "much"}, "argument --massive: 'much' is not a number, or none"),
+    "no multiple": ({"massive": "1"}, "--massive: massive is 1.0, not a number above 1"),
     "choice": ({"by": "head"}, "argument --by: invalid choice: 'head' (choose from"),
     "order": ({"order": "qk|ln_3"}, "argument --order: invalid choice: 'ln_3'"),
     "half an order": ({"order": "qk|v"}, "--order: order ('qk', 'v') does not name each of"),

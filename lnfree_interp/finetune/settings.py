@@ -20,9 +20,11 @@ from .saving import RUN, STATE, checkpoints, fault, read_json
 DEFAULT_BATCH = 16
 # Fields of a schedule that a control does not share: what is removed when.
 REMOVAL = (
-    "start gaps order by layers position0_gap auxiliary_weight auxiliary_until momentum "
+    "start gaps order by layers position0_gap massive massive_gap auxiliary_weight auxiliary_until momentum "
     "pace margin smoothing patience settle"
 ).split()
+# What runs of versions that did not know a field of the schedule did.
+BEFORE = {"pace": "fixed", "massive": None}
 OPTIMISER = ("optim", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 
@@ -91,8 +93,8 @@ def stored_settings(out: Path) -> dict | None:
         return None
     try:
         if "settings" in stored:
-            return dict(stored["settings"])
-        return {**stored["schedule"], "seed": stored["seed"]}
+            return {**BEFORE, **stored["settings"]}
+        return {**BEFORE, **stored["schedule"], "seed": stored["seed"]}
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{out / RUN} does not say what the run is") from None
 
