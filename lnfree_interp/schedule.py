@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .documents import read_text
+from .files import replace_file
 
 KINDS = ("ln_2", "qk", "v", "ln_f")
 # Tokens that are treated apart for a while, in the order in which that ends. Massive tokens come last: position 0 is
@@ -178,14 +178,8 @@ class RemovalSchedule:
         Raises:
             ValueError: the file cannot be written.
         """
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-            os.replace(beside, path)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise ValueError(f"cannot write {path}: {error.strerror}") from None
+        text = json.dumps(asdict(self), indent=1) + "\n"
+        replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_json(cls, path: str | Path, base: RemovalSchedule | None = None) -> RemovalSchedule:
