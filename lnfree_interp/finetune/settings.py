@@ -20,7 +20,7 @@ from .saving import RUN, STATE, checkpoints, fault, read_json
 DEFAULT_BATCH = 16
 # Fields of a schedule that a control does not share: what is removed when.
 REMOVAL = (
-    "start gaps order by layers position0_gap auxiliary_weight auxiliary_until momentum "
+    "start gaps order by layers position0_gap auxiliary_weight auxiliary_until momentum distillation "
     "pace margin smoothing patience settle"
 ).split()
 OPTIMISER = ("optim", "adam_beta1", "adam_beta2", "adam_epsilon")
