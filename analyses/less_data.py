@@ -357,7 +357,7 @@ def run(args) -> common.Output:
     name = cli.display_name(model)
     caption = (
         f"{name}, {args.seeds} seeds; the preset in {steps} steps of {whole.tokens_per_step:,} tokens (dotted line), "
-        f"the others in at most {part.steps}; each gap is to the control of the same steps, data and seed; held-out text."
+        f"the others in {part.steps}; each gap is to the control of the same steps, data and seed; held-out text."
     )
     return common.Output(table, figure(table, f"Removal with less data ({name})"), claims(table), caption)
 
