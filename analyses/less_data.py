@@ -51,8 +51,9 @@ class Recipe:
 def faster(recipe: Recipe, factor: float) -> Recipe:
     """Gaps and start times `factor`: more steps are left to settle, the learning rate falling as before."""
     s = recipe.schedule
-    gaps = {kind: gap * factor for kind, gap in s.gaps.items()}
-    return recipe.with_(gaps=gaps, position0_gap=s.position0_gap * factor, start=max(1, round(s.start * factor)))
+    short = s.scaled(max(1, round(factor * s.steps)))
+    of_the_run = {name: getattr(s, name) for name in ("steps", "warmup_steps", "patience", "settle")}
+    return replace(recipe, schedule=replace(short, **of_the_run))
 
 
 def one_gate(recipe: Recipe, share: float) -> Recipe:

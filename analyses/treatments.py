@@ -143,9 +143,9 @@ class Interpolated(Treatment):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self.now = state.global_step
         super().on_step_begin(args, state, control, model=model, **kwargs)
-        for name, since in self.since.items():
-            if self.now - since < self.steps:  # tokens differ, as where massive ones are treated
-                removal_sites(model)[name].massive = True
+        for name, site in removal_sites(model).items():
+            if name in self.since and self.share(site) < 1:  # tokens differ, as where massive ones are treated
+                site.massive = True
 
     def froze(self, model, names, step):
         self.since.update(dict.fromkeys(names, step))

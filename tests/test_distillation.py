@@ -78,7 +78,7 @@ def test_with_no_weight_it_is_transformers_loss():
     with patch.object(torch.Tensor, "float", torch.Tensor.double):  # transformers' loss too in fp64
         loss = model(tokens, labels=tokens).loss
     loss.backward()
-    assert (losses.mixed / losses.count).item() == pytest.approx(loss.item(), rel=1e-12)
+    assert (losses.mixed / losses.n).item() == pytest.approx(loss.item(), rel=1e-12)
     for name, p in model.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad, atol=1e-12, rtol=1e-9)
 

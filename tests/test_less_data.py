@@ -190,7 +190,8 @@ def test_sensitivity_is_the_rise_of_the_loss_with_one_site_frozen(kind):
         freeze(other, frozen, position0=True, eot=True)
         with torch.no_grad(), exact():
             losses.append(other(input_ids=tokens, labels=tokens).loss.item())
-    assert rise["v", 1] == pytest.approx(losses[1] - losses[0], rel=1e-8) and rise["v", 1] != 0
+    assert rise["v", 1] == pytest.approx(losses[1] - losses[0], abs=1e-6)  # transformers' loss is in fp32
+    assert min(abs(value) for value in rise.values()) > 1e-5
 
 
 # -- recipes
@@ -303,7 +304,7 @@ def small(tmp_path, monkeypatch):
 
 def test_the_table_grows(small, capsys):
     words = ["--model", small / "minute", "--text", small / "train.txt", "--val", small / "val.txt", "--device", "cpu"]
-    words += ["--steps", 12, "--step-tokens", 64, "--seeds", 2, "--runs", small / "runs", "--out", small / "figures"]
+    words += ["--steps", 12, "--step-tokens", 256, "--seeds", 2, "--runs", small / "runs", "--out", small / "figures"]
 
     def variants(*more):
         assert less_data.main([str(word) for word in [*words, *more]]) == 0
@@ -313,7 +314,7 @@ def test_the_table_grows(small, capsys):
 
     first = variants("--only", "distilled=0.5+adaptive", "at-once+interpolated=2")
     assert list(first.index) == ["preset, all its steps", "distilled=0.5+adaptive", "at-once+interpolated=2"]
-    assert first.steps.iloc[0] == 12 and first.steps.iloc[2] == 6 and first.tokens.iloc[2] == 384
+    assert first.steps.iloc[0] == 12 and first.steps.iloc[2] == 6 and first.tokens.iloc[2] == 1536
     said = capsys.readouterr().out
     assert "| `at-once+interpolated=2` | 6 |" in said and "half the preset's tokens" in said
     results = {path: path.stat().st_mtime_ns for path in small.glob("runs/*/result.json")}

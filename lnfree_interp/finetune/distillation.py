@@ -24,13 +24,13 @@ class Losses(NamedTuple):
         mixed: (1 - weight) * ce + weight * kl, the one with a gradient.
         ce: the cross-entropy.
         kl: KL(teacher || model).
-        count: how many tokens they are.
+        n: how many tokens they are.
     """
 
     mixed: Float[Tensor, ""]
     ce: Float[Tensor, ""]
     kl: Float[Tensor, ""]
-    count: Int[Tensor, ""]
+    n: Int[Tensor, ""]
 
 
 def make_teacher(model: PreTrainedModel) -> PreTrainedModel:
@@ -63,7 +63,7 @@ def distilled_losses(
         >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=8, n_embd=8, n_layer=1, n_head=2)).eval()
         >>> tokens = torch.arange(8)[None]
         >>> losses = distilled_losses(model(tokens).logits, tokens, tokens, make_teacher(model), 0.5)
-        >>> losses.count.item(), bool(losses.kl.abs() < 1e-5), bool(losses.ce > 7)
+        >>> losses.n.item(), bool(losses.kl.abs() < 1e-5), bool(losses.ce > 7)
         (7, True, True)
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()

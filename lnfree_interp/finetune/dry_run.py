@@ -251,7 +251,8 @@ def report(
     yield "output", f"{out}: {holds(out)}"
 
     ready(model)
-    teacher = Teacher(make_teacher(model).to(where), schedule.distillation) if schedule.distillation else None
+    untouched: Any = make_teacher(model) if schedule.distillation else None
+    teacher = None if untouched is None else Teacher(untouched.to(where), schedule.distillation)
     if schedule.order:
         make_removable(model, eot=tokenizer.eos_token_id)
     model.train().to(where)
