@@ -24,12 +24,19 @@ PAPERS, CONTROL = "the papers' order", "control, nothing removed"
 
 @dataclass(frozen=True)
 class Run:
-    """A fine-tuning run of one model: name of the variant, schedule, seed."""
+    """A fine-tuning run of one model: name of the variant, schedule, seed.
+
+    Attributes:
+        treatments: (name, value) of what is done besides the schedule: see `treatments.py`.
+        control: the run whose losses an adaptive schedule compares its own with; it has to be finished before.
+    """
 
     model: str
     variant: str
     schedule: RemovalSchedule
     seed: int
+    treatments: tuple[tuple[str, float], ...] = ()
+    control: Run | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +58,12 @@ class Finished:
     diverged: str = ""
 
 
-def flags(parser) -> None:
-    """The flags of analyses that train."""
+def flags(parser, step_tokens: int | None = 4096) -> None:
+    """The flags of analyses that train; step_tokens None: the preset's."""
     add = parser.add_argument
+    usual = "the preset's" if step_tokens is None else f"{step_tokens:,}"
     add("--preset", default="tiny", choices=PRESETS, help="schedule to scale to --steps (tiny)")
-    add("--step-tokens", type=cli.positive_int, default=4096, metavar="N", help="tokens per step (4,096)")
+    add("--step-tokens", type=cli.positive_int, default=step_tokens, metavar="N", help=f"tokens per step ({usual})")
     add("--seeds", type=cli.positive_int, default=3, metavar="N", help="runs of each variant (3)")
     add("--jobs", type=cli.positive_int, default=1, metavar="N", help="runs at a time (1)")
     add("--runs", type=Path, default=RUNS, metavar="DIR", help="where runs are kept (out/runs)")
@@ -63,16 +71,17 @@ def flags(parser) -> None:
 
 
 def base_schedule(args, steps: int) -> RemovalSchedule:
-    return replace(RemovalSchedule.preset(args.preset).scaled(steps), tokens_per_step=args.step_tokens)
+    schedule = RemovalSchedule.preset(args.preset)
+    return replace(schedule.scaled(steps), tokens_per_step=args.step_tokens or schedule.tokens_per_step)
 
 
 def texts(args) -> tuple[list[str], list[str]]:
-    """Training and evaluation documents: --text and the embedded text; or two parts of the embedded text."""
-    embedded = read_documents(VALIDATION_TEXT)
-    if args.text:
-        return read_documents(args.text), embedded
+    """Training and evaluation documents: --text and --val, or the embedded text; or two parts of the embedded text."""
     if args.data:
         raise ValueError("--data is not supported here: give training text with --text")
+    embedded, val = read_documents(VALIDATION_TEXT), getattr(args, "val", None)
+    if args.text or val:
+        return read_documents(args.text) if args.text else embedded, read_documents(val) if val else embedded
     cut = max(1, round(0.8 * len(embedded)))
     return embedded[:cut], embedded[cut:]
 
@@ -91,9 +100,9 @@ def some_of(documents: Sequence[str], run: Run) -> list[str]:
 def perform(args, wanted: Sequence[Run]) -> dict[tuple[str, str, int, int], Finished]:
     """(model, variant, steps, seed) -> finished run, in the order wanted."""
     train, held_out = texts(args)
-    where = [(run, args.runs / directory_name(run, args)) for run in wanted]
+    where = [(run, directory_of(run, args)) for run in wanted]
     tasks = [
-        (run, directory, some_of(train, run), held_out, args.device)
+        (run, directory, some_of(train, run), held_out, args.device, run.control and directory_of(run.control, args))
         for run, directory in where
         if not (directory / "result.json").exists()
     ]
@@ -123,11 +132,20 @@ def _in_turn(tasks: list, jobs: int):
         yield from pool.map(train, tasks)
 
 
+def directory_of(run: Run, args) -> Path:
+    return args.runs / directory_name(run, args)
+
+
 def directory_name(run: Run, args) -> str:
     """Readable, and different wherever the result could be."""
     schedule = json.dumps(asdict(run.schedule), sort_keys=True, default=list)
     text = common.file_fingerprint(Path(args.text or VALIDATION_TEXT))
-    key = hashlib.sha256(f"{schedule}{common.model_fingerprint(run.model)}{text}{bool(args.text)}".encode()).hexdigest()
+    key = f"{schedule}{common.model_fingerprint(run.model)}{text}{bool(args.text)}"
+    if run.treatments:
+        key += repr(run.treatments)
+    if getattr(args, "val", None):
+        key += common.file_fingerprint(Path(args.val))
+    key = hashlib.sha256(key.encode()).hexdigest()
     variant = "".join(c if c.isalnum() else "-" for c in run.variant)
     return f"{cli.display_name(run.model)}-{variant}-{run.schedule.steps}-seed{run.seed}-{key[:8]}"
 

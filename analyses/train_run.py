@@ -11,23 +11,26 @@ from pathlib import Path
 
 from runs import Run
 from torch import Tensor
+from treatments import made
 
 from lnfree_interp import RemovalSchedule, evaluate_loss, load_model, remove_layernorm, token_blocks
 from lnfree_interp.data import Blocks
 from lnfree_interp.finetune import Diverged, Guard, StatusLine, load_trainable
+from lnfree_interp.finetune.saving import state_in
 
 EVALUATED = 32768  # tokens
 
 
 def train(task) -> tuple[Run, Path, float]:
-    run, directory, train, held_out, device = task
+    """To the end; one that was interrupted goes on, or begins again where treatments know more than is saved."""
+    run, directory, train, held_out, device, control = task
     began = time.monotonic()
     model, tokenizer = load_trainable(run.model)
     block = min(run.schedule.block_size, model.config.n_positions)
     schedule = replace(run.schedule, block_size=block)
     history = History(schedule)
     resume = any(directory.glob("checkpoint-*/trainer_state.json"))
-    if (directory / "final").exists():
+    if (directory / "final").exists() or (run.treatments and directory.exists()):
         shutil.rmtree(directory)
         resume = False
     held_out = token_blocks(tokenizer, held_out, block, max_blocks=EVALUATED // block)
@@ -42,7 +45,8 @@ def train(task) -> tuple[Run, Path, float]:
             resume=resume,
             device=device,
             seed=run.seed,
-            callbacks=[history],
+            callbacks=[history, *made(run.treatments)],
+            control=control,
             logging_steps=1,
             save_steps=50,
             guard=Guard(multiple=1.8, rollbacks=0),  # whether a schedule holds is what is asked
@@ -50,13 +54,15 @@ def train(task) -> tuple[Run, Path, float]:
     except Diverged as error:
         diverged = str(error).split(":")[0]
     loss = None if diverged else mean_loss(directory / "final", held_out, device)
+    planned = schedule.events(model.config.n_layer)
+    state = None if diverged else state_in(directory / "final")
     result = {
         "variant": run.variant,
         "steps": history.steps,
         "ce": history.ce,
         "loss": loss,
         "diverged": diverged,
-        "events": [list(event) for event in schedule.events(model.config.n_layer)],
+        "events": [list(event) for event in (state["progress"]["happened"] if state else planned)],
     }
     (directory / "result.json.part").write_text(json.dumps(result))
     (directory / "result.json.part").rename(directory / "result.json")

@@ -96,6 +96,8 @@ class RemovalSchedule:
     weight_decay: float | int = 0.01
     max_grad_norm: float | int = 1.0
     momentum: float | int = 0.9  # of the running averages of std
+    # How much of the loss is KL(untouched model || model), in nats per token, in place of the cross-entropy.
+    distillation: float | int = 0.0
     pace: str = "fixed"  # or "adaptive", of which speak:
     margin: float | int = 0.05  # nats above the control's loss, within which a loss is back
     smoothing: float | int = 0.7  # how much of the smoothed difference stays in each step; it begins anew per event
@@ -127,6 +129,8 @@ class RemovalSchedule:
         for name in ("momentum", "smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, not at least 0 and below 1")
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation is {self.distillation}, not from 0 to 1")
         if self.tokens_per_step % self.block_size:
             raise ValueError(f"{self.tokens_per_step} tokens per step are no multiple of {self.block_size}")
         if not 0 <= self.min_learning_rate <= self.learning_rate or not self.learning_rate > 0:
@@ -161,8 +165,8 @@ class RemovalSchedule:
         )
 
     def vanilla(self) -> RemovalSchedule:
-        """The control: the same training with nothing removed, no class of massive tokens and no auxiliary loss."""
-        return replace(self, order=(), massive=None, auxiliary_weight=0.0, pace="fixed")
+        """The control: the same training with nothing removed, no class of massive tokens, auxiliary loss or distillation."""
+        return replace(self, order=(), massive=None, auxiliary_weight=0.0, distillation=0.0, pace="fixed")
 
     def adaptive(self, **changes) -> RemovalSchedule:
         """The same schedule at the model's own pace: its gaps are least distances, its steps the most it takes.
@@ -305,6 +309,8 @@ class RemovalSchedule:
             until = self.auxiliary_until or max(at[-1] for at in steps.values())
             end = "the last event" if self.pace == "adaptive" and self.auxiliary_until is None else f"step {until}"
             lines.append(f"  {f'auxiliary loss x {self.auxiliary_weight:g}':24}until {end}")
+        if self.distillation:
+            lines.append(f"  {f'distillation x {self.distillation:g}':24}KL(untouched model || model)")
         return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
@@ -58,13 +59,13 @@ def launch(launcher: str, folder: Path, *parts: str, timeout: float = 300) -> No
 # -- runs of Trainer
 
 # What happens to a run of a name besides: before step 6 and again before step 11 somebody interrupts it; one of its
-# processes is asked to stop in step 5; all weights are lost in step 9.
-STOPPED, ASKED, LOST = "stopped", "asked", "lost"
+# processes is asked to stop in step 5; all weights are lost in step 9; half of its loss is distillation.
+STOPPED, ASKED, LOST, DISTILLED = "stopped", "asked", "lost", "distilled"
 
 
 def run(folder: Path, name: str, *, rank: int = 0, resume: bool = False, batch_size: int | None = None) -> dict:
     """A removal of a minute GPT-2 in fp64; what it gave, which is kept in a file as well."""
-    from minute import Aside, At, Recorder, byte_tokenizer, interrupt, minute_blocks, minute_gpt2, train
+    from minute import MINUTE, Aside, At, Recorder, byte_tokenizer, interrupt, minute_blocks, minute_gpt2, train
 
     from lnfree_interp.finetune.guard import Guard
     from lnfree_interp.finetune.saving import state_in
@@ -78,9 +79,10 @@ def run(folder: Path, name: str, *, rank: int = 0, resume: bool = False, batch_s
     data = Aside(minute_blocks().blocks)
     options = {"resume": resume, "batch_size": batch_size, "guard": Guard(patience=0, wait=3), "data": data}
     callbacks, model = [recorder, *happens.get(name, [])], minute_gpt2(dtype=torch.float64)
+    schedule = replace(MINUTE, distillation=0.5 * (name == DISTILLED))
     try:
         with patch.object(torch.Tensor, "float", torch.Tensor.double):  # transformers' loss too in fp64
-            _, plain = train(byte_tokenizer(), folder / name, callbacks=callbacks, model=model, **options)
+            _, plain = train(byte_tokenizer(), folder / name, schedule, callbacks=callbacks, model=model, **options)
         final = plain.state_dict()
     except KeyboardInterrupt:
         assert name in (STOPPED, ASKED)

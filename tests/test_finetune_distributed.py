@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
-from in_processes import ASKED, LOST, STOPPED, N, launch, removable, run, take_steps
+from in_processes import ASKED, DISTILLED, LOST, STOPPED, N, launch, removable, run, take_steps
 from minute import MINUTE
 
 from lnfree_interp.finetune.export import export_ln_free
@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
     """All that two processes make: one start of them is most of what it takes."""
     folder = tmp_path_factory.mktemp("processes")
     run(folder, STOPPED)
-    runs = ("run:torchrun", f"go on:{STOPPED}", f"run:{LOST}", f"run:{ASKED}")
+    runs = ("run:torchrun", f"go on:{STOPPED}", f"run:{LOST}", f"run:{ASKED}", f"run:{DISTILLED}")
     launch("torchrun", folder, *(f"shard:{kind}" for kind in SHARDED), *runs)
     return folder
 
@@ -63,6 +63,14 @@ def test_torchrun_trains_what_one_process_does(folder, alone):
     close(other["final"], one["final"], 0)
     for *parts, whole in zip(one["batches"], other["batches"], alone["batches"], strict=True):
         assert torch.equal(torch.cat(parts), whole) and not torch.equal(*parts)
+
+
+def test_two_processes_are_distilled_as_one_is(folder, tmp_path):
+    wanted = run(tmp_path, DISTILLED)
+    for found in of_each(folder, DISTILLED):
+        assert [log["kl"] for log in found["logs"]] == pytest.approx([log["kl"] for log in wanted["logs"]], abs=1e-9)
+        close(found["final"], wanted["final"])
+    assert_same_run(of_each(folder, DISTILLED)[0], wanted)
 
 
 def test_accelerate_launch_does_too(tmp_path, alone):

@@ -213,8 +213,9 @@ class StatusLine(TrainerCallback):
         step = state.global_step
         left = (time.monotonic() - self.began) / max(1, step - self.first) * (state.max_steps - step)
         words = [f"step {step}/{state.max_steps}", f"loss {logs['loss']:.4f}"]
-        if "aux" in logs:
-            words += [f"ce {logs['ce']:.4f}", f"aux {logs['aux']:.4f}"]
+        parts = [name for name in ("ce", "kl", "aux") if name in logs]
+        if len(parts) > 1:
+            words += [f"{name} {logs[name]:.4f}" for name in parts]
         if self.schedule.order and self.record is not None:
             n_layer, progress = self.record.n_layer, self.record.progress
             words.append(state_of(self.schedule, progress, step, n_layer).summary(n_layer))

@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..distributed import world_size
 from ..documents import documents_of, files_of
 from ..models import resolve_device
 from ..schedule import RemovalSchedule
+from .distillation import distilled_losses, make_teacher
 from .guard import precision
 from .order import collate
 from .removable import make_removable, n_layers
@@ -43,41 +44,68 @@ class Memory:
     gradients: int
     moments: int  # AdamW's two
     activations: int  # of a micro-batch
+    teacher: int = 0  # the untouched model's weights, where it is distilled
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.activations
+        return sum(asdict(self).values())
 
     def __str__(self) -> str:
-        parts = [f"{name} {_gib(getattr(self, name))}" for name in ("weights", "gradients", "moments", "activations")]
+        parts = [f"{name} {_gib(size)}" for name, size in asdict(self).items() if name != "teacher" or size]
         return f"{_gib(self.total)} per device: {', '.join(parts)}"
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """The untouched model, and how much of the loss is the divergence from it."""
+
+    model: PreTrainedModel
+    weight: float | int
+
+
 def estimate_memory(
-    model: PreTrainedModel, blocks: Int[Tensor, "batch pos"], batch_size: int, *, dtype: str, checkpointing: bool
+    model: PreTrainedModel,
+    blocks: Int[Tensor, "batch pos"],
+    batch_size: int,
+    *,
+    dtype: str,
+    checkpointing: bool,
+    teacher: Teacher | None = None,
 ) -> Memory:
     """What training takes: float32 weights, gradients and moments; and what a micro-batch leaves for its backward.
 
     Activations are what autograd keeps of the forward of one sequence and of two, measured, and from there in a line;
-    and the logits' gradient twice, which is when most is needed.
+    and the logits' gradient twice, which is when most is needed (with a teacher the logits; their gradient is kept).
 
     Args:
         blocks: at least one sequence, on the model's device.
         batch_size: sequences of a micro-batch.
     """
     weights = sum(p.numel() for p in model.parameters()) * 4
-    one = _kept(model, blocks[:1], dtype)
-    more = _kept(model, blocks[:1].repeat(2, 1), dtype) - one
+    one = _kept(model, blocks[:1], dtype, teacher)
+    more = _kept(model, blocks[:1].repeat(2, 1), dtype, teacher) - one
     activations = one + more * (batch_size - 1)
     positions = blocks.shape[1] * batch_size
     logits = positions * model.config.vocab_size * 4
     if checkpointing:  # a layer at a time is there, and the stream before each; the loss keeps what it kept
         layers, stream = n_layers(model), positions * model.config.hidden_size * 4
         activations = (activations - logits) // layers + layers * stream + logits
+    if teacher is not None:
+        return Memory(weights, weights, 2 * weights, activations + logits, weights)
     return Memory(weights, weights, 2 * weights, activations + 2 * logits)
 
 
-def _kept(model: PreTrainedModel, blocks: Int[Tensor, "batch pos"], dtype: str) -> int:
+def _loss(model: PreTrainedModel, blocks: Int[Tensor, "batch pos"], dtype: str, teacher: Teacher | None) -> Tensor:
+    """As a run computes it; the auxiliary loss is left out."""
+    batch = collate([{"input_ids": block} for block in blocks])
+    with precision(model, dtype):
+        if teacher is None:
+            return model(**batch).loss
+        logits, tokens = model(input_ids=batch["input_ids"]).logits.float(), batch["input_ids"]
+    return distilled_losses(logits, batch["labels"], tokens, teacher.model, teacher.weight, dtype=dtype).mixed
+
+
+def _kept(model: PreTrainedModel, blocks: Int[Tensor, "batch pos"], dtype: str, teacher: Teacher | None = None) -> int:
     """Bytes that autograd keeps of a forward, weights apart."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -88,18 +116,20 @@ def _kept(model: PreTrainedModel, blocks: Int[Tensor, "batch pos"], dtype: str) 
             kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), precision(model, dtype):
-        loss = model(**_batch(blocks)).loss  # holds what is counted, so that no address is counted for two
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = _loss(model, blocks, dtype, teacher)  # holds what is counted, so that no address is counted for two
     del loss
     return sum(kept.values())
 
 
-def _batch(blocks: Int[Tensor, "batch pos"]) -> dict[str, Tensor]:
-    return collate([{"input_ids": block} for block in blocks])
-
-
 def measure_seconds(
-    model: PreTrainedModel, blocks: Int[Tensor, "batch pos"], n_batches: int, *, dtype: str, checkpointing: bool
+    model: PreTrainedModel,
+    blocks: Int[Tensor, "batch pos"],
+    n_batches: int,
+    *,
+    dtype: str,
+    checkpointing: bool,
+    teacher: Teacher | None = None,
 ) -> tuple[float, int | None]:
     """Seconds of a step of n_batches micro-batches such as `blocks`, and the most bytes in use where a device counts.
 
@@ -119,9 +149,7 @@ def measure_seconds(
 
     def micro_batch() -> float:
         began = clock()
-        with precision(model, dtype):
-            loss = model(**_batch(blocks)).loss
-        loss.backward()
+        _loss(model, blocks, dtype, teacher).backward()
         return clock() - began
 
     first = micro_batch()
@@ -223,13 +251,17 @@ def report(
     yield "output", f"{out}: {holds(out)}"
 
     ready(model)
+    untouched: Any = make_teacher(model) if schedule.distillation else None
+    teacher = None if untouched is None else Teacher(untouched.to(where), schedule.distillation)
     if schedule.order:
         make_removable(model, eot=tokenizer.eos_token_id, massive=schedule.massive)
     model.train().to(where)
     blocks = blocks.to(where)
-    memory = estimate_memory(model, blocks, size, dtype=dtype, checkpointing=checkpointing)
+    how: dict[str, Any] = {"dtype": dtype, "checkpointing": checkpointing, "teacher": teacher}
+    memory = estimate_memory(model, blocks, size, **how)
     free = free_memory(where)
-    fits = free is None or memory.total - (memory.weights if where.type == "cuda" else 0) <= free
+    there_already = memory.weights + memory.teacher if where.type == "cuda" else 0
+    fits = free is None or memory.total - there_already <= free
     there = "" if free is None else f"; {_gib(free)} free{'' if fits else ': IT DOES NOT FIT'}"
     yield "memory", f"about {memory}{there}"
     if not timing or not fits:
@@ -238,7 +270,7 @@ def report(
     repeats = -(-size // len(blocks))
     micro_batch = blocks.repeat(repeats, 1)[:size]
     try:
-        seconds, peak = measure_seconds(model, micro_batch, n_batches, dtype=dtype, checkpointing=checkpointing)
+        seconds, peak = measure_seconds(model, micro_batch, n_batches, **how)
     except torch.OutOfMemoryError:
         yield "time", "not measured: a micro-batch DOES NOT FIT into the device's memory"
         return

@@ -37,6 +37,7 @@ HELP = {
     "weight_decay": "AdamW's",
     "max_grad_norm": "gradients are clipped to",
     "momentum": "of the running averages of std",
+    "distillation": "how much of the loss is the divergence from the untouched model's predictions (0 to 1)",
     "pace": "when sites go: at their steps, or when the loss is back at the control's (--control)",
     "margin": "nats above the control's loss, within which a loss is back (adaptive)",
     "smoothing": "how much of the smoothed difference stays in each step (adaptive)",

@@ -22,10 +22,10 @@ DEFAULT_BATCH = 16
 # Fields of a schedule that a control does not share: what is removed when.
 REMOVAL = (
     "start gaps order by layers position0_gap massive massive_gap auxiliary_weight auxiliary_until momentum "
-    "pace margin smoothing patience settle"
+    "distillation pace margin smoothing patience settle"
 ).split()
 # What runs of versions that did not know a field of the schedule did.
-BEFORE = {"pace": "fixed", "massive": None}
+BEFORE = {"pace": "fixed", "massive": None, "distillation": 0.0}
 OPTIMISER = ("optim", "adam_beta1", "adam_beta2", "adam_epsilon")
 
 

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..schedule import RemovalSchedule
 from .callbacks import LossGuard, Record, RemovalCallback, StatusLine, StopWhenAsked, asked_by_sigterm
+from .distillation import distilled_losses, make_teacher
 from .export import export_ln_free, plain_model, plain_state
 from .guard import Suspicion, held_out_loss, roll_back
 from .order import Share, collate, loader, place_after
@@ -58,7 +59,9 @@ HELD_OUT, PART = 16, 20
 
 
 class RemovalTrainer(Trainer):
-    """Trainer plus the auxiliary loss; logs cross-entropy "ce" and unweighted auxiliary loss "aux".
+    """Trainer plus the auxiliary loss and, with a teacher, distillation.
+
+    Logs the cross-entropy "ce", the divergence from the teacher "kl" and the unweighted auxiliary loss "aux".
 
     Its learning rate is the schedule's, its data in the order of `order.py`, its checkpoints are whole or not there.
     """
@@ -67,17 +70,19 @@ class RemovalTrainer(Trainer):
     begin = 0  # the step it begins at
     moved: Any = None  # its stream, from there on
 
-    def __init__(self, *args, record: Record, guard: Guard, sequences: int, **kwargs):
+    def __init__(self, *args, record: Record, guard: Guard, sequences: int, teacher=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.record, self.guard, self.sequences = record, guard, sequences
+        self.teacher: PreTrainedModel | None = None if teacher is None else teacher.to(self.args.device)
         self.discard: list[Path] = []  # damaged or given up; removed after the next save
         self._run_dir: str | None = None
         self._ce: list[Tensor] = []  # of each step since the last log
+        self._kl: Tensor | None = None
         self._aux: Tensor | None = None
         self._step = -1
 
     def train(self, *args, **kwargs):
-        self._ce, self._aux, self._step = [], None, -1
+        self._ce, self._kl, self._aux, self._step = [], None, None, -1
         return super().train(*args, **kwargs)
 
     # -- what a step reads, and at which rate it learns
@@ -101,12 +106,16 @@ class RemovalTrainer(Trainer):
     # -- losses
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and self.teacher is not None:
+            loss, ce, outputs = self._distilled(model, inputs, num_items_in_batch)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            ce = loss.detach()
         if model.training:
             if self._step != self.state.global_step:
                 self._step = self.state.global_step
-                self._ce.append(torch.zeros_like(loss.detach()))
-            self._ce[-1] = self._ce[-1] + loss.detach()
+                self._ce.append(torch.zeros_like(ce))
+            self._ce[-1] = self._ce[-1] + ce
             final = final_norm(self.model)
             if getattr(final, "std", None) is not None:
                 # The cross-entropy comes as this micro-batch's share of the step's mean; so must this.
@@ -117,19 +126,36 @@ class RemovalTrainer(Trainer):
                 loss = loss + self.record.schedule.auxiliary_weight * auxiliary
         return (loss, outputs) if return_outputs else loss
 
+    def _distilled(self, model, inputs, num_items_in_batch):
+        """Loss and cross-entropy as this micro-batch's share of the step's means, and the outputs."""
+        teacher: Any = self.teacher
+        labels, dtype = inputs["labels"], "bfloat16" if self.args.bf16 else "float32"
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        weight = self.record.schedule.distillation
+        mixed, ce, kl, count = distilled_losses(
+            outputs.logits, labels, inputs["input_ids"], teacher, weight, dtype=dtype
+        )
+        share = 1 / (count if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            share = share * self.accelerator.num_processes  # it counts all of theirs
+        self._kl = kl * share + (0.0 if self._kl is None else self._kl)
+        return mixed * share, ce * share, outputs
+
     def log(self, logs, start_time=None):
         if "loss" in logs and self._ce:
-            asked = torch.tensor(float(self.record.asked))
-            sums = [*self._ce, torch.zeros_like(self._ce[0]) if self._aux is None else self._aux]
-            values = torch.stack([*sums, asked.to(sums[0])])
-            *ce, aux, asked_by = self.accelerator.reduce(values, reduction="mean").tolist()
+            asked, none = torch.tensor(float(self.record.asked)), torch.zeros_like(self._ce[0])
+            sums = [*self._ce, *(none if part is None else part for part in (self._kl, self._aux))]
+            values = torch.stack([*sums, asked.to(none)])
+            *ce, kl, aux, asked_by = self.accelerator.reduce(values, reduction="mean").tolist()
             if self.args.world_size > 1:
                 self.record.stopping = asked_by > 0
             self.record.losses += ce
             logs["ce"] = sum(ce) / len(ce)
+            if self._kl is not None:
+                logs["kl"] = kl / len(ce)
             if self._aux is not None:
                 logs["aux"] = aux / len(ce)
-            self._ce, self._aux = [], None
+            self._ce, self._kl, self._aux = [], None, None
         super().log(logs, start_time)
 
     def held_out_loss(self) -> float | None:
@@ -235,7 +261,8 @@ def remove_layernorm(
         model: trained in place, in float32; afterwards it is no longer the model it was.
         tokenizer: saved along; its eos_token_id marks end-of-text tokens.
         dataset: map-style or iterable, of {"input_ids": Int[Tensor, "pos"]}, all of schedule.block_size.
-        schedule: `schedule.vanilla()` trains the control instead.
+        schedule: `schedule.vanilla()` trains the control instead; with `distillation`, a copy of the model as it is
+            given stays beside it, whole on each device even where the model is sharded.
         out: directory of the run: checkpoint-N/ while it lasts, final/ in the end.
         resume: go on from the newest whole checkpoint in `out`, with the removal exactly where it was; start, if there
             is none yet; return the model, if the run is finished.
@@ -308,6 +335,8 @@ def remove_layernorm(
         return type(model).from_pretrained(out / "final").eval()
 
     ready(model)
+    # Of the weights that the run begins with, also where it is resumed: the checkpoint's are read later.
+    teacher = make_teacher(model) if schedule.distillation else None
     if schedule.order:
         make_removable(model, eot=eot, massive=schedule.massive)
     record = Record(schedule, layers, held_out=blocks, control=losses)
@@ -322,6 +351,7 @@ def remove_layernorm(
         record=record,
         guard=guard,
         sequences=sequences,
+        teacher=teacher,
     )
     baseline.trainer = trainer
     for callback in callbacks:
