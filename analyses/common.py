@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from lnfree_interp import cli
+from lnfree_interp.files import replace_file
 from lnfree_interp.names import EMBEDDED, locate_checkpoint
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
@@ -153,7 +154,7 @@ class Analysis:
             "claims": [asdict(claim) for claim in output.claims],
         }
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
-        cli.replace_file(args.out / f"{self.name}.json", lambda path: path.write_text(text))
+        replace_file(args.out / f"{self.name}.json", lambda path: path.write_text(text))
 
     def settings(self, args: argparse.Namespace) -> dict:
         """The arguments that decide what is written."""
@@ -289,5 +290,5 @@ def picture(figure, path: Path) -> bool:
             return False
         if not shot.is_file():
             return False
-        cli.replace_file(path, lambda beside: shutil.copyfile(shot, beside))
+        replace_file(path, lambda beside: shutil.copyfile(shot, beside))
     return True

@@ -25,6 +25,7 @@ import real_model_page as page
 import smollm2
 
 from lnfree_interp import cli
+from lnfree_interp.files import replace_file
 from lnfree_interp.names import VALIDATION_TEXT
 
 if TYPE_CHECKING:
@@ -268,14 +269,14 @@ def measured(args, name: str, sizes: Sizes) -> tuple[dict[str, pd.DataFrame], pa
     folder.mkdir(parents=True, exist_ok=True)
     machine = folder / "machine.txt"
     if not machine.is_file():
-        cli.replace_file(machine, lambda path: path.write_text(page.machine(model)))
+        replace_file(machine, lambda path: path.write_text(page.machine(model)))
     tables, every = {}, list(parts(model, tokens, sizes, args.sites, args.seed))
     for i, (part, measure) in enumerate(every, 1):
         file, began = folder / f"{part}.csv", time.monotonic()
         if not file.is_file():
             torch.manual_seed(args.seed)
             table = common.rounded(measure())
-            cli.replace_file(file, partial(table.to_csv, index=False))
+            replace_file(file, partial(table.to_csv, index=False))
             print(f"[{i}/{len(every)}] {part}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         tables[part] = pd.read_csv(file, keep_default_na=False, na_values=["", "nan"])
     title = Path(name).stem if Path(name).is_file() else cli.display_name(name)

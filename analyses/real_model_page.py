@@ -12,6 +12,7 @@ import common
 from common import Claim
 
 from lnfree_interp import cli
+from lnfree_interp.files import replace_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -283,7 +284,7 @@ def write(t: dict[str, pd.DataFrame], about: About, out: Path, where: Path) -> N
             common.picture(figure, out / f"{name}.png")
     where.parent.mkdir(parents=True, exist_ok=True)
     text = body(t, about, Path(os.path.relpath(out, where.parent)).as_posix())
-    cli.replace_file(where, lambda path: path.write_text(text))
+    replace_file(where, lambda path: path.write_text(text))
     for claim in claims(t):
         print(f"\n{claim.statement}\n  paper: {claim.paper}\n  ours:  {claim.ours}\n  agrees: {claim.agrees}")
     print(f"\nwrote {where}")

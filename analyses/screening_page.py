@@ -12,6 +12,7 @@ import common
 from real_model_page import markdown
 
 from lnfree_interp import cli
+from lnfree_interp.files import replace_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -199,6 +200,6 @@ def write(table: pd.DataFrame, methods: Sequence[str], args, out: Path, where: P
         common.picture(fig, out / f"{measure}.png")
     where.parent.mkdir(parents=True, exist_ok=True)
     text = body(table, args, Path(os.path.relpath(out, where.parent)).as_posix()).rstrip() + "\n"
-    cli.replace_file(where, lambda path: path.write_text(text))
+    replace_file(where, lambda path: path.write_text(text))
     cli.show(summary(table).drop(columns=["recall", "error"]), "Screening")
     print(f"\nwrote {where}")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lnfree_interp import RemovalSchedule, cli, read_documents
+from lnfree_interp.files import replace_file
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ def train_tokenizer(documents: list[str], out: Path) -> None:
 def write_tokens(path: Path, train: torch.Tensor, val: torch.Tensor) -> None:
     from safetensors.torch import save_file
 
-    cli.replace_file(path, lambda beside: save_file({"train": train, "val": val}, beside))
+    replace_file(path, lambda beside: save_file({"train": train, "val": val}, beside))
 
 
 def read_tokens(path: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,7 @@ COLOURS = {
     "ln_f": "#D55E00",
     "eot": "#999999",
     "position0": "#333333",
+    "massive": "#56B4E9",
 }
 NAMES = {
     "ln_2": "ln_2 (MLP)",
@@ -36,6 +37,7 @@ NAMES = {
     "ln_f": "ln_f",
     "eot": "EOT treatment ends",
     "position0": "position-0 treatment ends",
+    "massive": "massive tokens' treatment ends",
 }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from . import distributed
 from .documents import Document, documents_of, hub_documents, kind_of, read_documents, read_text
+from .files import as_value_error, replace_file
 from .lens import LensModel
 from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, dtype_name, locate_checkpoint
 
@@ -275,8 +276,13 @@ def show(table, title: str | None = None) -> None:
 
 
 def save(out: Path, stem: str, table=None, figure=None) -> None:
-    """Write out/stem.csv and out/stem.html: beside, then renamed, so that neither is ever half-written."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write out/stem.csv and out/stem.html: beside, then renamed, so that neither is ever half-written.
+
+    Raises:
+        ValueError: the disk refuses.
+    """
+    with as_value_error(f"write {out}"):
+        out.mkdir(parents=True, exist_ok=True)
     if table is not None:
         replace_file(out / f"{stem}.csv", lambda path: table.to_csv(path, index=False))
     if figure is not None:
@@ -284,13 +290,3 @@ def save(out: Path, stem: str, table=None, figure=None) -> None:
         replace_file(out / f"{stem}.html", lambda path: figure.write_html(path, include_plotlyjs="cdn"))
     files = [f"{stem}.csv"] * (table is not None) + [f"{stem}.html"] * (figure is not None)
     print(f"wrote {' and '.join(str(out / f) for f in files)}")
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the path, then rename: what was there stays whole until the new file is."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -106,6 +106,15 @@ def hash_of(*parts: object) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
+def blocks_hash(parts: Iterable[Int[Tensor, "n pos"]]) -> str:
+    """A hash of token blocks in their order: the same for the same tokens, however they are kept and parted."""
+    found, n_blocks, block_size = hashlib.blake2b(digest_size=16), 0, 0
+    for part in parts:
+        found.update(part.cpu().numpy().astype("<i4").tobytes())
+        n_blocks, block_size = n_blocks + part.shape[0], part.shape[1]
+    return hash_of(found.hexdigest(), n_blocks, block_size)
+
+
 def tokenizer_hash(tokenizer) -> str:
     """A hash of all that a tokenizer's ids depend on, wherever it was loaded from."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -151,14 +160,10 @@ class Blocks(torch.utils.data.Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the blocks in their order: the same for the same tokens, however they are kept."""
-        found = hashlib.blake2b(digest_size=16)
-        edges = [-1, *self.without.tolist(), len(self.blocks)]
-        for before, after in pairwise(edges):
-            for start in range(before + 1, after, 512):
-                part = self.blocks[start : min(start + 512, after)]
-                found.update(part.cpu().numpy().astype("<i4").tobytes())
-        return hash_of(found.hexdigest(), len(self), self.blocks[0:1].shape[1])
+        """The blocks' hash: the same for the same tokens, however they are kept."""
+        edges = pairwise([-1, *self.without.tolist(), len(self.blocks)])
+        starts = ((start, after) for before, after in edges for start in range(before + 1, after, 512))
+        return blocks_hash(self.blocks[start : min(start + 512, after)] for start, after in starts)
 
     def set_aside(self, n: SupportsIndex) -> tuple[Int[Tensor, "n pos"], Blocks]:
         """n blocks to hold out, and the blocks without them.

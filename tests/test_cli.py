@@ -164,9 +164,12 @@ def test_a_failed_write_leaves_nothing(tmp_path):
             path.write_text("half")
             raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ValueError, match=r"^cannot write .*stem\.csv: disk full$"):
         cli.save(tmp_path / "out", "stem", Table())
     assert list((tmp_path / "out").iterdir()) == []
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(ValueError, match=r"^cannot write .*file: File exists$"):
+        cli.save(tmp_path / "file", "stem", Table())
 
 
 # ---------------------------------------------------------------------------------------------------------

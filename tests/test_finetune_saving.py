@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from minute import MINUTE, At, byte_tokenizer, interrupt, minute_blocks, minute_gpt2, train, weights_equal
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from lnfree_interp.data import Blocks
 from lnfree_interp.finetune import last_checkpoint, saving
 from lnfree_interp.finetune.saving import (
     MANIFEST,
@@ -249,6 +251,18 @@ def test_data_is_known_by_its_tokens():
         fingerprint = "abc"
 
     assert fingerprint(Named()) == "abc"
+    tokens = minute_blocks(n=600).blocks
+    kept = Blocks(tokens)
+    rows = [Dataset.from_dict({"input_ids": tokens.tolist()}), [{"input_ids": row} for row in tokens.tolist()]]
+    rows += [[{"input_ids": row.astype(dtype)} for row in tokens.numpy()] for dtype in ("uint16", "int32", "int64")]
+    rows += [[{"input_ids": row} for row in tokens.int()], torch.utils.data.Subset(kept, range(600))]
+    rows += [rows[0].with_format("torch"), Blocks(tokens.int())]
+    assert {fingerprint(held) for held in rows} == {fingerprint(kept)}, "whatever holds them"
+    _, rest = kept.set_aside(7)
+    assert fingerprint([*rest]) == fingerprint(rest) != fingerprint(kept)
+    changed = [*rows[1][:3], {"input_ids": tokens[4].tolist()}, *rows[1][4:]]
+    assert fingerprint(changed) != fingerprint(kept), "each block counts"
+    assert fingerprint([{"input_ids": row} for row in tokens.view(-1, 8)]) != fingerprint(kept)
     items = [{"input_ids": row} for row in minute_blocks().blocks]
     assert fingerprint(items) != fingerprint([{"input_ids": row} for row in minute_blocks(seed=1).blocks])
     assert fingerprint(minute_blocks()) == fingerprint(minute_blocks()) != fingerprint(minute_blocks(seed=1))

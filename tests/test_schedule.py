@@ -23,7 +23,7 @@ from lnfree_interp.finetune.progress import (
     rolled_back,
     state_of,
 )
-from lnfree_interp.schedule import KINDS, PRESETS, RemovalSchedule
+from lnfree_interp.schedule import KINDS, PRESETS, TREATMENTS, RemovalSchedule
 
 # -- the schedule -----------------------------------------------------------------------------------------
 
@@ -61,27 +61,31 @@ def test_presets_are_the_published_ones(name):
     order=st.sampled_from([KINDS, ("ln_f", "ln_2", "qk", "v"), ("v", "qk", "ln_2", "ln_f")]),
     by=st.sampled_from(["kind", "layer"]),
     layers=st.sampled_from(["forward", "backward"]),
+    massive=st.sampled_from([None, 1.5, 4]),
 )
-def test_every_site_goes_once_in_every_order(name, n_layer, factor, order, by, layers):
-    schedule = replace(RemovalSchedule.preset(name), order=order, by=by, layers=layers)
+def test_every_site_goes_once_in_every_order(name, n_layer, factor, order, by, layers, massive):
+    schedule = replace(RemovalSchedule.preset(name), order=order, by=by, layers=layers, massive=massive)
     schedule = schedule.scaled(max(40, round(schedule.steps * factor)))
     events = schedule.events(n_layer)
     assert [e.step for e in events] == sorted(e.step for e in events)
     assert events[0].step >= 1 and events[-1].step < schedule.steps
     sites = [e[1:] for e in events]
-    assert len(set(sites)) == len(sites) == 3 * n_layer + 3
-    assert sites[-2:] == [("eot", None), ("position0", None)]
+    treatments = TREATMENTS if massive else TREATMENTS[:2]
+    assert len(set(sites)) == len(sites) == 3 * n_layer + 1 + len(treatments)
+    assert sites[3 * n_layer + 1 :] == [(treatment, None) for treatment in treatments]
     first, last = (0, n_layer - 1) if layers == "forward" else (n_layer - 1, 0)
     assert [layer for kind, layer in sites if kind == "v"][:: max(1, n_layer - 1)] == [first, last][:n_layer]
     if by == "kind":
         assert [k for k, layer in sites if layer in (0, None)][:4] == list(order)
     state = schedule.state(0, n_layer)
     assert not state.frozen and state.eot and state.position0 and state.auxiliary
+    assert state.massive == (massive is not None)
     for step in sorted({e.step for e in events}):
         before, state = schedule.state(step - 1, n_layer), schedule.state(step, n_layer)
         assert before.frozen <= state.frozen and before != state
-        assert state.auxiliary == state.position0, "the auxiliary loss ends with the last treatment"
-    assert len(state.frozen) == 3 * n_layer + 1 and not state.eot and not state.position0
+        on = any(getattr(state, treatment) for treatment in TREATMENTS)
+        assert state.auxiliary == on, "the auxiliary loss ends with the last treatment"
+    assert len(state.frozen) == 3 * n_layer + 1 and not (state.eot or state.position0 or state.massive)
     table = schedule.table(n_layer)
     assert list(table.columns) == ["step", "site", "layer"] and len(table) == len(events)
 
@@ -90,8 +94,10 @@ def test_vanilla_removes_nothing():
     schedule = RemovalSchedule.preset("small").vanilla()
     assert schedule.events(12) == []
     state = schedule.state(299, 12)
-    assert not (state.frozen or state.position0 or state.eot or state.auxiliary)
+    assert not (state.frozen or state.position0 or state.eot or state.massive or state.auxiliary)
     assert "vanilla" in schedule.describe(12)
+    smollm2 = RemovalSchedule.preset("smollm2-135m")
+    assert smollm2.vanilla() == replace(smollm2, massive=None).vanilla(), "no control has a class of massive tokens"
 
 
 def test_schedules_that_are_none_are_refused():
@@ -109,6 +115,11 @@ def test_schedules_that_are_none_are_refused():
         ({"gaps": {"ln_2": 1}}, "gaps"),
         ({"min_learning_rate": 1.0}, "learning rate"),
         ({"by": "layer", "order": ("qk", "ln_f", "v", "ln_2")}, "first or last"),
+        ({"massive": 1}, "massive is 1, not a number above 1"),
+        ({"massive": -4.0}, "massive is -4.0, not a number above 1"),
+        ({"massive": math.inf}, "massive is inf, not a number above 1"),
+        ({"massive": math.nan}, "massive is nan, not a number above 1"),
+        ({"massive_gap": -1}, "massive_gap is -1, not a number of at least 0"),
     ):
         with pytest.raises(ValueError, match=message):
             replace(small, **changes)
@@ -120,6 +131,47 @@ def test_summary_and_description_name_what_is_frozen():
     assert small.state(50, 12).summary(12) == "ln_2 12/12  qk 4/12  v 0/12  ln_f -  eot on  position0 on"
     assert small.state(299, 12).summary(12) == "ln_2 12/12  qk 12/12  v 12/12  ln_f frozen"
     assert "step 20 to 42" in small.describe(12) and "until step 116" in small.describe(12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    name=st.sampled_from(sorted(PRESETS)),
+    n_layer=st.integers(1, 12),
+    gap=st.integers(0, 10) | st.floats(0, 10),
+    massive=st.floats(1.001, 99),
+    pace=st.sampled_from(["fixed", "adaptive"]),
+    factor=st.floats(0.5, 3),
+)
+def test_massive_tokens_are_one_more_treatment_and_change_nothing_else(name, n_layer, gap, massive, pace, factor):
+    without = replace(RemovalSchedule.preset(name), massive=None, pace=pace)
+    schedule = replace(without, massive=massive, massive_gap=gap)
+    planned, plain = schedule.events(n_layer), without.events(n_layer)
+    assert planned[:-1] == plain == replace(without, massive_gap=gap).events(n_layer)
+    assert planned[-1][1:] == ("massive", None)
+    assert 0 <= planned[-1].step - plain[-1].step - gap + 1 <= 2, "a gap later, rounded down"
+    last = planned[-1].step
+    for step in {0, schedule.start, plain[-1].step, last - 1, last, schedule.steps - 1} - {-1}:
+        state, other = schedule.state(step, n_layer), without.state(step, n_layer)
+        assert state.massive == (step < last) and not other.massive
+        assert (state.frozen, state.position0, state.eot) == (other.frozen, other.position0, other.eot)
+        assert state.summary(n_layer).endswith("  massive on") == (step < last)
+        assert state.auxiliary == (step < last), "on until the last treatment has ended"
+    steps = max(60, round(schedule.steps * factor))
+    assert schedule.scaled(steps).massive == massive
+    assert schedule.scaled(steps).massive_gap == pytest.approx(gap * steps / schedule.steps)
+    said = schedule.describe(n_layer).split("\n")
+    assert f"  massive treatment off   step {last} (of tokens from {massive:g} times the average std on)" in said
+    assert "massive" not in without.describe(n_layer) and schedule.table(n_layer).site.iloc[-1] == "massive"
+    progress = advance(replace(schedule, pace="fixed"), Progress(), schedule.steps, n_layer)
+    assert progress.happened == tuple(planned)
+    assert removed(progress).endswith(f"massive treatment off at step {last}")
+
+
+def test_the_presets_that_know_of_massive_tokens():
+    """Only where their cost has been measured."""
+    assert {name: preset.massive for name, preset in PRESETS.items() if preset.massive} == {"smollm2-135m": 4}
+    events = RemovalSchedule.preset("smollm2-135m").events(30)
+    assert [event[:2] for event in events[-3:]] == [(232, "eot"), (242, "position0"), (252, "massive")]
 
 
 LAYERS = {"pythia-70m": 6, "pythia-160m": 12, "pythia-410m": 24, "pythia-1b": 16, "pythia-1.4b": 24}
@@ -164,11 +216,17 @@ def test_a_wrong_field_is_named(tmp_path):
         ({"smoothing": 1}, "smoothing is 1, not at least 0 and below 1"),
         ({"margin": -1}, "margin is -1, not a number of at least 0"),
         ({"learning_rate": None}, "learning_rate is None, not a number"),
+        ({"massive": "4"}, "massive is '4', not a number or null"),
+        ({"massive": True}, "massive is True, not a number or null"),
+        ({"massive": 0.5}, "massive is 0.5, not a number above 1"),
+        ({"massive_gap": None}, "massive_gap is None, not a number"),
     ):
         path.write_text(json.dumps(whole | changes))
         with pytest.raises(ValueError, match=f"^schedule .*schedule.json: {message}") as error:
             RemovalSchedule.from_json(path)
         assert "\n" not in str(error.value)
+    path.write_text(json.dumps({k: v for k, v in whole.items() if not k.startswith("massive")}))
+    assert RemovalSchedule.from_json(path) == RemovalSchedule.preset("small"), "of a version that did not know them"
     path.write_text(json.dumps({k: v for k, v in whole.items() if k not in ("steps", "momentum")}))
     with pytest.raises(ValueError, match="steps is missing"):
         RemovalSchedule.from_json(path)
@@ -186,7 +244,7 @@ def test_a_wrong_field_is_named(tmp_path):
 
 
 ANY = {
-    "name": st.sampled_from(["small", "tiny", "pythia-1b"]),
+    "name": st.sampled_from(["small", "tiny", "pythia-1b", "smollm2-135m"]),
     "n_layer": st.integers(1, 12),
     "by": st.sampled_from(["kind", "layer"]),
     "layers": st.sampled_from(["forward", "backward"]),

@@ -82,7 +82,7 @@ class RemovalCallback(TrainerCallback):
             return
         state = state_of(record.schedule, record.progress, step, record.n_layer)
         try:
-            freeze(model, state.frozen, position0=state.position0, eot=state.eot)
+            freeze(model, state.frozen, position0=state.position0, eot=state.eot, massive=state.massive)
         except ValueError as error:  # an average that is not finite: what it averages was not
             raise Suspicion(f"{error} (step {step})") from None
         final_norm(model).keep_std = state.auxiliary

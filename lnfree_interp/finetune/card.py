@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..cli import replace_file
 from ..documents import read_text
+from ..files import replace_file
 from ..names import known_models
 from ..schedule import RemovalSchedule
 from .flags import as_fields
-from .saving import MANIFEST, STATE, as_value_error
+from .saving import MANIFEST, STATE
 
 CARD = "README.md"
 HERE = "path/to/this/directory"
@@ -172,8 +172,7 @@ def write_card(directory: Path, text: str) -> None:
     Raises:
         ValueError: the disk refuses.
     """
-    with as_value_error(f"write {directory / CARD}"):
-        replace_file(directory / CARD, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(directory / CARD, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def name_card(directory: Path, name: str) -> None:

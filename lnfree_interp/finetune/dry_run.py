@@ -224,7 +224,7 @@ def report(
 
     ready(model)
     if schedule.order:
-        make_removable(model, eot=tokenizer.eos_token_id)
+        make_removable(model, eot=tokenizer.eos_token_id, massive=schedule.massive)
     model.train().to(where)
     blocks = blocks.to(where)
     memory = estimate_memory(model, blocks, size, dtype=dtype, checkpointing=checkpointing)

@@ -31,6 +31,8 @@ HELP = {
     "by": "all layers of a kind of site, then the next kind; or all kinds of a layer",
     "layers": "first layer first, or last",
     "position0_gap": "steps between the ends of the end-of-text and of the position 0 treatment",
+    "massive": "from how many times the average std on a token is massive and treated apart, or none: no such class",
+    "massive_gap": "steps between the ends of the position 0 and of the massive tokens' treatment",
     "block_size": "tokens in a sequence",
     "weight_decay": "AdamW's",
     "max_grad_norm": "gradients are clipped to",
@@ -60,13 +62,16 @@ def number(text: str) -> float:
     return value
 
 
-def whole_or_none(text: str) -> int | None:
-    if text == "none":
-        return None
-    try:
-        return whole(text)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or none") from None
+def or_none(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def reader(text: str) -> Any:
+        if text == "none":
+            return None
+        try:
+            return read(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}, or none") from None
+
+    return reader
 
 
 # The same for the guard's fields.
@@ -76,7 +81,8 @@ GUARD_HELP = {
     "wait": "steps that the next removal comes later then; twice as many after each further rollback",
     "rollbacks": "after so many the run stops",
 }
-_READ: dict[str, Callable[[str], Any]] = {"int": whole, "int | None": whole_or_none, "float | int": number, "str": str}
+_READ: dict[str, Callable[[str], Any]] = {"int": whole, "float | int": number, "str": str}
+_READ |= {f"{kind} | None": or_none(read) for kind, read in _READ.items()}
 
 
 def add_schedule_flags(group) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ..schedule import Event, RemovalSchedule, RemovalState
+from ..schedule import TREATMENTS, Event, RemovalSchedule, RemovalState
 
 
 @dataclass(frozen=True)
@@ -187,4 +187,4 @@ def _span(site: str, events: Sequence[Event]) -> str:
     first, last = events[0], events[-1]
     layers = "" if first.layer is None else f" {first.layer}" + (f"-{last.layer}" if len(events) > 1 else "")
     steps = f"step {first.step}" if first.step == last.step else f"steps {first.step}-{last.step}"
-    return f"{site}{' treatment off' if site in ('eot', 'position0') else ''}{layers} at {steps}"
+    return f"{site}{' treatment off' if site in TREATMENTS else ''}{layers} at {steps}"

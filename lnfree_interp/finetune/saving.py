@@ -9,9 +9,8 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,24 +18,12 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from ..distributed import rank
+from ..files import as_value_error, reason, replace_file
 
 MANIFEST, STATE, RUN, ROLLBACKS = "manifest.json", "removal.json", "run.json", "rollbacks.json"
 WRITING, OLD = ".writing", ".old"
 PART = 1 << 26  # bytes
 T = TypeVar("T")
-
-
-@contextmanager
-def as_value_error(doing: str) -> Iterator[None]:
-    """What the disk refuses becomes a ValueError of one line: "cannot write DIR: No space left on device"."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot {doing}: {_reason(error)}") from None
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
 
 
 def on_main(make: Callable[[], T]) -> T:
@@ -61,13 +48,8 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         ValueError: the disk refuses.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with as_value_error(f"write {path}"):
-        try:
-            beside.write_text(json.dumps(value, indent=1), encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+    text = json.dumps(value, indent=1)
+    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> Any:
@@ -81,7 +63,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {_reason(error)}") from None
+        raise ValueError(f"cannot read {path}: {reason(error)}") from None
 
 
 # -- whole or not -----------------------------------------------------------------------------------------
@@ -140,7 +122,7 @@ def fault(directory: Path, *, contents: bool = True) -> str | None:
             if contents and _hash(path) != digest:
                 return f"{name} is not what was written"
         except OSError as error:
-            return f"{name} cannot be read ({_reason(error)})"
+            return f"{name} cannot be read ({reason(error)})"
     return None
 
 

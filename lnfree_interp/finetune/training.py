@@ -309,7 +309,7 @@ def remove_layernorm(
 
     ready(model)
     if schedule.order:
-        make_removable(model, eot=eot)
+        make_removable(model, eot=eot, massive=schedule.massive)
     record = Record(schedule, layers, held_out=blocks, control=losses)
     removal, baseline = RemovalCallback(record), Baseline()
     trainer = RemovalTrainer(

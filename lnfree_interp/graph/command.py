@@ -10,6 +10,7 @@ import pandas as pd
 
 from .. import cli
 from ..figures.graph import graph_page
+from ..files import replace_file
 from .build import attribution_graph
 from .result import AttributionGraph
 
@@ -31,7 +32,7 @@ def run(args) -> None:
     for stem, table in tables.items():
         cli.save(args.out, stem, pd.concat([_with_model(table(graph), graph.model) for graph in graphs]))
     page = graph_page(graphs)
-    cli.replace_file(args.out / "graph.html", lambda path: path.write_text(page, encoding="utf-8"))
+    replace_file(args.out / "graph.html", lambda path: path.write_text(page, encoding="utf-8"))
     files = {args.out / f"graph-{stem}.json": graph for stem, graph in zip(_stems(g.model for g in graphs), graphs)}
     for path, graph in files.items():
         graph.save(path)

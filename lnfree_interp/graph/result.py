@@ -133,8 +133,8 @@ class AttributionGraph:
 
     def plot(self, path: str | Path | None = None) -> str:
         """The graph as a page (HTML, with all that it needs in it), written to the path if there is one."""
-        from ..cli import replace_file
         from ..figures.graph import graph_page
+        from ..files import replace_file
 
         page = graph_page(self)
         if path is not None:

@@ -12,7 +12,7 @@ import json
 import re
 from pathlib import Path
 
-from ..cli import replace_file
+from ..files import as_value_error, replace_file
 from .result import AttributionGraph, GraphNode
 
 _TYPES = {"token": "embedding", "head": "attention head", "neuron": "neuron", "mlp": "mlp"}
@@ -21,9 +21,14 @@ _SHOWN = str.maketrans({"\n": "⏎", "\t": "→", "\r": "↵"})
 
 
 def save_graph(graph: AttributionGraph, path: Path) -> None:
-    """Write a graph to a file: beside it, then renamed."""
+    """Write a graph to a file: beside it, then renamed.
+
+    Raises:
+        ValueError: the disk refuses.
+    """
     text = json.dumps(as_json(graph, path.stem), ensure_ascii=False, allow_nan=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with as_value_error(f"write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
