@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..families import FAMILIES
 from ..layernorm import LN_FREE_EPS, as_double
-from .modules import RemovableFinalNorm, RemovableNorm, RemovableReader, fold_reader
+from .modules import RemovableFinalNorm, RemovableNorm, RemovableReader
 from .removable import family_of, removal_sites
 
 
@@ -118,15 +118,17 @@ def _folded(reader: RemovableReader) -> dict[str, Tensor]:
     matrix = as_double(whole(reader.weight))
     weights = reader.split(matrix.T if reader.in_out else matrix)
     biases: Any = [None] * len(sites) if reader.bias is None else reader.split(as_double(whole(reader.bias)))
-    parts = [
-        fold_reader(w, b, gamma * as_double(site.inverse()), beta, centres=norm.centres)
-        for site, w, b in zip(sites, weights, biases, strict=True)
-    ]
+    parts = []
+    for site, w, b in zip(sites, weights, biases, strict=True):
+        folded = w * (gamma * as_double(site.inverse()))
+        if norm.centres:
+            folded -= folded.mean(-1, keepdim=True)
+        parts.append((folded, b if beta is None else w @ beta + b))
     weight = torch.cat([w for w, _ in parts], dim=1).flatten(0, 1)
-    folded = {"weight": weight.T if reader.in_out else weight}
+    new = {"weight": weight.T if reader.in_out else weight}
     if reader.bias is not None:
-        folded["bias"] = torch.cat([b for _, b in parts if b is not None], dim=1).flatten()
-    return folded
+        new["bias"] = torch.cat([b for _, b in parts], dim=1).flatten()
+    return new
 
 
 def plain_model(config, state: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -1,16 +1,15 @@
 """Norms whose std can be frozen, site by site: the modules that stand in a model that trains.
 
 A LayerNorm is (x - mean) / std * gamma + beta, an RMSNorm x / rms * gamma. With the std (of an RMSNorm: the root mean
-square, epsilon included) replaced by a constant all that remains is linear and folds into the matrix W, b that reads
-it: W' = C diag(gamma / std) W, b' = b + beta W, where C = I - 11^T/d centres (row vectors; an RMSNorm has neither C nor
-beta).
+square, epsilon included) replaced by a constant all that remains is linear. In training it stays a pass over the stream,
+so that a step costs what a plain one does; `export` folds it into the matrix W, b that reads it: W' = C diag(gamma / std)
+W, b' = b + beta W, where C = I - 11^T/d centres (row vectors; an RMSNorm has neither C nor beta).
 
 Sources: P1 = arXiv 2409.13710, P2 = arXiv 2507.02559.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -19,25 +18,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..layernorm import LN_FREE_EPS
+
 # Entries of a site's averages: three classes of tokens.
 ORDINARY, POSITION0, MASSIVE = range(3)
-
-
-def fold_reader(
-    weight: Float[Tensor, "*out d_model"],
-    bias: Float[Tensor, "*out"] | None,
-    gain: Float[Tensor, " d_model"],
-    beta: Float[Tensor, " d_model"] | None,
-    *,
-    centres: bool,
-) -> tuple[Float[Tensor, "*out d_model"], Float[Tensor, "*out"] | None]:
-    """What reads a linear norm, folded: W diag(gain) C and b + W beta for an nn.Linear's W, in the dtype given."""
-    folded = weight * gain
-    if centres:
-        folded = folded - folded.mean(-1, keepdim=True)
-    if beta is not None:
-        bias = weight @ beta + (0 if bias is None else bias)
-    return folded, bias
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -107,6 +91,11 @@ class StdSite(nn.Module):
     def name(self) -> str:
         return self.kind if self.layer is None else f"h.{self.layer} {self.kind}"
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether all tokens are divided by one number."""
+        return self.frozen and not (self.position0 or self.eot or self.massive)
+
     def is_massive(self, std: Float[Tensor, "batch pos *one"]) -> Bool[Tensor, "batch pos *one"]:
         times = self.classes.massive or float("inf")
         return std > times * self.average[ORDINARY]  # of none as long as there is no average
@@ -136,9 +125,9 @@ class StdSite(nn.Module):
 
 
 class RemovableNorm(nn.LayerNorm):
-    """A LayerNorm or RMSNorm in its own place. With all its sites live it normalises; else it passes the stream on.
+    """A LayerNorm or RMSNorm in its own place. Where it has two sites and one is frozen, it passes the stream on.
 
-    Then its readers do what is left to do: each divides by its own site's constant, or normalises if its site is live.
+    Then its readers do its work: each divides by its own site's constant, or normalises if its site is live.
     (It is an nn.LayerNorm in both cases, as optimisers leave those out of weight decay by their type.)
     """
 
@@ -153,8 +142,9 @@ class RemovableNorm(nn.LayerNorm):
         self.sites = nn.ModuleDict(sites)
 
     @property
-    def is_live(self) -> bool:
-        return not any(site.frozen for site in self.sites.values())
+    def passes_on(self) -> bool:
+        """Whether its readers do its work, each for its own sites."""
+        return len(self.sites) > 1 and any(site.frozen for site in self.sites.values())
 
     def std_of(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos 1"]:
         """What the norm divides by."""
@@ -183,24 +173,36 @@ class RemovableNorm(nn.LayerNorm):
         with torch.no_grad():
             return site.inverse(self.std_of(x))
 
-    def centre(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        return x - x.mean(-1, keepdim=True) if self.centres else x
+    def left(self, x: Float[Tensor, "batch pos d_model"], gain: Tensor, beta: Tensor | None) -> Tensor:
+        """What is left of a norm without its std: (x - mean) * gain + beta, of an RMSNorm x * gain.
 
-    def left(self, centred: Float[Tensor, "batch pos d_model"], inverse: Tensor) -> Float[Tensor, "batch pos d_model"]:
-        """What is left of the norm, applied to the centred stream."""
-        gain: Tensor = self.weight
+        In one pass over the stream, forward and backward, as what it replaces: the kernel of a LayerNorm with an
+        epsilon so large that its std is a constant, which is the published format too.
+        """
+        if not self.centres:
+            return x * gain
+        return F.layer_norm(x, self.normalized_shape, gain * LN_FREE_EPS**0.5, beta, LN_FREE_EPS)
+
+    def seen_by(self, site: StdSite, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """The norm as a site has it, live or frozen."""
+        if not site.frozen:
+            return self.normalise(x, [site])
+        gain, inverse = self.weight, self.inverse(site, x)
         if inverse.ndim:
-            centred = (centred * inverse).to(centred.dtype)  # inverses are in float32 at least
+            x = (x * inverse).to(x.dtype)  # inverses are in float32 at least
         else:
             gain = gain * inverse
-        return centred * gain if self.bias is None else torch.addcmul(self.bias, centred, gain)
+        return self.left(x, gain, self.bias)
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-        return self.normalise(x, self.sites.values()) if self.is_live else x
+        if self.passes_on:
+            return x
+        sites = list(self.sites.values())
+        return self.seen_by(sites[0], x) if len(sites) == 1 else self.normalise(x, sites)
 
 
 class RemovableFinalNorm(RemovableNorm):
-    """The final norm: its reader, the often tied unembedding, is too large to fold into at every step.
+    """The final norm, whose std the auxiliary loss is about.
 
     With `keep_std` on, a training forward leaves its std, with gradient, in `std` for the auxiliary loss. `target` is
     that loss' target: the mean std of ordinary tokens over the step before, nan until there has been one.
@@ -223,14 +225,13 @@ class RemovableFinalNorm(RemovableNorm):
             ordinary = ~(site.classes.at_position0 | site.classes.at_eot)
             self.latest = torch.stack(((std.detach() * ordinary).sum(), ordinary.sum().to(std)))
             self.std = std.squeeze(-1)
-        return self.left(self.centre(x), self.inverse(site, x)) if site.frozen else self.normalise(x, [site])
+        return self.seen_by(site, x)
 
 
 class RemovableReader(nn.Module):
     """A linear layer that reads a RemovableNorm: parts of its outputs may lose the norm before others.
 
-    Keeps the layer's weights under their names. What is left of a frozen norm is applied to the weights or to the
-    activations, whichever is the smaller matrix.
+    Keeps the layer's weights under their names.
 
     Args:
         sites: of the parts of its outputs.
@@ -256,53 +257,24 @@ class RemovableReader(nn.Module):
         norm, sites = self.reads
         weight: Tensor = self.matrix
         bias = self.bias
-        if norm.is_live:
+        if not norm.passes_on:
             return F.linear(x, weight, bias)
-        inverses = {site: norm.inverse(site, x) for site in sites if site.frozen}
-        live = [site for site in sites if not site.frozen]
-        fold = x.shape[:-1].numel() > len(weight)
-        if fold and not live:
-            return self._folded(x, norm, list(inverses.values()), weight, bias)
-        normed = norm.normalise(x, live) if live else None
-        if inverses and not fold:
-            x = norm.centre(x)  # once for all parts
         if len(sites) == 1:
-            return self._part(x, sites[0], inverses, normed, weight, bias, fold)
+            return F.linear(norm.seen_by(sites[0], x), weight, bias)
+        if all(site.is_constant for site in sites):
+            return self._scaled(x, weight, bias)
         biases: Sequence[Any] = [None] * len(sites) if bias is None else self.split(bias)
         parts = []
         for site, w, b in zip(sites, self.split(weight), biases, strict=True):
-            part = self._part(x, site, inverses, normed, w.flatten(0, 1), None if b is None else b.flatten(), fold)
-            parts.append(part.unflatten(-1, (len(w), -1)))
+            out = F.linear(norm.seen_by(site, x), w.flatten(0, 1), None if b is None else b.flatten())
+            parts.append(out.unflatten(-1, (len(w), -1)))
         return torch.cat(parts, dim=-1).flatten(-2)
 
-    def _folded(self, x: Tensor, norm: RemovableNorm, inverses: list[Tensor], weight: Tensor, bias: Tensor | None):
-        """One product with folded weights; what scales single tokens is applied before it, or after it by parts."""
-        by_token = any(inverse.ndim for inverse in inverses)
-        gain: Tensor = norm.weight
-        if len(inverses) == 1 and by_token:
-            x = (x * inverses[0]).to(x.dtype)
-        elif len(inverses) == 1:
-            gain = gain * inverses[0]
-        weight, bias = fold_reader(weight, bias, gain, norm.bias, centres=norm.centres)
-        if len(inverses) == 1:
-            return F.linear(x, weight, bias)
-        unit = math.gcd(*self.widths)
-        scales = [inverse for inverse, width in zip(inverses, self.widths, strict=True) for _ in range(width // unit)]
-        if not by_token:
-            scale = torch.stack(scales)[:, None, None]
-            return F.linear(x, (weight.unflatten(0, (-1, len(scales), unit)) * scale).flatten(0, 2), bias)
-        shape = torch.broadcast_shapes(*(inverse.shape for inverse in inverses if inverse.ndim))
-        scale = torch.cat([scale.expand(shape) for scale in scales], dim=-1)[..., None, :, None]
-        out = F.linear(x, weight).unflatten(-1, (-1, len(scales), unit))
-        parts = out * scale if bias is None else torch.addcmul(bias.view(out.shape[-3:]), out, scale)
-        return parts.flatten(-3).to(out.dtype)
-
-    def _part(self, x: Tensor, site: StdSite, inverses, normed, weight: Tensor, bias: Tensor | None, fold: bool):
-        """The outputs that a site stands for."""
-        norm = self.reads[0]
-        if not site.frozen:
-            return F.linear(normed, weight, bias)
-        if not fold:
-            return F.linear(norm.left(x, inverses[site]), weight, bias)  # x is centred
-        weight, bias = fold_reader(weight, bias, norm.weight, norm.bias, centres=norm.centres)
-        return F.linear((x * inverses[site]).to(x.dtype), weight, bias)
+    def _scaled(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """All parts in one product: each part's constant scales its rows of the weight."""
+        norm, sites = self.reads
+        scales = torch.cat([site.inverse().expand(width) for site, width in zip(sites, self.widths, strict=True)])
+        scale = scales.repeat(len(weight) // len(scales)).to(weight.dtype)
+        if norm.bias is not None:
+            bias = weight @ norm.bias + (0 if bias is None else bias)
+        return F.linear(norm.left(x, norm.weight, None), weight * scale[:, None], bias)
