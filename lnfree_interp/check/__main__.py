@@ -5,7 +5,6 @@ from __future__ import annotations
 from .. import cli
 from ..names import DTYPES, dtype_name, locate_checkpoint
 
-
 EXAMPLES = ("tiny-noLN", "gpt2 --device cuda", "runs/small/final --dtype float64")
 
 

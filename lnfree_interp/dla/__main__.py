@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .. import cli
 
-
 EXAMPLES = (
     "--model tiny tiny-noLN",
     "--model gpt2 gpt2-noLN --data Skylion007/openwebtext --tokens 100000 --out out/gpt2",

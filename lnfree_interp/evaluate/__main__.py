@@ -6,7 +6,6 @@ from .. import cli
 from ..documents import read_text
 from ..names import HELLASWAG
 
-
 EXAMPLES = (
     "--model tiny tiny-vanilla tiny-noLN --tokens 4096",
     '--model tiny-noLN --prompt "It was a dark and stormy"',

@@ -16,7 +16,6 @@ from ..names import locate_checkpoint
 from ..schedule import PRESETS
 from .flags import ADAPTIVE, add_guard_flags, add_schedule_flags, guard_from, schedule_from, whole
 
-
 EXAMPLES = (
     "--model gpt2 --preset small --data Skylion007/openwebtext --out runs/small --dry-run",
     "--model gpt2 --preset small --data Skylion007/openwebtext --out runs/control --vanilla",

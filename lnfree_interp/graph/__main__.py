@@ -7,7 +7,6 @@ import argparse
 from .. import cli
 from ..patching.sites import DIRECTIONS, METHODS, METRICS
 
-
 PROMPT = "It was the best of times, it was the worst of"
 EXAMPLES = (
     '--model tiny tiny-noLN --prompt "She put on her" --target " hat" --versus " coat"',
@@ -36,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             "--direction",
             default="denoising",
             choices=DIRECTIONS,
-            help="clean into corrupted, or noising: the reverse (denoising)",
+            help="clean into corrupted; noising: the reverse (denoising)",
         ),
         add("--exact", type=cli.positive_int, metavar="K", help="run the K strongest edges exactly too (none)"),
     ]

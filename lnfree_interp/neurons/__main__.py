@@ -5,7 +5,6 @@ from __future__ import annotations
 from .. import cli
 from .choices import ABLATIONS, METHODS
 
-
 EXAMPLES = (
     "--model tiny tiny-noLN --top 5",
     "--model tiny --neurons 12 40 --ablation zero",

@@ -8,7 +8,6 @@ import re
 from .. import cli
 from .sites import DIRECTIONS, LEAST, METHODS, METRICS, SITES
 
-
 EXAMPLES = (
     "--model tiny tiny-noLN --pairs induction --site resid_pre --method gradient integrated",
     "--model gpt2 gpt2-noLN --pairs ioi --n-pairs 64 --site z",
@@ -27,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         "--direction",
         default="denoising",
         choices=DIRECTIONS,
-        help="clean into corrupted, or noising: the reverse (denoising)",
+        help="clean into corrupted; noising: the reverse (denoising)",
     )
     add("--layers", nargs="+", type=int, metavar="L", help="layers to patch (all; needed for neurons)")
     add("--by-position", action="store_true", help="heads or neurons position by position")
