@@ -61,7 +61,7 @@ def number(text: str, percent: bool = False) -> str:
         return text
     if percent:
         return f"{value:.1%}"
-    return f"{value:,.0f}" if value == int(value) and "e" not in text else f"{value:.4g}"
+    return f"{value:,.0f}" if value.is_integer() and "e" not in text else f"{value:.4g}"
 
 
 def with_interval(row: Mapping[str, str], percent: bool) -> str:
@@ -88,7 +88,7 @@ def table(instruction: str) -> str:
         body = [[number(name), *(found.get((name, model), "") for model in models)] for name in names]
         return markdown_table(["", *(f"`{model}`" for model in models)], body)
     shown = [name.strip() for name in how["show"].split(",")] if "show" in how else list(rows[0])
-    numbers = [[number(row[name], percent and name != "layer") for name in shown] for row in rows]
+    numbers = [[number(row[name], percent) for name in shown] for row in rows]
     return markdown_table([name.replace("_", " ") for name in shown], numbers)
 
 
