@@ -46,7 +46,8 @@ def test_tables(figures):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("4.10720", "4.107"), ("570180", "570,180"), ("", ""), ("tiny", "tiny"), ("1e-07", "1e-07"), ("inf", "inf")]
+    ("text", "said"),
+    [("4.10720", "4.107"), ("570180", "570,180"), ("", ""), ("tiny", "tiny"), ("1e-07", "1e-07"), ("inf", "inf")],
 )
 def test_numbers(text, said):
     assert hooks.number(text) == said
