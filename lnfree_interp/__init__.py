@@ -5,4 +5,6 @@ The public names load on first use, so that training needs neither TransformerLe
 
 import lazy_loader
 
+__version__ = "0.2.0"
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

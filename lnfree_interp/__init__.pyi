@@ -1,3 +1,5 @@
+__version__: str
+
 from .check import Law as Law, ModelCheck as ModelCheck, check_model as check_model
 from .corpus import read_corpus as read_corpus
 from .data import token_blocks as token_blocks

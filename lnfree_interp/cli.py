@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -22,18 +22,53 @@ from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, dtype_name, locate_checkpo
 
 # Tokens that are read from their file together.
 ROWS_AT_ONCE = 2**16
+CONTEXT = 512
+# What an extra of this package brings, for the line that says that it is not there.
+EXTRAS = {"plotly": "plot", "accelerate": "train", "datasets": "train", "gguf": "gguf"}
+
+
+class Formatter(argparse.HelpFormatter):
+    """Examples keep their lines; a flag whose help says nothing in brackets at its end gets its default there."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(
+            line if line.startswith(" ") else super(Formatter, self)._fill_text(line, width, indent)
+            for line in text.splitlines()
+        )
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text, default = action.help or "", action.default
+        says = isinstance(default, (str, int, float, Path)) and default is not False and default != argparse.SUPPRESS
+        return f"{text} (%(default)s)".lstrip() if says and not text.endswith(")") else text
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is one line on stderr and exit status 2."""
+    """argparse, but a wrong flag is one line on stderr and exit status 2, and --help ends with examples.
+
+    Args:
+        examples: what to give the command, one call each.
+    """
+
+    def __init__(self, *args, examples: Sequence[str] = (), epilog: str | None = None, **kwargs):
+        calls = ["examples:", *(f"  %(prog)s {example}" for example in examples)]
+        lines = [*(calls if examples else ()), *([epilog] if epilog else ())]
+        super().__init__(*args, epilog="\n".join(lines) or None, **{"formatter_class": Formatter, **kwargs})
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def parser(module: str, description: str | None, *, tokens: int = 16384, out: str = "out") -> argparse.ArgumentParser:
+def prog(module: str) -> str:
+    """How a command was started: "lnfree dla" or "python -m lnfree_interp.dla"."""
+    script = Path(sys.argv[0]).stem
+    return f"{script} {module}" if script == "lnfree" else f"python -m lnfree_interp.{module}"
+
+
+def parser(
+    module: str, description: str | None, *, tokens: int = 16384, out: str = "out", examples: Sequence[str] = ()
+) -> argparse.ArgumentParser:
     """The flags every command has: --model, --text, --data, --tokens, --device, --dtype, --seed, --out."""
-    p = OneLineParser(prog=f"python -m lnfree_interp.{module}", description=description)
+    p = OneLineParser(prog=prog(module), description=description, examples=examples)
     add = p.add_argument
     models_help = "names of available_models(), hub ids or directories (default: the embedded models)"
     add("--model", nargs="+", default=list(EMBEDDED), metavar="NAME", help=models_help)
@@ -44,9 +79,15 @@ def parser(module: str, description: str | None, *, tokens: int = 16384, out: st
     add("--tokens", type=positive_int, default=tokens, metavar="N", help=f"tokens to use ({tokens:,})")
     add("--device", help="cpu, cuda, cuda:N or mps (default: a GPU if there is one)")
     add("--dtype", default="float32", help=f"{', '.join(DTYPES)} (float32)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, metavar="N", help="of what is drawn at random (0)")
     add("--out", type=Path, default=Path(out), metavar="DIR", help=f"where files go ({out})")
     return p
+
+
+def add_context(parser: argparse.ArgumentParser) -> None:
+    """The flag --context, for `token_rows`."""
+    text = f"tokens per sequence, or the model's context if that is shorter ({CONTEXT})"
+    parser.add_argument("--context", type=positive_int, metavar="N", help=text)
 
 
 def add_pairs(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -134,6 +175,13 @@ def _guarded(run, args: argparse.Namespace, prog: str, check, several: bool) -> 
             return run(args) or 0
     except distributed.Ended:
         return 2
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        extra = f"pip install 'lnfree_interp[{EXTRAS[package]}]'"
+        print(f"{prog}: error: this needs {package}, which is not installed: {extra}", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -172,8 +220,10 @@ def documents(args: argparse.Namespace) -> Iterable[Document]:
     return read_documents(path)  # a text by any other name, or what there is not
 
 
-def load_tokens(args: argparse.Namespace, model: LensModel, *, context: int = 512):
-    """About --tokens token ids in rows of `context` or the model's context, if that is shorter.
+def load_tokens(args: argparse.Namespace, model: LensModel, *, context: int | None = None):
+    """About --tokens token ids in rows of `context` (512) or the model's context, if that is shorter.
+
+    A `context` that was given and is longer than the model's is said on stderr.
 
     Returns:
         Int[Tensor, "batch pos"] on the model's device.
@@ -186,7 +236,7 @@ def load_tokens(args: argparse.Namespace, model: LensModel, *, context: int = 51
     return torch.from_numpy(token_rows(args, model, context=context).astype("int64")).to(model.cfg.device)
 
 
-def token_rows(args: argparse.Namespace, model: LensModel, *, context: int = 512):
+def token_rows(args: argparse.Namespace, model: LensModel, *, context: int | None = None):
     """`load_tokens`' rows as an array that lies in a temporary file, not in memory: what is read is what is sliced.
 
     Of the processes on a machine the first writes it (4 bytes a token), for all of them.
@@ -198,7 +248,10 @@ def token_rows(args: argparse.Namespace, model: LensModel, *, context: int = 512
 
     if model.tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so text cannot be read for it")
-    context = min(context, model.cfg.n_ctx)
+    if context is not None and context > model.cfg.n_ctx and distributed.rank() == 0:
+        name, holds = model.cfg.model_name, model.cfg.n_ctx
+        print(f"{name}: sequences of {holds} tokens, not {context}: its context holds no more", file=sys.stderr)
+    context = min(context or CONTEXT, model.cfg.n_ctx)
     writes, path = distributed.local_rank() == 0, ""
     try:
         if writes:

@@ -1,14 +1,15 @@
-"""python -m lnfree_interp.check"""
+"""Which of this package's laws hold for a model, and what of it is fast. Exit status 1 if one fails."""
 
 from __future__ import annotations
 
 from .. import cli
 from ..names import DTYPES, dtype_name, locate_checkpoint
 
+EXAMPLES = ("tiny-noLN", "gpt2 --device cuda", "runs/small/final --dtype float64")
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Which of this package's laws hold for a model, and what of it is fast. Exit status 1 if one fails."""
-    parser = cli.OneLineParser(prog="python -m lnfree_interp.check", description=main.__doc__)
+    parser = cli.OneLineParser(prog=cli.prog("check"), description=__doc__, examples=EXAMPLES)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a name of available_models(), a hub id or a directory")
     add("--device", help="cpu, cuda, cuda:N or mps (default: a GPU if there is one)")

@@ -1,15 +1,20 @@
-"""python -m lnfree_interp.dla"""
+"""How far direct logit attribution is from the direct effect, model by model."""
 
 from __future__ import annotations
 
 from .. import cli
 
+EXAMPLES = (
+    "--model tiny tiny-noLN",
+    "--model gpt2 gpt2-noLN --data Skylion007/openwebtext --tokens 100000 --out out/gpt2",
+    '--model tiny-noLN --prompt "She put on her" --top 5 --positions last',
+)
+
 
 def main(argv: list[str] | None = None) -> int:
-    """How far direct logit attribution is from the direct effect, model by model."""
-    parser = cli.parser("dla", main.__doc__, tokens=8192)
+    parser = cli.parser("dla", __doc__, tokens=8192, examples=EXAMPLES)
     parser.add_argument("--positions", choices=("all", "last"), default="all", help="where to measure (all)")
-    parser.add_argument("--context", type=cli.positive_int, default=512, help="tokens per sequence at most (512)")
+    cli.add_context(parser)
     parser.add_argument("--draws", type=cli.positive_int, default=1000, help="bootstrap draws (1,000)")
     parser.add_argument("--prompt", default="It was the best of times, it was the worst of", help="sample prompt")
     parser.add_argument("--top", type=cli.positive_int, default=8, help="components shown for the prompt (8)")

@@ -1,4 +1,4 @@
-"""python -m lnfree_interp.evaluate"""
+"""Losses, divergences and calibration of models on the same tokens."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from .. import cli
 from ..documents import read_text
 from ..names import HELLASWAG
 
+EXAMPLES = (
+    "--model tiny tiny-vanilla tiny-noLN --tokens 4096",
+    '--model tiny-noLN --prompt "It was a dark and stormy"',
+    "--model gpt2 gpt2-noLN --data Skylion007/openwebtext --hellaswag --items 1000",
+)
+
 
 def main(argv=None) -> int:
-    parser = cli.parser("evaluate", "Losses, divergences and calibration of models on the same tokens.")
-    parser.add_argument("--context", type=cli.positive_int, default=512, help="tokens per sequence (512)")
+    parser = cli.parser("evaluate", __doc__, examples=EXAMPLES)
+    cli.add_context(parser)
     parser.add_argument("--bins", type=cli.positive_int, default=15, help="bins of the calibration error (15)")
     parser.add_argument(
         "--hellaswag",

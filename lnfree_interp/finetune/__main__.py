@@ -1,4 +1,4 @@
-"""python -m lnfree_interp.finetune"""
+"""Remove the LayerNorms of a model by fine-tuning."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from ..names import locate_checkpoint
 from ..schedule import PRESETS
 from .flags import ADAPTIVE, add_guard_flags, add_schedule_flags, guard_from, schedule_from, whole
 
+EXAMPLES = (
+    "--model gpt2 --preset small --data Skylion007/openwebtext --out runs/small --dry-run",
+    "--model gpt2 --preset small --data Skylion007/openwebtext --out runs/control --vanilla",
+    "--model gpt2 --preset small --data Skylion007/openwebtext --out runs/small --control runs/control --resume",
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Exit status 2: bad input; 1: the loss diverged; 130: interrupted."""
@@ -32,9 +38,10 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = cli.OneLineParser(
-        prog="python -m lnfree_interp.finetune",
+        prog=cli.prog("finetune"),
         usage="%(prog)s --model NAME --preset NAME (--text PATH [PATH ...] | --data DATASET) --out DIR [...]",
-        description="Remove the LayerNorms of a model by fine-tuning.",
+        description=__doc__,
+        examples=EXAMPLES,
         epilog="Exit status: 0 done; 1 the loss diverged; 2 bad input; 130 interrupted. Starts under torchrun too.",
     )
     group = p.add_argument_group("model and data")

@@ -1,4 +1,4 @@
-"""python -m lnfree_interp.graph: a logit's attribution graph, or with --edges which edges a task runs along."""
+"""How a logit came to be, model by model, as a graph; with --edges which edges between components a task needs."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ import argparse
 from .. import cli
 from ..patching.sites import DIRECTIONS, METHODS, METRICS
 
+PROMPT = "It was the best of times, it was the worst of"
+EXAMPLES = (
+    '--model tiny tiny-noLN --prompt "She put on her" --target " hat" --versus " coat"',
+    "--model tiny-noLN --nodes mlp --share 0.5",
+    "--model tiny tiny-noLN --edges --pairs induction --method gradient integrated --exact 10",
+)
+
 
 def main(argv: list[str] | None = None) -> int:
-    """How a logit came to be, model by model, as a graph; with --edges which edges between components a task needs."""
-    parser = cli.parser("graph", main.__doc__)
+    parser = cli.parser("graph", __doc__, examples=EXAMPLES)
     parser.set_defaults(tokens=None)
     add = parser.add_argument
     of_graphs = [
-        add("--prompt", default="It was the best of times, it was the worst of", metavar="TEXT"),
+        add("--prompt", default=PROMPT, metavar="TEXT", help=f"of the graph ({PROMPT})"),
         add("--target", metavar="TOKEN", help="whose logit, its space included, e.g. ' her' (default: the likeliest)"),
         add("--versus", metavar="TOKEN", help="whose logit is subtracted (none)"),
         add("--nodes", choices=("neuron", "mlp"), default="neuron", help="how fine MLPs are (neuron)"),
@@ -25,7 +31,12 @@ def main(argv: list[str] | None = None) -> int:
         *cli.add_pairs(parser),
         add("--method", nargs="+", default=["gradient"], choices=METHODS, help="estimates (gradient)"),
         add("--metric", default="logit_diff", choices=METRICS, help="what the effect is on (logit_diff)"),
-        add("--direction", default="denoising", choices=DIRECTIONS),
+        add(
+            "--direction",
+            default="denoising",
+            choices=DIRECTIONS,
+            help="clean into corrupted; noising: the reverse (denoising)",
+        ),
         add("--exact", type=cli.positive_int, metavar="K", help="run the K strongest edges exactly too (none)"),
     ]
     add("--top", type=cli.positive_int, default=10, metavar="K", help="nodes and edges that are printed (10)")

@@ -1,12 +1,14 @@
-"""python -m lnfree_interp.norms"""
+"""Norms of the residual stream over layers, and attention sinks."""
 
 from __future__ import annotations
 
 from .. import cli
 
+EXAMPLES = ("--model tiny tiny-noLN", "--model gpt2 gpt2-noLN --threshold 0.5 --text book.txt --per-position")
+
 
 def main(argv=None) -> int:
-    parser = cli.parser("norms", "Norms of the residual stream over layers, and attention sinks.")
+    parser = cli.parser("norms", __doc__, examples=EXAMPLES)
     parser.add_argument("--threshold", type=float, default=0.3, help="attention on position 0 that makes a sink (0.3)")
     parser.add_argument("--per-position", action="store_true", help="norms at every position, not by kind of token")
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""python -m lnfree_interp.patching: how far gradient approximations are from activation patching, model by model."""
+"""How far gradient approximations are from activation patching, model by model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ import re
 from .. import cli
 from .sites import DIRECTIONS, LEAST, METHODS, METRICS, SITES
 
+EXAMPLES = (
+    "--model tiny tiny-noLN --pairs induction --site resid_pre --method gradient integrated",
+    "--model gpt2 gpt2-noLN --pairs ioi --n-pairs 64 --site z",
+    "--model tiny-noLN --pairs mine.jsonl --site neurons --layers 2 3 --method relp",
+)
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = cli.parser("patching", "How far gradient approximations are from activation patching, model by model.")
+    parser = cli.parser("patching", __doc__, examples=EXAMPLES)
     add, positive_int = parser.add_argument, cli.positive_int
     cli.add_pairs(parser)
     add("--site", default="resid_pre", choices=list(SITES), help="what to patch (resid_pre)")
     add("--method", nargs="+", default=["gradient"], choices=METHODS, help="approximations (gradient)")
     add("--metric", default="logit_diff", choices=METRICS, help="what the effect is on (logit_diff)")
-    add("--direction", default="denoising", choices=DIRECTIONS)
+    add(
+        "--direction",
+        default="denoising",
+        choices=DIRECTIONS,
+        help="clean into corrupted; noising: the reverse (denoising)",
+    )
     add("--layers", nargs="+", type=int, metavar="L", help="layers to patch (all; needed for neurons)")
     add("--by-position", action="store_true", help="heads or neurons position by position")
     add("--steps", type=positive_int, default=5, metavar="N", help="points of integrated gradients (5)")
