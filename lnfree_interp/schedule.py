@@ -165,7 +165,7 @@ class RemovalSchedule:
         )
 
     def vanilla(self) -> RemovalSchedule:
-        """The control: the same training with nothing removed, no class of massive tokens, auxiliary loss or distillation."""
+        """The control: the same training with nothing removed, no massive tokens, auxiliary loss or distillation."""
         return replace(self, order=(), massive=None, auxiliary_weight=0.0, distillation=0.0, pace="fixed")
 
     def adaptive(self, **changes) -> RemovalSchedule:
