@@ -1,9 +1,10 @@
 """Norms whose std can be frozen, site by site: the modules that stand in a model that trains.
 
 A LayerNorm is (x - mean) / std * gamma + beta, an RMSNorm x / rms * gamma. With the std (of an RMSNorm: the root mean
-square, epsilon included) replaced by a constant all that remains is linear. In training it stays a pass over the stream,
-so that a step costs what a plain one does; `export` folds it into the matrix W, b that reads it: W' = C diag(gamma / std)
-W, b' = b + beta W, where C = I - 11^T/d centres (row vectors; an RMSNorm has neither C nor beta).
+square, epsilon included) replaced by a constant all that remains is linear. In training it stays a pass over the
+stream, so that a step costs what a plain one does; `export` folds it into the matrix W, b that reads it:
+W' = C diag(gamma / std) W, b' = b + beta W, where C = I - 11^T/d centres (row vectors; an RMSNorm has neither C nor
+beta).
 
 Sources: P1 = arXiv 2409.13710, P2 = arXiv 2507.02559.
 """
@@ -275,6 +276,6 @@ class RemovableReader(nn.Module):
         norm, sites = self.reads
         scales = torch.cat([site.inverse().expand(width) for site, width in zip(sites, self.widths, strict=True)])
         scale = scales.repeat(len(weight) // len(scales)).to(weight.dtype)
-        if norm.bias is not None:
-            bias = weight @ norm.bias + (0 if bias is None else bias)
+        if norm.bias is not None:  # as a matrix of one row: its gradient has the weight's own layout in memory
+            bias = F.linear(norm.bias[None], weight, bias)[0]
         return F.linear(norm.left(x, norm.weight, None), weight * scale[:, None], bias)
