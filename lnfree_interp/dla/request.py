@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..batching import Places, Tokens, check_tokens, whole
 from ..lens import LensModel
+from ..results import Prompts
 from ..weights import own_hooks
 from .project import Removal, project, removals
 from .readers import Reader
@@ -153,11 +154,14 @@ def logits_of(request: Request, exact: bool) -> tuple[LogitAttribution, LogitAtt
     if effect is not None and norm.linear:
         effect.copy_(linear)
     of_bias, where = torch.cat(bias).view(request.shape), tuple(request.reading.kept)
+    of_logits = [None if ids is None else ids.cpu() for ids in (request.reading.targets, request.reading.versus)]
+    prompts = Prompts.of(request.model, request.tokens)
 
-    def result(values: Tensor) -> LogitAttribution:
-        return LogitAttribution(values.view(-1, *request.shape), request.labels, of_bias, where)
+    def result(values: Tensor, kind: str) -> LogitAttribution:
+        values = values.view(-1, *request.shape)
+        return LogitAttribution(values, request.labels, of_bias, where, *of_logits, kind=kind, prompts=prompts)
 
-    return result(linear), None if effect is None else result(effect)
+    return result(linear, "attribution"), None if effect is None else result(effect, "direct effect")
 
 
 def readers_in(request: Request, memory: int) -> int:
@@ -167,7 +171,9 @@ def readers_in(request: Request, memory: int) -> int:
     return max(1, min(request.n_readers, memory // (each * request.dtype.itemsize)))
 
 
-def gather(request: Request, passes: Iterable[Pass], readers: slice, memory: int = CHUNK) -> ReaderAttribution:
+def gather(
+    request: Request, passes: Iterable[Pass], readers: slice, memory: int = CHUNK, *, exact: bool, prompts: Prompts
+) -> ReaderAttribution:
     """The values of some readers: all, or the largest, with so many bytes of them beside the result."""
     n_tokens, n_readers = request.shape[0] * request.shape[1], readers.stop - readers.start
     found = []
@@ -193,6 +199,8 @@ def gather(request: Request, passes: Iterable[Pass], readers: slice, memory: int
         bias.T.unflatten(1, request.shape),
         tuple(request.reading.kept),
         *where,
+        kind="effect" if exact else "attribution",
+        prompts=prompts,
     )
 
 
