@@ -74,7 +74,9 @@ class Result:
         raise NotImplementedError
 
     def plot(self, *args: Any, **options: Any) -> Any:
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} has no figure; its table() and its picture in a notebook have all"
+        )
 
     def table(self, *args: Any, **options: Any) -> Any:
         raise NotImplementedError

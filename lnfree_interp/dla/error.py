@@ -48,7 +48,8 @@ class AttributionError(Result):
             "" if self.interval[0] != self.interval[0] else f" (95% {self.interval[0]:.2%} to {self.interval[1]:.2%})"
         )
         model = f" in {self.model}" if self.model else ""
-        return f"of attributions against effects{model}: NMAE {self.pooled:.2%}{between} over {counted(len(self.labels), 'component')}"
+        over = counted(len(self.labels), "component")
+        return f"of attributions against effects{model}: NMAE {self.pooled:.2%}{between} over {over}"
 
     def picture(self) -> str:
         """Bars of the pooled error and of the components with the largest; of heads a grid."""

@@ -97,7 +97,7 @@ class LogitAttribution(Result):
 
         Example:
             >>> from lnfree_interp import direct_logit_attribution
-            >>> result = direct_logit_attribution("tiny-noLN", "It was the best of", " times", versus=" days", by="head")
+            >>> result = direct_logit_attribution("tiny-noLN", "It was the best of", " times", versus=" days")
             >>> result.plot().layout.title.text
             "' times' - ' days' in tiny-noLN: what adds up to it"
         """

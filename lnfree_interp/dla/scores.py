@@ -22,7 +22,8 @@ from ..batching import Places, Tokens, check_tokens, indices, whole
 from ..layers import Layer, Norm, Rotary
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
-from ..results import Prompts, Result, by as shape_of, counted, drawing
+from ..results import Prompts, Result, counted, drawing
+from ..results import by as shape_of
 from ..weights import own_hooks, weights_alone
 from .attribution import attribution_to
 from .readers import Reader
@@ -78,7 +79,7 @@ class ScoreAttribution(Result):
         if self.pairs is not None:
             pairs = f"the {counted(len(self.values), 'largest pair')} of {pairs}"
         shape = ((batch, "prompt"), (n_queries, "query position"), (n_keys, "key position"))
-        return f"of {self.head or 'a head'}'s attention scores{model}: {pairs} x {shape_of(*shape)}, in scores before the softmax"
+        return f"of {self.head or 'a head'}'s attention scores{model}: {pairs} x {shape_of(*shape)}, before the softmax"
 
     def picture(self) -> str:
         """A grid of components on the query's side by those on the key's, mean over what the queries see."""

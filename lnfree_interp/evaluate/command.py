@@ -47,7 +47,7 @@ def run(args) -> None:
         with cli.bar(f"{name} HellaSwag", "item") as progress:
             scored = ending_scores(model, items, distributed.shard(len(items)), progress=progress)
         if of_items := distributed.gather(scored):
-            scores[name] = hellaswag_of(of_items)
+            scores[name] = hellaswag_of(of_items, model=name)
     if distributed.rank() == 0:
         comparison = comparison_of(tuple(models), of_comparison, seed=args.seed)
         samples = None if args.prompt is None else generate_samples(models, args.prompt, seed=args.seed)

@@ -17,6 +17,7 @@ from ..forward import run, unembed
 from ..lens import LensModel, ModelOrName
 from ..metrics import cross_entropy
 from ..models import as_model
+from ..results import Result, by, counted, drawing, name_of
 from ..running import Sample
 from ..statistics import mean_interval
 
@@ -51,8 +52,8 @@ class WorstSequence:
     ratio: float | None = None
 
 
-@dataclass(frozen=True)
-class LossEvaluation:
+@dataclass(frozen=True, repr=False)
+class LossEvaluation(Result):
     """Losses of one model on one set of tokens, in nats per token.
 
     Attributes:
@@ -65,6 +66,7 @@ class LossEvaluation:
         range95: (2.5%, 97.5%) quantiles, and
         range999: (0.05%, 99.95%) quantiles.
         worst: the sequences of largest mean loss, worst first.
+        model: whose losses.
     """
 
     losses: Float[Tensor, "batch pos"]
@@ -75,6 +77,32 @@ class LossEvaluation:
     range95: tuple[float, float]
     range999: tuple[float, float]
     worst: tuple[WorstSequence, ...]
+    model: str = ""
+
+    def summary(self) -> str:
+        """One line: mean, its interval, median."""
+        known = self.interval[0] == self.interval[0]
+        between = f" (95% {self.interval[0]:.4f} to {self.interval[1]:.4f})" if known else ""
+        over = by((len(self.per_sequence), "sequence"), (self.losses.shape[1], "token"))
+        numbers = f"mean {self.mean:.4f}{between}, median {self.median:.4f} nats per token"
+        return f"{f'of {self.model}: ' * bool(self.model)}{numbers} over {over}"
+
+    def picture(self) -> str:
+        """Bars of mean and quantiles, and the worst sequences."""
+        from ..figures.measured_pictures import of_losses
+
+        return of_losses(self)
+
+    def plot(self):
+        """A figure of plotly: mean loss by position with its interval, and quantiles over tokens.
+
+        Raises:
+            ImportError: there is no plotly.
+        """
+        with drawing():
+            from ..figures.evaluate import loss_figure
+
+        return loss_figure({self.model or "model": self})
 
     def table(self):
         """One row: tokens, mean and its interval, median, both ranges, the worst sequence."""
@@ -89,8 +117,8 @@ class LossEvaluation:
         return pd.DataFrame([row])
 
 
-@dataclass(frozen=True)
-class LossTable:
+@dataclass(frozen=True, repr=False)
+class LossTable(Result):
     """Mean losses of several models on the same tokens and their gaps to a baseline, in nats per token.
 
     Attributes:
@@ -108,6 +136,28 @@ class LossTable:
     gap: Float[Tensor, " model"]
     low: Float[Tensor, " model"]
     high: Float[Tensor, " model"]
+
+    def summary(self) -> str:
+        """One line: the models' mean losses."""
+        losses = ", ".join(f"{name} {mean:.4f}" for name, mean in zip(self.names, self.mean.tolist()))
+        return f"of {counted(len(self.names), 'model')}, nats per token: {losses}"
+
+    def picture(self) -> str:
+        """The table, and bars of the gaps."""
+        from ..figures.measured_pictures import of_loss_table
+
+        return of_loss_table(self)
+
+    def plot(self):
+        """A figure of plotly: each model's mean loss, and the gaps to the baselines with their intervals.
+
+        Raises:
+            ImportError: there is no plotly.
+        """
+        with drawing():
+            from ..figures.evaluate import loss_table_figure
+
+        return loss_table_figure(self)
 
     def table(self):
         """One row per model; the column `loss` reads like the papers' table, "2.8757 (+0.0645)"."""
@@ -254,6 +304,7 @@ def evaluation_of(
         median=median,
         range95=(low, high),
         range999=(lowest, highest),
+        model=name_of(model),
         worst=tuple(
             _name(model, index, loss, row.to(model.cfg.device))
             for loss, index, row in _largest([entry for part in parts for entry in part.worst], worst)

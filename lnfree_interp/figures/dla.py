@@ -254,8 +254,8 @@ def waterfall(
         text=[f"{x:+.2f}" for x in numbers] + [f"{after[-1]:.2f}"],
         textposition="outside",
         cliponaxis=False,
-        increasing={"marker": {"color": "rgb{}".format(POSITIVE)}},
-        decreasing={"marker": {"color": "rgb{}".format(NEGATIVE)}},
+        increasing={"marker": {"color": f"rgb{POSITIVE}"}},
+        decreasing={"marker": {"color": f"rgb{NEGATIVE}"}},
         totals={"marker": {"color": "#555555"}},
         connector={"line": {"color": "#bbbbbb", "width": 1}},
     )

@@ -83,7 +83,7 @@ def bars(
     for i, (label, value, said) in enumerate(zip(labels, values, notes or [""] * len(labels))):
         width = (50 if signed else 100) * min(1.0, abs(value) / most) if value == value else 0.0
         left = 50 - width if value < 0 else 50 if signed else 0
-        colour = "#777" if i >= len(labels) - totals else "rgb{}".format(POSITIVE if value > 0 else NEGATIVE)
+        colour = "#777" if i >= len(labels) - totals else f"rgb{POSITIVE if value > 0 else NEGATIVE}"
         bar = (
             f"<div style='position:absolute;left:{left:.2f}%;width:{width:.2f}%;height:100%;background:{colour}'></div>"
         )
@@ -146,8 +146,9 @@ def grid(
     )
     first = min(12, max([len(visible(row)) for row in rows] + [len(corner), 3]))
     each = 4.2 if roomy else 1.8
-    style = f"border-collapse:collapse;table-layout:fixed;width:100%;max-width:{first * 0.62 + 1 + each * len(columns):.1f}em"
-    sizes = f"<colgroup><col style='width:{first * 0.62 + 1:.1f}em'>{'<col>' * len(columns)}</colgroup>"
+    left, wide = first * 0.62 + 1, first * 0.62 + 1 + each * len(columns)
+    style = f"border-collapse:collapse;table-layout:fixed;width:100%;max-width:{wide:.1f}em"
+    sizes = f"<colgroup><col style='width:{left:.1f}em'>{'<col>' * len(columns)}</colgroup>"
     start = (
         f"<th style='{_CELL};text-align:right;font-weight:normal;font-size:11px;color:#888'>{html.escape(corner)}</th>"
     )

@@ -14,6 +14,7 @@ from ..batching import Places, Progress, Tokens, check_next_token, check_tokens,
 from ..forward import run
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
+from ..results import Prompts
 from ..weights import block_of, normalises_writes, own_hooks, read_weights
 from .choices import ABLATIONS, METHODS
 from .last_layer import Rows, Unembedding, folded_unembedding, make_neurons, make_rows, wide
@@ -238,6 +239,7 @@ def _scan(model: LensModel, tokens, layer: int, neurons, ablation, method, toler
         baseline_entropy=baseline[1].view(n_batch, n_pos),
         streamed=streamed.item() / (n * len(neurons)),
         bound=bound.item(),
+        prompts=Prompts.of(model, tokens),
     )
 
 
@@ -331,6 +333,7 @@ def _rerun(model: LensModel, tokens, layer: int, sets, labels, ablation, progres
         entropy_frozen=entropy_frozen,
         baseline_loss=baseline[0],
         baseline_entropy=baseline[1],
+        prompts=Prompts.of(model, tokens),
     )
 
 
