@@ -73,7 +73,7 @@ class LogitAttribution(Result):
             elif ids.numel() and bool((ids == ids.flatten()[0]).all()):
                 named.append(repr(self.prompts.words(ids[:1, :1])[0][0]))
             else:
-                named.append(f"a target of {counted(len(ids.unique()), 'token')}")
+                named.append(f"{counted(len(ids.unique()), 'different token')}")
         return " - ".join(named)
 
     def picture(self) -> str:

@@ -8,3 +8,4 @@ from .loss import (
     loss_table as loss_table,
 )
 from .samples import Samples as Samples, generate_samples as generate_samples
+from .tokens import TokenLosses as TokenLosses, token_losses as token_losses
