@@ -39,4 +39,4 @@ def laws_figure(result: ModelCheck) -> go.Figure:
     figure.update_xaxes(**log_axis([*errors, *allowed]), title_text="error, and up to which the law holds (bars)")
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_layout(showlegend=False)
-    return styled(figure, title=result.summary(), height=150 + 17 * len(laws))
+    return styled(figure, title=f"Laws {result.summary()}", height=150 + 17 * len(laws))

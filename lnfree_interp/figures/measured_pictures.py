@@ -152,7 +152,7 @@ def of_check(result: ModelCheck) -> str:
         return "" if x is None else f"{x:.1e}"
 
     rows = [
-        (law.name, law.verdict, error(law.error), error(law.tolerance), html.visible(law.note, 60))
+        (law.name, law.verdict, error(law.error), error(law.tolerance), html.visible(law.note, 60) if law.note else "")
         for law in result.laws
     ]
     rows.sort(key=lambda row: ("FAILS", "holds", "not measured").index(row[1]))

@@ -93,4 +93,10 @@ def log_axis(values: Iterable[float]) -> dict[str, Any]:
     if len(decades) <= 3:
         ticks = [digit * 10.0**d for d in decades for digit in (1, 2, 5)]
     texts = [f"{tick:,.0f}" if 1 <= tick < 1e6 else f"{tick:g}" for tick in ticks]
-    return {"type": "log", "tickvals": ticks, "ticktext": texts, "minor": {"ticks": "", "showgrid": False}}
+    axis = {"type": "log", "tickvals": ticks, "ticktext": texts, "minor": {"ticks": "", "showgrid": False}}
+    if (
+        sum(min(sizes) <= tick <= max(sizes) for tick in ticks) < 2
+    ):  # as far as the ticks around them, lest there be none
+        ends = max(t for t in ticks if t <= min(sizes) * 1.001), min(t for t in ticks if t >= max(sizes) * 0.999)
+        axis["range"] = [math.log10(end) + sign * 0.03 for end, sign in zip(ends, (-1, 1))]
+    return axis

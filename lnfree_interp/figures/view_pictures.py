@@ -28,14 +28,14 @@ def of_lens(result: LogitLens) -> str:
     points = range(n) if n <= html.ROWS else torch.linspace(0, n - 1, html.ROWS).round().long().tolist()
     top = [words["top"][i * batch] for i in range(n)]
     if pos == 1:
-        target = words["target"][0][0] + (f" - {words['versus'][0][0]}" if words["versus"] else "")
+        target = " - ".join(f"'{html.visible(words[name][0][0])}'" for name in ("target", "versus") if words[name])
         logits = result.logit[:, 0, 0].tolist()
         said = [
-            f"rank {int(result.rank[i, 0, 0])}, likeliest {html.visible(top[i][0])} ({result.top_prob[i, 0, 0]:.0%})"
+            f"rank {int(result.rank[i, 0, 0])}, likeliest '{html.visible(top[i][0])}' ({result.top_prob[i, 0, 0]:.0%})"
             + f"; frozen scale {result.frozen[i, 0, 0]:+.4g}" * bool(result.frozen[i, 0, 0] != result.logit[i, 0, 0])
             for i in points
         ]
-        title = html.heading(f"Logit of {html.visible(target)}")
+        title = html.heading(f"Logit of {target}")
         picture = title + html.bars([result.points[i] for i in points], [logits[i] for i in points], "logits", said)
     else:
         columns = range(max(0, pos - WORDS), pos)
