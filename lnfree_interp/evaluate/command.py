@@ -12,8 +12,9 @@ from ..figures.evaluate import loss_figure, reliability_figure
 from ..lens import LensModel
 from .compare import comparison_of, comparison_sums
 from .hellaswag import ending_scores, hellaswag_items, hellaswag_of
-from .loss import KEPT, evaluation_of, loss_sums, loss_table
+from .loss import KEPT, evaluation_of, loss_sums
 from .samples import Samples, generate_samples
+from .table import loss_table
 
 
 def baselines(models: dict[str, bool]) -> dict[str, str | None]:

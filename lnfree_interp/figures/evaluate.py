@@ -9,8 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..evaluate import HellaSwag, LossEvaluation, ModelComparison
-from ..evaluate.loss import LossTable
+from ..evaluate import HellaSwag, LossEvaluation, LossTable, ModelComparison
 from ..statistics import mean_interval
 from .style import band, colour, line, log_axis, styled
 

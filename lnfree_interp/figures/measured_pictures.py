@@ -13,9 +13,7 @@ from .pictures import largest, of_heads
 
 if TYPE_CHECKING:
     from ..check import ModelCheck
-    from ..evaluate import HellaSwag, LossEvaluation, ModelComparison
-    from ..evaluate.loss import LossTable
-    from ..evaluate.samples import Samples
+    from ..evaluate import HellaSwag, LossEvaluation, LossTable, ModelComparison, Samples
     from ..neurons import NeuronAblation
     from ..norms import AttentionSinks, ResidualNorms
 
