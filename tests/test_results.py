@@ -208,7 +208,7 @@ def test_a_picture_holds_the_values(model):
     wanted = dict(zip(result.labels, result.values.flatten().tolist()))
     wanted |= {"bias": result.bias.item(), "logit": (result.values.sum() + result.bias.sum()).item()}
     assert shown.keys() == wanted.keys()
-    assert all(float(f"{wanted[name]:.4g}") == pytest.approx(value) for name, value in shown.items())
+    assert all(wanted[name] == pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in shown.items())
 
 
 def test_a_grid_holds_the_values(model):
@@ -239,23 +239,22 @@ def test_cells_sum_to_the_logits(model):
     result = direct_logit_attribution(model, tokens, by="head", positions=[3, 1])
     cells = result.cells()
     sums = cells.groupby(["prompt", "position"]).value.sum()
-    logits = model(tokens).log_softmax(-1)
+    logits = model(tokens)
     for prompt, position in ((0, 3), (1, 1)):
         target = tokens[prompt, position + 1]
-        wanted = model(tokens)[prompt, position, target].item()
+        wanted = logits[prompt, position, target].item()
         assert sums[prompt, position] == pytest.approx(wanted, abs=1e-3)
         row = cells[(cells.prompt == prompt) & (cells.position == position)].iloc[0]
         assert row.token == model.tokenizer.decode([tokens[prompt, position]])
         assert row.target == model.tokenizer.decode([target])
-    assert logits.shape[0] == 2
 
 
 def test_a_waterfall_ends_at_the_logit(model):
     result = direct_logit_attribution(model, TEXT, " the", versus=" a", by="head")
     for top in (1, 5, 100):
         bars = result.plot(top=top).data[0]
-        logits = model(TEXT)[0, -1]
-        wanted = logits[model.to_single_token(" the")] - logits[model.to_single_token(" a")]
+        logits = model(result.prompts.tokens)[0, -1]
+        wanted = logits[result.targets.item()] - logits[result.versus.item()]
         assert sum(bars.x) == pytest.approx(wanted.item(), abs=1e-3)
         assert bars.measure[-1] == "total" and "logits" in bars.hovertemplate
     assert result.what == "' the' - ' a'"
@@ -299,7 +298,7 @@ def test_large_results_stay_small_on_a_page():
         torch.randn(300, 300, 1, 2), labels[:300], readers, torch.zeros(300, 1, 2), (0, 1), prompts=prompts[:1]
     )
     assert len(found._repr_html_().encode()) < MOST_HTML
-    found = lnfree_interp.AttentionPatterns(labels[:200], torch.rand(200, 2, 300, 300), None)
+    found = lnfree_interp.AttentionPatterns(labels[:70], torch.rand(70, 1, 300, 300), None)
     assert len(found._repr_html_().encode()) < MOST_HTML and "later heads" in found.picture()
 
 
@@ -399,7 +398,7 @@ def test_patterns_are_the_caches(any_block):
     for i, (layer, head) in enumerate(((1, 2), (1, 0), (0, 2), (0, 0))):
         torch.testing.assert_close(found.values[i], cache[f"blocks.{layer}.attn.hook_pattern"][:, head])
     sums = found.table().groupby(["head", "prompt", "query"]).attention.sum()
-    assert len(sums) == 4 * 3 * 7 and all(abs(sums - 1) < 1e-9)
+    assert len(sums) == 4 * 3 * 7 and all(abs(sums - 1) < 1e-6)
 
 
 def test_token_losses_are_the_metrics(any_block):
@@ -421,9 +420,11 @@ def test_a_small_picture_is_a_picture():
     values = torch.tensor([[0.0, 1.0], [0.5, float("nan")]])
     data = base64.b64decode(png(values).removeprefix("data:image/png;base64,"))
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    palette = data[data.index(b"PLTE") + 4 :][: 3 * 32]
     lines = zlib.decompress(data[data.index(b"IDAT") + 4 : data.index(b"IEND") - 8])
-    white, red = bytes([255] * 3), bytes(pictures.POSITIVE)
-    assert lines[:7] == b"\0" + white + red and len(lines) == 14 and lines[-3:] == white
+    colours = [palette[3 * i :][:3] for i in (lines[1], lines[2], lines[5])]
+    assert colours == [bytes([255] * 3), bytes(pictures.POSITIVE), bytes([255] * 3)]
+    assert len(lines) == 6 and lines[0] == lines[3] == 0 and 14 <= lines[4] <= 17
 
 
 def test_a_text_cannot_be_drawn_without_prompts():

@@ -91,7 +91,6 @@ class ScoreAttribution(Result):
         """A figure of plotly: the `top` largest components on either side, mean over what the queries see.
 
         Raises:
-            ValueError: only the largest pairs are held.
             ImportError: there is no plotly.
         """
         with drawing():

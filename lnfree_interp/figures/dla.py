@@ -140,10 +140,12 @@ def readers_figure(
         >>> readers_figure(result).data[0].type, readers_figure(result, 5, position=-1).data[0].type
         ('heatmap', 'waterfall')
     """
-    if result.senders is not None:
-        raise ValueError("plot() wants all components, not the largest alone (top): table() has these")
-    values = result.values.sum(-1) if result.by_source else result.values
     model = f" in {result.prompts.model}" if result.prompts else ""
+    if result.senders is not None:
+        rows = result.table().head(top)
+        names = [f"{name} ← {component}" for name, component in zip(rows.reader, rows.component)]
+        return ranked(names, rows["mean"], f"What readers read{model}: the largest, mean where they are", "units")
+    values = result.values.sum(-1) if result.by_source else result.values
     if len(values) > 1 and prompt is position is None and reader == 0:
         means = values.mean((2, 3)).detach().cpu().double()
         rows, _ = largest(means.abs().amax(1), 2 * top)
@@ -171,7 +173,10 @@ def scores_figure(result: ScoreAttribution, top: int = 40) -> go.Figure:
         'heatmap'
     """
     if result.pairs is not None:
-        raise ValueError("plot() wants all pairs, not the largest alone (top): table() has these")
+        rows = result.table().head(top)
+        names = [f"{query} → {key}" for query, key in zip(rows.query_component, rows.key_component)]
+        title = f"What pairs of components add to {result.head or 'a head'}'s scores: the largest, mean where they are"
+        return ranked(names, rows["mean"], title, "scores")
     means = result.values[..., result.visible.to(result.values.device)].mean((-1, -2)).detach().cpu().double()
     rows, _ = largest(means.abs().amax(1), top)
     columns, _ = largest(means.abs().amax(0), top)
@@ -216,6 +221,22 @@ def errors_figure(result: AttributionError, top: int = 30) -> go.Figure:
         figure.update_xaxes(range=[0, 0.01])  # nothing but rounding
     model = f" in {result.model}" if result.model else ""
     return styled(figure, title=f"How far attributions are from effects{model}", height=130 + 18 * len(chosen))
+
+
+def ranked(names: Sequence[str], values: Sequence[float], title: str, unit: str) -> go.Figure:
+    """A bar for each name, the first at the top.
+
+    Example:
+        >>> ranked(["embed", "L0.mlp"], [1.0, -2.0], "", "logits").data[0].x
+        (1.0, -2.0)
+    """
+    x = [float(value) for value in values]
+    colours = [f"rgb{POSITIVE if value > 0 else NEGATIVE}" for value in x]
+    hover = "%{y}: %{x:.4f} " + unit + "<extra></extra>"
+    figure = go.Figure(go.Bar(x=x, y=list(names), orientation="h", marker={"color": colours}, hovertemplate=hover))
+    figure.update_xaxes(title_text=unit)
+    figure.update_yaxes(autorange="reversed", automargin=True, type="category")
+    return styled(figure, title=title, height=140 + 20 * len(x))
 
 
 def waterfall(

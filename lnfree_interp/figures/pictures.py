@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..dla import AttributionError, LogitAttribution, ReaderAttribution, ScoreAttribution
 
 HEAD = re.compile(r"L(\d+)H(\d+)")
+# Cells of all grids of a picture together.
+CELLS = 1500
 
 
 def of_logits(result: LogitAttribution) -> str:
@@ -26,12 +28,13 @@ def of_logits(result: LogitAttribution) -> str:
         return ""
     values = result.values.detach().cpu().double()
     heads = of_heads(values.mean((1, 2)), result.labels, unit)
+    cells = CELLS - heads.count("<td")
     if values[0].numel() == 1 or len(values[0]) > 1:
         said = "" if values[0].numel() == 1 else f"means over {counted(values[0].numel(), 'token')}"
         bias = result.bias.detach().cpu().double().mean()
         total = "logit" if result.kind == "attribution" else "sum and bias"
         return heads + html.note(said) + added_up(values.mean((1, 2)), bias, result.labels, unit, total)
-    return heads + over_tokens(values[:, 0], result.labels, result.positions, result.prompts, 0, unit)
+    return heads + over_tokens(values[:, 0], result.labels, result.positions, result.prompts, 0, unit, cells)
 
 
 def of_heads(values: Float[Tensor, " component"], labels: Sequence[str], unit: str, most: float | None = None) -> str:
@@ -69,9 +72,11 @@ def over_tokens(
     prompts: Prompts | None,
     prompt: int,
     unit: str,
+    cells: int = CELLS,
 ) -> str:
     """A grid of the largest components by the tokens at the positions."""
-    shown, others = largest(values.abs().amax(1), html.ROWS - 5 * (values.shape[1] > html.ROWS))
+    rows = max(3, min(html.ROWS, cells // min(values.shape[1], html.COLUMNS)))
+    shown, others = largest(values.abs().amax(1), rows)
     columns = tokens_at(positions, prompts, prompt)
     n = len(columns)
     grid = values[shown][:, : html.COLUMNS].tolist()
@@ -153,7 +158,8 @@ def of_readers(result: ReaderAttribution) -> str:
     text = sources_as_text(result, 0, None, 0, -1) if result.by_source and result.prompts is not None else ""
     heads = of_heads(values.mean((1, 2)), result.labels, unit)
     if values[0].numel() > 1 and len(values[0]) == 1:
-        return text + heads + over_tokens(values[:, 0], result.labels, result.positions, result.prompts, 0, unit)
+        where, cells = (result.labels, result.positions, result.prompts), CELLS - heads.count("<td")
+        return text + heads + over_tokens(values[:, 0], *where, 0, unit, cells)
     said = "" if values[0].numel() == 1 else f"means over {counted(values[0].numel(), 'token')}"
     bias, total = result.bias[0].detach().cpu().double().mean(), "sum and bias"
     return text + heads + html.note(said) + added_up(values.mean((1, 2)), bias, result.labels, unit, total)

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from ..evaluate import TokenLosses
     from ..norms import AttentionPatterns
 
-# Columns with words in them, small pictures of heads, and their width in pixels of the screen.
-WORDS, HEADS, SMALL = 12, 64, 84
+# Columns with words in them; small pictures of heads, their width in pixels of the screen, dots in a row at most.
+WORDS, HEADS, SMALL, DOTS = 12, 64, 84, 48
+SHADES = 32
 
 
 def of_lens(result: LogitLens) -> str:
@@ -79,9 +80,9 @@ def of_patterns(result: AttentionPatterns) -> str:
 
 def _small(pattern: Float[Tensor, "query key"], label: str) -> str:
     on_first = pattern[1:, 0].mean().item() if len(pattern) > 1 else 1.0
-    side = (len(pattern) + 95) // 96  # of what is long, blocks of so many tokens are one dot
+    side = (len(pattern) + DOTS - 1) // DOTS  # of what is long, blocks of so many tokens are one dot: their largest
     if side > 1:
-        pattern = torch.nn.functional.avg_pool2d(pattern[None, None].float(), side, ceil_mode=True)[0, 0]
+        pattern = torch.nn.functional.max_pool2d(pattern[None, None].float(), side, ceil_mode=True)[0, 0]
     look = f"width:{SMALL}px;height:{SMALL}px;image-rendering:pixelated;border:1px solid #ddd;display:block"
     return (
         f"<div style='display:inline-block;margin:2px;font-size:11px;text-align:center' title='{label}'>"
@@ -91,16 +92,19 @@ def _small(pattern: Float[Tensor, "query key"], label: str) -> str:
 
 def png(values: Float[Tensor, "row column"]) -> str:
     """Numbers from 0 to 1 as the address of a picture that holds itself: white to red."""
-    end = torch.tensor(html.POSITIVE, dtype=torch.float64)
-    shares = values.double().nan_to_num().clamp(0, 1)[..., None]
-    pixels = (255 + (end - 255) * shares).round().to(torch.uint8)
-    lines = b"".join(b"\0" + row.numpy().tobytes() for row in pixels.contiguous())
+    shares = torch.arange(SHADES, dtype=torch.float64)[:, None] / (SHADES - 1)
+    palette = (255 + (torch.tensor(html.POSITIVE, dtype=torch.float64) - 255) * shares).round().to(torch.uint8)
+    which = (values.double().nan_to_num().clamp(0, 1) * (SHADES - 1)).round().to(torch.uint8)
+    lines = b"".join(b"\0" + bytes(row) for row in which.tolist())
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    size = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 8, 2, 0, 0, 0)
-    parts = chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
+    size = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 8, 3, 0, 0, 0)
+    colours = bytes(palette.flatten().tolist())
+    parts = (
+        chunk(b"IHDR", size) + chunk(b"PLTE", colours) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
+    )
     return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + parts).decode()
 
 
