@@ -154,12 +154,12 @@ def logits_of(request: Request, exact: bool) -> tuple[LogitAttribution, LogitAtt
     if effect is not None and norm.linear:
         effect.copy_(linear)
     of_bias, where = torch.cat(bias).view(request.shape), tuple(request.reading.kept)
-    of_logits = [None if ids is None else ids.cpu() for ids in (request.reading.targets, request.reading.versus)]
+    targets, versus = (None if x is None else x.cpu() for x in (request.reading.targets, request.reading.versus))
     prompts = Prompts.of(request.model, request.tokens)
 
     def result(values: Tensor, kind: str) -> LogitAttribution:
         values = values.view(-1, *request.shape)
-        return LogitAttribution(values, request.labels, of_bias, where, *of_logits, kind=kind, prompts=prompts)
+        return LogitAttribution(values, request.labels, of_bias, where, targets, versus, kind, prompts)
 
     return result(linear, "attribution"), None if effect is None else result(effect, "direct effect")
 
@@ -192,15 +192,17 @@ def gather(
         for x, of_part in zip(found, largest):
             x[:, of_pass] = of_part
     values, *where = (x.movedim(-1, 0).unflatten(2, request.shape) for x in found)
+    senders, sources = (*where, None, None)[:2]
     return ReaderAttribution(
         values,
         request.labels,
         request.reading.labels[readers],
         bias.T.unflatten(1, request.shape),
         tuple(request.reading.kept),
-        *where,
-        kind="effect" if exact else "attribution",
-        prompts=prompts,
+        senders,
+        sources,
+        "effect" if exact else "attribution",
+        prompts,
     )
 
 

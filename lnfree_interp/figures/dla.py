@@ -75,8 +75,8 @@ def heads_of(values: Float[Tensor, "component ..."], labels: tuple[str, ...]) ->
         >>> from lnfree_interp import direct_effect, load_model
         >>> model = load_model("tiny")
         >>> effect = direct_effect(model, model.to_tokens("It was a dark and stormy night."), by="head")
-        >>> heads_of(effect.values, effect.labels).shape
-        torch.Size([4, 4])
+        >>> heads_of(effect.values, effect.labels).shape == (model.cfg.n_layers, model.cfg.n_heads)
+        True
     """
     cells = {}
     for value, label in zip(values.flatten(1).double().mean(1), labels):

@@ -78,17 +78,17 @@ def of_losses(result: LossEvaluation) -> str:
     bars = html.bars(names, [result.mean, result.median, low, high, lowest, highest], "nats per token")
     if not result.worst:
         return bars
+    columns = ["sequence", "loss", "begins", "norm explodes at"]
     rows = []
     for w in result.worst:
         where = (
-            ""
-            if w.layer is None
-            else f"position {w.position} {w.token!r} after layer {w.layer}, {w.ratio:.3g} times the median"
+            f"position {w.position} {w.token!r} after layer {w.layer}, {w.ratio:.3g} times the median"
+            if w.ratio
+            else ""
         )
-        rows.append((w.index, w.loss, html.visible(w.text, 60), where))
-    columns = ("sequence", "loss", "begins", "norm explodes at")
-    if not any(row[3] for row in rows):
-        columns, rows = columns[:3], [row[:3] for row in rows]
+        rows.append([w.index, w.loss, html.visible(w.text, 60), where])
+    if not any(row[-1] for row in rows):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     return bars + html.heading("Worst sequences") + html.table(columns, rows)
 
 

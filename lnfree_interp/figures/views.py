@@ -87,7 +87,8 @@ def patterns_figure(result: AttentionPatterns, head: str | None = None, prompt: 
             z=values[labels[0]],
             customdata=[[(query, key) for key in names] for query in names],
             zmin=0,
-            zmax=1,
+            # The first query can look nowhere else: its 1 would wash the others out.
+            zmax=max((float(x[1:].max()) for x in values.values() if len(x) > 1), default=1.0),
             colorscale="Blues",
             colorbar={"title": "attention"},
             hovertemplate="%{customdata[0]} on %{customdata[1]}: %{z:.3f} of attention<extra></extra>",

@@ -71,9 +71,10 @@ def ablate_neurons(
     Example:
         >>> from lnfree_interp import ablate_neurons, load_model
         >>> model = load_model("tiny-noLN", device="cpu")
-        >>> result = ablate_neurons(model, model.to_tokens("It was a dark and stormy night."), neurons=[5, 8])
+        >>> tokens = model.to_tokens("It was a dark and stormy night.")
+        >>> result = ablate_neurons(model, tokens, layer=1, neurons=[5, 8])
         >>> result.labels, bool((result.loss == result.loss_frozen).all())
-        (('L3N5', 'L3N8'), True)
+        (('L1N5', 'L1N8'), True)
     """
     model = as_model(model)
     check_next_token(model)
@@ -114,8 +115,8 @@ def ablate_cumulatively(
         >>> from lnfree_interp import ablate_cumulatively, load_model
         >>> model = load_model("tiny-noLN", device="cpu")
         >>> tokens = model.to_tokens("It was a dark and stormy night.")
-        >>> ablate_cumulatively(model, tokens, [5, 8]).labels
-        ('L3N5', '+L3N8')
+        >>> ablate_cumulatively(model, tokens, [5, 8], layer=1).labels
+        ('L1N5', '+L1N8')
     """
     model = as_model(model)
     check_next_token(model)

@@ -69,7 +69,7 @@ class AttentionPatterns(Result):
             ImportError: there is no circuitsvis.
         """
         try:
-            from circuitsvis.attention import attention_heads
+            from circuitsvis.attention import attention_heads  # type: ignore[import-not-found]
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != "circuitsvis":
                 raise

@@ -107,8 +107,8 @@ def attention_sinks(
         >>> from lnfree_interp import attention_sinks, load_model
         >>> model = load_model("tiny-noLN", device="cpu")
         >>> sinks = attention_sinks(model, model.to_tokens("It was a dark and stormy night."))
-        >>> len(sinks.labels), 0 <= sinks.head_rate <= 1
-        (16, True)
+        >>> len(sinks.labels) == model.cfg.n_layers * model.cfg.n_heads, 0 <= sinks.head_rate <= 1
+        (True, True)
     """
     model = as_model(model)
     if not 0 <= threshold <= 1:
