@@ -14,7 +14,7 @@ from ..batching import indices
 from ..dla import AttributionError, LogitAttribution, ReaderAttribution, ScoreAttribution
 from ..results import Prompts
 from .html import NEGATIVE, POSITIVE, most_of
-from .pictures import HEAD, largest, tokens_at
+from .pictures import HEAD, largest, mean_of_pairs, tokens_at
 from .style import DIVERGING, layer_axis, shown, styled, token_axis
 
 KINDS = ("waterfall", "tokens", "heads")
@@ -177,7 +177,7 @@ def scores_figure(result: ScoreAttribution, top: int = 40) -> go.Figure:
         names = [f"{query} → {key}" for query, key in zip(rows.query_component, rows.key_component)]
         title = f"What pairs of components add to {result.head or 'a head'}'s scores: the largest, mean where they are"
         return ranked(names, rows["mean"], title, "scores")
-    means = result.values[..., result.visible.to(result.values.device)].mean((-1, -2)).detach().cpu().double()
+    means = mean_of_pairs(result)
     rows, _ = largest(means.abs().amax(1), top)
     columns, _ = largest(means.abs().amax(0), top)
     labels = [result.query_labels[i] for i in rows], [result.key_labels[i] for i in columns]

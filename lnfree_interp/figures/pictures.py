@@ -26,15 +26,15 @@ def of_logits(result: LogitAttribution) -> str:
     unit = "logits"
     if result.values.numel() == 0:
         return ""
-    values = result.values.detach().cpu().double()
-    heads = of_heads(values.mean((1, 2)), result.labels, unit)
-    cells = CELLS - heads.count("<td")
-    if values[0].numel() == 1 or len(values[0]) > 1:
-        said = "" if values[0].numel() == 1 else f"means over {counted(values[0].numel(), 'token')}"
+    means, n_tokens = result.values.detach().mean((1, 2)).cpu().double(), result.bias.numel()
+    heads = of_heads(means, result.labels, unit)
+    if n_tokens == 1 or len(result.bias) > 1:
+        said = "" if n_tokens == 1 else f"means over {counted(n_tokens, 'token')}"
         bias = result.bias.detach().cpu().double().mean()
         total = "logit" if result.kind == "attribution" else "sum and bias"
-        return heads + html.note(said) + added_up(values.mean((1, 2)), bias, result.labels, unit, total)
-    return heads + over_tokens(values[:, 0], result.labels, result.positions, result.prompts, 0, unit, cells)
+        return heads + html.note(said) + added_up(means, bias, result.labels, unit, total)
+    values, cells = result.values[:, 0].detach().cpu().double(), CELLS - heads.count("<td")
+    return heads + over_tokens(values, result.labels, result.positions, result.prompts, 0, unit, cells)
 
 
 def of_heads(values: Float[Tensor, " component"], labels: Sequence[str], unit: str, most: float | None = None) -> str:
@@ -189,7 +189,7 @@ def of_scores(result: ScoreAttribution) -> str:
         names = [f"{q} → {k}" for q, k in zip(rows.query_component, rows.key_component)]
         often = [f"at {counted(int(n), 'score')}" for n in rows.scores]
         return html.bars(names, rows["mean"].tolist(), "scores, mean where largest", often)
-    means = result.values[..., result.visible.to(result.values.device)].mean((-1, -2)).cpu().double()
+    means = mean_of_pairs(result)
     rows_of, other_rows = largest(means.abs().amax(1), html.ROWS)
     columns, other_columns = largest(means.abs().amax(0), html.ROWS)
     grid = html.grid(
@@ -202,6 +202,13 @@ def of_scores(result: ScoreAttribution) -> str:
     left = [f"{len(other_rows):,} on the query's side"] * bool(other_rows)
     left += [f"{len(other_columns):,} on the key's"] * bool(other_columns)
     return grid + html.note("not shown, being smaller: " + ", ".join(left) if left else "")
+
+
+def mean_of_pairs(result: ScoreAttribution) -> Float[Tensor, "query_component key_component"]:
+    """Over what the queries see."""
+    seen = result.visible.to(result.values)
+    sums = torch.einsum("...qk,qk->...", result.values.detach(), seen)
+    return (sums.mean(-1) / seen.sum()).cpu().double()
 
 
 def of_errors(result: AttributionError) -> str:
