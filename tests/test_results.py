@@ -2,6 +2,7 @@
 
 import copy
 import html
+import math
 import pickle
 import re
 import sys
@@ -341,13 +342,23 @@ def test_bars_go_left_where_negative_and_fill_what_is_largest():
     assert "left:0.00%;width:100.00%" in pictures.bars(["a"], [2.0], "nats")
 
 
-@pytest.mark.parametrize(("values", "first", "last"), [((0.02, 70.0), "0.01", "100"), ((3.0, 512.0), "1", "5,000")])
+@pytest.mark.parametrize(
+    ("values", "first", "last"),
+    [
+        ((0.02, 70.0), "0.01", "100"),
+        ((3.0, 512.0), "1", "1,000"),
+        ((3.0, 40.0), "1", "500"),
+        ((30.0, 46.0), "10", "500"),
+    ],
+)
 def test_log_axes_have_ticks_that_can_be_read(values, first, last):
     axis = log_axis(values)
     assert axis["ticktext"][0] == first and axis["ticktext"][-1] == last
     for tick, text in zip(axis["tickvals"], axis["ticktext"]):
         assert float(text.replace(",", "")) == pytest.approx(tick)
     assert axis["tickvals"][0] <= min(values) and max(values) <= axis["tickvals"][-1]
+    low, high = (10**end for end in axis.get("range", [math.log10(value) for value in values]))
+    assert low <= min(values) and max(values) <= high and sum(low <= tick <= high for tick in axis["tickvals"]) >= 2
 
 
 def test_long_titles_are_broken_not_cut():
