@@ -6,6 +6,7 @@ from .data import token_blocks as token_blocks
 from .dla import (
     AttributionError as AttributionError,
     LogitAttribution as LogitAttribution,
+    LogitLens as LogitLens,
     Reader as Reader,
     ReaderAttribution as ReaderAttribution,
     ScoreAttribution as ScoreAttribution,
@@ -18,19 +19,24 @@ from .dla import (
     direct_logit_attribution as direct_logit_attribution,
     effect_on as effect_on,
     logit_attributions as logit_attributions,
+    logit_lens as logit_lens,
     virtual_weights as virtual_weights,
 )
 from .documents import documents_of as documents_of, read_documents as read_documents
 from .evaluate import (
     HellaSwag as HellaSwag,
     LossEvaluation as LossEvaluation,
+    LossTable as LossTable,
     ModelComparison as ModelComparison,
+    Samples as Samples,
+    TokenLosses as TokenLosses,
     compare_models as compare_models,
     evaluate_loss as evaluate_loss,
     generate_samples as generate_samples,
     hellaswag as hellaswag,
     hellaswag_items as hellaswag_items,
     loss_table as loss_table,
+    token_losses as token_losses,
 )
 from .finetune import remove_layernorm as remove_layernorm
 from .graph import AttributionGraph as AttributionGraph, GraphNode as GraphNode, attribution_graph as attribution_graph
@@ -51,8 +57,10 @@ from .neurons import (
     rank_confidence_neurons as rank_confidence_neurons,
 )
 from .norms import (
+    AttentionPatterns as AttentionPatterns,
     AttentionSinks as AttentionSinks,
     ResidualNorms as ResidualNorms,
+    attention_patterns as attention_patterns,
     attention_sinks as attention_sinks,
     residual_norms as residual_norms,
 )

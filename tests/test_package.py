@@ -86,10 +86,10 @@ def test_nothing_heavy_is_imported_before_it_is_needed(statements):
 
 
 def test_every_public_function_has_a_runnable_example():
-    from lnfree_interp.figures import dla, edges, evaluate, graph, neurons, norms, patching
+    from lnfree_interp.figures import check, dla, edges, evaluate, graph, neurons, norms, patching, views
 
     functions = [getattr(lnfree_interp, name) for name in lnfree_interp.__all__]
-    for module in (dla, edges, evaluate, graph, neurons, norms, patching):
+    for module in (check, dla, edges, evaluate, graph, neurons, norms, patching, views):
         own = [x for name, x in vars(module).items() if not name.startswith("_")]
         functions += [x for x in own if getattr(x, "__module__", None) == module.__name__]
     functions = [f for f in functions if inspect.isfunction(f)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from ..results import Result, drawing
+
 # Dtype -> the largest error, as a share of the largest logit (or norm), with which a law holds.
 TOLERANCES = {"float64": 1e-10, "float32": 2e-5, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -45,8 +47,8 @@ class Way:
     why: str = ""
 
 
-@dataclass(frozen=True)
-class ModelCheck:
+@dataclass(frozen=True, repr=False)
+class ModelCheck(Result):
     """Which laws hold for a model, and what is fast.
 
     Attributes:
@@ -60,6 +62,31 @@ class ModelCheck:
     prompts: str
     laws: tuple[Law, ...]
     ways: tuple[Way, ...]
+
+    def summary(self) -> str:
+        """One line: how many laws hold, and of what."""
+        measured = [law for law in self.laws if law.error is not None]
+        verdict = (
+            f"all {len(measured)} laws measured hold" if self.holds else f"{len(self.failed)} of {len(measured)} fail"
+        )
+        return f"of {self.model}; on {self.prompts}: {verdict}"
+
+    def picture(self) -> str:
+        """The laws with their errors, and what is fast."""
+        from ..figures.measured_pictures import of_check
+
+        return of_check(self)
+
+    def plot(self):
+        """A figure of plotly: each law's error, and up to which it holds.
+
+        Raises:
+            ImportError: there is no plotly.
+        """
+        with drawing():
+            from ..figures.check import laws_figure
+
+        return laws_figure(self)
 
     @property
     def failed(self) -> tuple[Law, ...]:

@@ -20,6 +20,7 @@ import torch
 from ..batching import Places, Targets, Tokens, whole
 from ..lens import ModelOrName
 from ..models import as_model
+from ..results import Prompts
 from .readers import Reader
 from .record import DECOMPOSITIONS
 from .request import CHUNK, gather, logits_of, make_request, readers_in
@@ -246,13 +247,15 @@ def attributions_to(
     """
     request = make_request(as_model(model), tokens, reader, positions, by, senders=senders, top=top)
     step = readers_in(request, whole(max_memory, "max_memory", least=1))
+    prompts = Prompts.of(request.model, request.tokens)
 
     def parts() -> Iterator[ReaderAttribution]:
         passes = None
         for first in range(0, request.n_readers, step):
             with torch.no_grad():
                 passes = passes or list(request.passes(exact))
-                part = gather(request, passes, slice(first, min(first + step, request.n_readers)), max_memory)
+                some = slice(first, min(first + step, request.n_readers))
+                part = gather(request, passes, some, max_memory, exact=exact, prompts=prompts)
             yield part
 
     return parts()
@@ -261,4 +264,5 @@ def attributions_to(
 def _whole(model, tokens, reader, positions, by, senders, top, exact: bool) -> ReaderAttribution:
     """Of all readers, each pass over some prompts used as it comes."""
     request = make_request(as_model(model), tokens, reader, positions, by, senders=senders, top=top)
-    return gather(request, request.passes(exact), slice(0, request.n_readers))
+    prompts = Prompts.of(request.model, request.tokens)
+    return gather(request, request.passes(exact), slice(0, request.n_readers), exact=exact, prompts=prompts)

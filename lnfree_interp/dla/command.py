@@ -27,7 +27,7 @@ def run(args) -> None:
             if not first:
                 continue
             sums = merged(parts)
-            error = error_of(sums, components=HEADS, draws=args.draws, seed=args.seed)
+            error = error_of(sums, components=HEADS, draws=args.draws, seed=args.seed, model=name)
             errors.append(
                 {
                     "model": name,

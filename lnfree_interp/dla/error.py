@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..results import Result, counted, drawing
 from ..statistics import ratio, ratio_interval, ratio_interval_of_two_ways
 from .result import LogitAttribution
 
@@ -20,8 +21,8 @@ HEADS = r"L\d+H\d+"
 PLACES = 2**12
 
 
-@dataclass(frozen=True)
-class AttributionError:
+@dataclass(frozen=True, repr=False)
+class AttributionError(Result):
     """Normalised mean absolute error of one attribution against another.
 
     Attributes:
@@ -30,6 +31,7 @@ class AttributionError:
         labels: components, aligned with the next three.
         per_component: Float[Tensor, "component"], the same ratio for each component alone.
         low, high: Float[Tensor, "component"], its 95% interval over sequences.
+        model: whose attributions.
     """
 
     pooled: float
@@ -38,6 +40,33 @@ class AttributionError:
     per_component: Float[Tensor, " component"]
     low: Float[Tensor, " component"]
     high: Float[Tensor, " component"]
+    model: str = ""
+
+    def summary(self) -> str:
+        """One line: the pooled error and its interval."""
+        between = (
+            "" if self.interval[0] != self.interval[0] else f" (95% {self.interval[0]:.2%} to {self.interval[1]:.2%})"
+        )
+        model = f" in {self.model}" if self.model else ""
+        over = counted(len(self.labels), "component")
+        return f"of attributions against effects{model}: NMAE {self.pooled:.2%}{between} over {over}"
+
+    def picture(self) -> str:
+        """Bars of the pooled error and of the components with the largest; of heads a grid."""
+        from ..figures.pictures import of_errors
+
+        return of_errors(self)
+
+    def plot(self, *, top: int = 30):
+        """A figure of plotly: the `top` components with the largest errors, and their intervals.
+
+        Raises:
+            ImportError: there is no plotly.
+        """
+        with drawing():
+            from ..figures.dla import errors_figure
+
+        return errors_figure(self, top)
 
     def table(self):
         """One row per component: NMAE and its interval; the pooled one first."""
@@ -89,7 +118,8 @@ def attribution_error(
     chosen = _matching(exact.labels, components)
     sums = no_sums(tuple(exact.labels[i] for i in chosen), exact.values.shape[1])
     add(sums, approximate.values[chosen], exact.values[chosen])
-    return error_of(sums, draws=draws, seed=seed)
+    model = exact.prompts.model if exact.prompts else ""
+    return error_of(sums, draws=draws, seed=seed, model=model)
 
 
 def _matching(labels: tuple[str, ...], components: str | None) -> list[int]:
@@ -157,7 +187,9 @@ def merged(parts: Sequence[ErrorSums]) -> ErrorSums:
     return ErrorSums(parts[0].labels, *(np.asarray(x) for x in sums))
 
 
-def error_of(sums: ErrorSums, *, components: str | None = None, draws: int = 1000, seed: int = 0) -> AttributionError:
+def error_of(
+    sums: ErrorSums, *, components: str | None = None, draws: int = 1000, seed: int = 0, model: str = ""
+) -> AttributionError:
     """`attribution_error` of what was summed."""
     chosen = _matching(sums.labels, components)
     difference, size = sums.difference[chosen], sums.size[chosen]
@@ -171,4 +203,5 @@ def error_of(sums: ErrorSums, *, components: str | None = None, draws: int = 100
         per_component=torch.from_numpy(ratio(difference.sum(1), size.sum(1))),
         low=low,
         high=high,
+        model=model,
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..batching import Places, Tokens, check_tokens, whole
 from ..lens import LensModel
+from ..results import Prompts
 from ..weights import own_hooks
 from .project import Removal, project, removals
 from .readers import Reader
@@ -153,11 +154,14 @@ def logits_of(request: Request, exact: bool) -> tuple[LogitAttribution, LogitAtt
     if effect is not None and norm.linear:
         effect.copy_(linear)
     of_bias, where = torch.cat(bias).view(request.shape), tuple(request.reading.kept)
+    targets, versus = (None if x is None else x.cpu() for x in (request.reading.targets, request.reading.versus))
+    prompts = Prompts.of(request.model, request.tokens)
 
-    def result(values: Tensor) -> LogitAttribution:
-        return LogitAttribution(values.view(-1, *request.shape), request.labels, of_bias, where)
+    def result(values: Tensor, kind: str) -> LogitAttribution:
+        values = values.view(-1, *request.shape)
+        return LogitAttribution(values, request.labels, of_bias, where, targets, versus, kind, prompts)
 
-    return result(linear), None if effect is None else result(effect)
+    return result(linear, "attribution"), None if effect is None else result(effect, "direct effect")
 
 
 def readers_in(request: Request, memory: int) -> int:
@@ -167,7 +171,9 @@ def readers_in(request: Request, memory: int) -> int:
     return max(1, min(request.n_readers, memory // (each * request.dtype.itemsize)))
 
 
-def gather(request: Request, passes: Iterable[Pass], readers: slice, memory: int = CHUNK) -> ReaderAttribution:
+def gather(
+    request: Request, passes: Iterable[Pass], readers: slice, memory: int = CHUNK, *, exact: bool, prompts: Prompts
+) -> ReaderAttribution:
     """The values of some readers: all, or the largest, with so many bytes of them beside the result."""
     n_tokens, n_readers = request.shape[0] * request.shape[1], readers.stop - readers.start
     found = []
@@ -186,13 +192,17 @@ def gather(request: Request, passes: Iterable[Pass], readers: slice, memory: int
         for x, of_part in zip(found, largest):
             x[:, of_pass] = of_part
     values, *where = (x.movedim(-1, 0).unflatten(2, request.shape) for x in found)
+    senders, sources = (*where, None, None)[:2]
     return ReaderAttribution(
         values,
         request.labels,
         request.reading.labels[readers],
         bias.T.unflatten(1, request.shape),
         tuple(request.reading.kept),
-        *where,
+        senders,
+        sources,
+        "effect" if exact else "attribution",
+        prompts,
     )
 
 

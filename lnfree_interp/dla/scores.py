@@ -22,6 +22,8 @@ from ..batching import Places, Tokens, check_tokens, indices, whole
 from ..layers import Layer, Norm, Rotary
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
+from ..results import Prompts, Result, counted, drawing
+from ..results import by as shape_of
 from ..weights import own_hooks, weights_alone
 from .attribution import attribution_to
 from .readers import Reader
@@ -36,8 +38,8 @@ BLOCK = 64  # components of one side at a time, there
 Parts = Float[Tensor, "batch _ _ d_head"]  # batch pos component d_head
 
 
-@dataclass(frozen=True)
-class ScoreAttribution:
+@dataclass(frozen=True, repr=False)
+class ScoreAttribution(Result):
     """What pairs of components contribute to the attention scores of a head.
 
     Attributes:
@@ -53,6 +55,8 @@ class ScoreAttribution:
         scores: Float[Tensor, "batch query key"], the scores themselves: `values.sum((0, 1)) + bias`.
         queries, keys: the positions in the prompt of the entries along query and key.
         visible: Bool[Tensor, "query key"], where the query may look: the scores of others are masked in the model.
+        head: whose scores: "L2H1".
+        prompts: what the model read.
     """
 
     values: Float[Tensor, "*pairs batch query key"]
@@ -64,6 +68,35 @@ class ScoreAttribution:
     queries: tuple[int, ...]
     keys: tuple[int, ...]
     visible: Bool[Tensor, "query key"]
+    head: str = ""
+    prompts: Prompts | None = None
+
+    def summary(self) -> str:
+        """One line: of which head and model, how many pairs and scores."""
+        model = f" in {self.prompts.model}" if self.prompts else ""
+        batch, n_queries, n_keys = self.scores.shape
+        pairs = shape_of((len(self.query_labels), "component"), (len(self.key_labels), "component"))
+        if self.pairs is not None:
+            pairs = f"the {counted(len(self.values), 'largest pair')} of {pairs}"
+        shape = ((batch, "prompt"), (n_queries, "query position"), (n_keys, "key position"))
+        return f"of {self.head or 'a head'}'s attention scores{model}: {pairs} x {shape_of(*shape)}, before the softmax"
+
+    def picture(self) -> str:
+        """A grid of components on the query's side by those on the key's, mean over what the queries see."""
+        from ..figures.pictures import of_scores
+
+        return of_scores(self)
+
+    def plot(self, *, top: int = 40):
+        """A figure of plotly: the `top` largest components on either side, mean over what the queries see.
+
+        Raises:
+            ImportError: there is no plotly.
+        """
+        with drawing():
+            from ..figures.dla import scores_figure
+
+        return scores_figure(self, top)
 
     def table(self):
         """One row per pair, over the scores that are not masked: how many of them (with `top`: where the pair is among
@@ -178,6 +211,8 @@ def attention_score_attribution(
         queries=tuple(at_queries),
         keys=tuple(at_keys),
         visible=block.visible(n_pos, n_pos, slice(0, n_pos), tokens.device)[at_queries][:, at_keys],
+        head=f"L{layer}H{head}",
+        prompts=Prompts.of(model, tokens),
     )
 
 

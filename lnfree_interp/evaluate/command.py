@@ -12,8 +12,9 @@ from ..figures.evaluate import loss_figure, reliability_figure
 from ..lens import LensModel
 from .compare import comparison_of, comparison_sums
 from .hellaswag import ending_scores, hellaswag_items, hellaswag_of
-from .loss import KEPT, evaluation_of, loss_sums, loss_table
+from .loss import KEPT, evaluation_of, loss_sums
 from .samples import Samples, generate_samples
+from .table import loss_table
 
 
 def baselines(models: dict[str, bool]) -> dict[str, str | None]:
@@ -47,7 +48,7 @@ def run(args) -> None:
         with cli.bar(f"{name} HellaSwag", "item") as progress:
             scored = ending_scores(model, items, distributed.shard(len(items)), progress=progress)
         if of_items := distributed.gather(scored):
-            scores[name] = hellaswag_of(of_items)
+            scores[name] = hellaswag_of(of_items, model=name)
     if distributed.rank() == 0:
         comparison = comparison_of(tuple(models), of_comparison, seed=args.seed)
         samples = None if args.prompt is None else generate_samples(models, args.prompt, seed=args.seed)

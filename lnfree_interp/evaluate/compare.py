@@ -15,12 +15,13 @@ from ..forward import run, unembed
 from ..lens import LensModel, ModelOrName
 from ..metrics import entropy, js_divergence, log_probs
 from ..models import as_models
+from ..results import Result, counted, drawing
 from ..statistics import mean_interval
 from .loss import LOGITS_PER_PASS
 
 
-@dataclass(frozen=True)
-class ModelComparison:
+@dataclass(frozen=True, repr=False)
+class ModelComparison(Result):
     """What several models predict on the same tokens, wherever there is a next token.
 
     Attributes:
@@ -50,6 +51,31 @@ class ModelComparison:
     bin_confidence: Float[Tensor, "model bin"]
     bin_accuracy: Float[Tensor, "model bin"]
     bin_count: Int[Tensor, "model bin"]
+
+    def summary(self) -> str:
+        """One line: the models' losses, and the two that differ most."""
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in zip(self.names, self.loss.tolist()))
+        i, j = divmod(int(self.divergence.argmax()), len(self.names))
+        furthest = f"; furthest apart {self.names[i]} and {self.names[j]}, JSD {self.divergence[i, j].item():.4f}"
+        n = counted(int(self.bin_count[0].sum()), "token") if len(self.names) else "no tokens"
+        return f"of {counted(len(self.names), 'model')} on {n}, losses in nats: {losses}{furthest * (i != j)}"
+
+    def picture(self) -> str:
+        """The models' numbers, and a grid of divergences."""
+        from ..figures.measured_pictures import of_comparison
+
+        return of_comparison(self)
+
+    def plot(self):
+        """A figure of plotly: accuracy of the top token against its probability.
+
+        Raises:
+            ImportError: there is no plotly.
+        """
+        with drawing():
+            from ..figures.evaluate import reliability_figure
+
+        return reliability_figure(self)
 
     def table(self):
         """One row per model: loss, entropy, accuracy, calibration, divergence from and agreement with each other."""

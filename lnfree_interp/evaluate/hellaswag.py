@@ -20,11 +20,12 @@ from ..lens import LensModel, ModelOrName
 from ..metrics import log_probs
 from ..models import as_model
 from ..names import HELLASWAG
+from ..results import Result, counted, drawing, name_of
 from ..weights import read_weights
 
 
-@dataclass(frozen=True)
-class HellaSwag:
+@dataclass(frozen=True, repr=False)
+class HellaSwag(Result):
     """Log-probabilities of every ending, and how often the right one is the likeliest.
 
     Attributes:
@@ -34,6 +35,7 @@ class HellaSwag:
         accuracy: share of items whose right ending has the largest sum.
         accuracy_normalised: the same for the sum divided by the ending's length in tokens (P1's figure).
         stderr, stderr_normalised: standard errors of the two.
+        model: whose answers.
     """
 
     log_probs: Float[Tensor, "item ending"]
@@ -43,6 +45,31 @@ class HellaSwag:
     accuracy_normalised: float
     stderr: float
     stderr_normalised: float
+    model: str = ""
+
+    def summary(self) -> str:
+        """One line: both accuracies."""
+        right = f"{self.accuracy:.1%} (+- {self.stderr:.1%}) right"
+        normalised = f"{self.accuracy_normalised:.1%} (+- {self.stderr_normalised:.1%}) by length-normalised sums"
+        over = f"{counted(len(self.labels), 'item')} of {self.lengths.shape[1]} endings"
+        return f"{f'of {self.model}: ' * bool(self.model)}{right}, {normalised}, of {over}"
+
+    def picture(self) -> str:
+        """Bars of both accuracies beside chance."""
+        from ..figures.measured_pictures import of_hellaswag
+
+        return of_hellaswag(self)
+
+    def plot(self):
+        """A figure of plotly: both accuracies with two standard errors, and chance.
+
+        Raises:
+            ImportError: there is no plotly.
+        """
+        with drawing():
+            from ..figures.evaluate import hellaswag_figure
+
+        return hellaswag_figure({self.model or "model": self})
 
     def table(self):
         """One row: items, both accuracies and their standard errors."""
@@ -135,7 +162,8 @@ def hellaswag(
         >>> hellaswag(load_model("tiny-noLN", device="cpu"), [item]).log_probs.shape
         torch.Size([1, 4])
     """
-    return hellaswag_of([ending_scores(as_model(model), items, per_pass=per_pass, progress=progress)])
+    model = as_model(model)
+    return hellaswag_of([ending_scores(model, items, per_pass=per_pass, progress=progress)], model=name_of(model))
 
 
 @dataclass(frozen=True)
@@ -181,7 +209,7 @@ def ending_scores(
     return EndingScores(sums, lengths.view(-1, n_endings), labels)
 
 
-def hellaswag_of(parts: Sequence[EndingScores]) -> HellaSwag:
+def hellaswag_of(parts: Sequence[EndingScores], *, model: str = "") -> HellaSwag:
     """The result on the items of all parts, in their order."""
     sums, lengths, labels = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("log_probs", "lengths", "labels")
@@ -197,6 +225,7 @@ def hellaswag_of(parts: Sequence[EndingScores]) -> HellaSwag:
         accuracy_normalised=accuracy_normalised,
         stderr=math.sqrt(accuracy * (1 - accuracy) / len(labels)),
         stderr_normalised=math.sqrt(accuracy_normalised * (1 - accuracy_normalised) / len(labels)),
+        model=model,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from ..forward import run, unembed
 from ..lens import LensModel, ModelOrName
 from ..metrics import cross_entropy
 from ..models import as_model
+from ..results import Result, by, drawing, name_of
 from ..running import Sample
 from ..statistics import mean_interval
 
@@ -51,8 +52,8 @@ class WorstSequence:
     ratio: float | None = None
 
 
-@dataclass(frozen=True)
-class LossEvaluation:
+@dataclass(frozen=True, repr=False)
+class LossEvaluation(Result):
     """Losses of one model on one set of tokens, in nats per token.
 
     Attributes:
@@ -65,6 +66,7 @@ class LossEvaluation:
         range95: (2.5%, 97.5%) quantiles, and
         range999: (0.05%, 99.95%) quantiles.
         worst: the sequences of largest mean loss, worst first.
+        model: whose losses.
     """
 
     losses: Float[Tensor, "batch pos"]
@@ -75,6 +77,32 @@ class LossEvaluation:
     range95: tuple[float, float]
     range999: tuple[float, float]
     worst: tuple[WorstSequence, ...]
+    model: str = ""
+
+    def summary(self) -> str:
+        """One line: mean, its interval, median."""
+        known = self.interval[0] == self.interval[0]
+        between = f" (95% {self.interval[0]:.4f} to {self.interval[1]:.4f})" if known else ""
+        over = by((len(self.per_sequence), "sequence"), (self.losses.shape[1], "token"))
+        numbers = f"mean {self.mean:.4f}{between}, median {self.median:.4f} nats per token"
+        return f"{f'of {self.model}: ' * bool(self.model)}{numbers} over {over}"
+
+    def picture(self) -> str:
+        """Bars of mean and quantiles, and the worst sequences."""
+        from ..figures.measured_pictures import of_losses
+
+        return of_losses(self)
+
+    def plot(self):
+        """A figure of plotly: mean loss by position with its interval, and quantiles over tokens.
+
+        Raises:
+            ImportError: there is no plotly.
+        """
+        with drawing():
+            from ..figures.evaluate import loss_figure
+
+        return loss_figure({self.model or "model": self})
 
     def table(self):
         """One row: tokens, mean and its interval, median, both ranges, the worst sequence."""
@@ -87,46 +115,6 @@ class LossEvaluation:
         if self.worst:
             row |= {"worst_sequence": self.worst[0].index, "worst_loss": self.worst[0].loss}
         return pd.DataFrame([row])
-
-
-@dataclass(frozen=True)
-class LossTable:
-    """Mean losses of several models on the same tokens and their gaps to a baseline, in nats per token.
-
-    Attributes:
-        names: the models.
-        mean: Float[Tensor, "model"].
-        baselines: for each model the name of the one it is compared with, or None.
-        gap: Float[Tensor, "model"], mean minus the baseline's; nan without one.
-        low, high: Float[Tensor, "model"], 95% interval of the gap over sequences, the same ones drawn for
-            both models.
-    """
-
-    names: tuple[str, ...]
-    mean: Float[Tensor, " model"]
-    baselines: tuple[str | None, ...]
-    gap: Float[Tensor, " model"]
-    low: Float[Tensor, " model"]
-    high: Float[Tensor, " model"]
-
-    def table(self):
-        """One row per model; the column `loss` reads like the papers' table, "2.8757 (+0.0645)"."""
-        import pandas as pd
-
-        loss = [
-            f"{mean:.4f}" if baseline is None else f"{mean:.4f} ({gap:+.4f})"
-            for mean, gap, baseline in zip(self.mean.tolist(), self.gap.tolist(), self.baselines)
-        ]
-        return pd.DataFrame(
-            {
-                "model": self.names,
-                "loss": loss,
-                "gap_to": [baseline or "" for baseline in self.baselines],
-                "gap": self.gap.tolist(),
-                "gap_low": self.low.tolist(),
-                "gap_high": self.high.tolist(),
-            }
-        )
 
 
 def evaluate_loss(
@@ -250,10 +238,11 @@ def evaluation_of(
         losses=torch.from_numpy(losses),
         per_sequence=torch.from_numpy(means),
         mean=torch.from_numpy(means).mean().item(),
-        interval=_floats(mean_interval(means, draws=draws, seed=seed)),
+        interval=floats(mean_interval(means, draws=draws, seed=seed)),
         median=median,
         range95=(low, high),
         range999=(lowest, highest),
+        model=name_of(model),
         worst=tuple(
             _name(model, index, loss, row.to(model.cfg.device))
             for loss, index, row in _largest([entry for part in parts for entry in part.worst], worst)
@@ -269,53 +258,7 @@ def _largest(entries: list[tuple[float, int, Tensor]], n: int) -> list[tuple[flo
     return sorted(entries, key=lambda entry: (-entry[0], entry[1]))[:n]
 
 
-def loss_table(
-    evaluations: Mapping[str, LossEvaluation], baselines: Mapping[str, str | None], *, draws: int = 1000, seed: int = 0
-) -> LossTable:
-    """The papers' loss table: mean losses with gaps, for LN-free models to their fine-tuned control.
-
-    Args:
-        evaluations: name -> result, all on the same tokens.
-        baselines: name -> name of the model to compare with; absent or None: no gap.
-
-    Raises:
-        ValueError: a baseline that was not evaluated, evaluations on different numbers of tokens.
-
-    Example:
-        >>> import torch
-        >>> from lnfree_interp import evaluate_loss, load_model, loss_table
-        >>> tokens = torch.arange(64).view(4, 16)
-        >>> names = ["tiny-vanilla", "tiny-noLN"]
-        >>> results = {name: evaluate_loss(load_model(name, device="cpu"), tokens) for name in names}
-        >>> loss_table(results, {"tiny-noLN": "tiny-vanilla"}).baselines
-        (None, 'tiny-vanilla')
-    """
-    bounds: list[tuple[float, float, float]] = []
-    for name, result in evaluations.items():
-        baseline = baselines.get(name)
-        if baseline is None:
-            bounds.append((torch.nan, torch.nan, torch.nan))
-            continue
-        if baseline not in evaluations:
-            raise ValueError(f"baseline {baseline!r} of {name} is not among {', '.join(evaluations)}")
-        shapes = [[len(e.per_sequence), e.losses.shape[1]] for e in (result, evaluations[baseline])]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{name} was evaluated on {shapes[0]} predictions, {baseline} on {shapes[1]}")
-        difference = result.per_sequence - evaluations[baseline].per_sequence
-        low, high = _floats(mean_interval(difference.numpy(), draws=draws, seed=seed))
-        bounds.append((difference.mean().item(), low, high))
-    gaps, lows, highs = torch.tensor(bounds, dtype=torch.float64).view(-1, 3).unbind(1)
-    return LossTable(
-        names=tuple(evaluations),
-        mean=torch.tensor([e.mean for e in evaluations.values()], dtype=torch.float64),
-        baselines=tuple(baselines.get(name) for name in evaluations),
-        gap=gaps,
-        low=lows,
-        high=highs,
-    )
-
-
-def _floats(bounds: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+def floats(bounds: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
     return float(bounds[0]), float(bounds[1])
 
 

@@ -13,12 +13,13 @@ from ..forward import KeysAndValues, Past, run, unembed
 from ..lens import LensModel, ModelOrName
 from ..metrics import log_probs
 from ..models import as_models
+from ..results import Result, counted
 from ..weights import read_weights
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Continuations of one prompt.
+@dataclass(frozen=True, repr=False)
+class Samples(Result):
+    """Continuations of one prompt: texts, which no figure shows.
 
     Attributes:
         prompt: the prompt.
@@ -29,6 +30,18 @@ class Samples:
     prompt: str
     names: tuple[str, ...]
     texts: tuple[tuple[str, ...], ...]
+
+    def summary(self) -> str:
+        """One line: of which prompt, and how it goes on."""
+        n = counted(len(self.texts[0]) if self.texts else 0, "sample")
+        first = f", first {self.texts[0][0]!r}" if self.texts and self.texts[0] else ""
+        return f"of {self.prompt!r}: {n} of {counted(len(self.names), 'model')}{first}"
+
+    def picture(self) -> str:
+        """The texts, model by model."""
+        from ..figures.measured_pictures import of_samples
+
+        return of_samples(self)
 
     def table(self):
         """One row per sample, a column per model."""

@@ -9,12 +9,15 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from ..evaluate import LossEvaluation, ModelComparison
-from .style import colour, line, styled
+from ..evaluate import HellaSwag, LossEvaluation, LossTable, ModelComparison
+from ..statistics import mean_interval
+from .style import band, colour, line, log_axis, styled
 
 
 def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
-    """Mean loss by position in the sequence (in bins that widen with it), and quantiles of tokens' losses.
+    """Mean loss by position in the sequence, with its 95% interval over sequences, and quantiles of tokens' losses.
+
+    Positions are taken together in bins that widen with them; the interval is the bootstrap's over sequences.
 
     Example:
         >>> from lnfree_interp import evaluate_loss, load_model
@@ -26,26 +29,114 @@ def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
     figure = make_subplots(cols=2, subplot_titles=("by position", "quantiles over tokens"))
     levels = np.concatenate([np.linspace(0, 0.99, 100), 1 - np.logspace(-2, -4, 21)[1:]])
     for i, (name, result) in enumerate(results.items()):
-        by_position = result.losses.double().mean(0).numpy()
-        edges = np.unique(np.geomspace(1, len(by_position) + 1, 25).round().astype(int)) - 1
+        losses = result.losses.double().numpy()
+        edges = np.unique(np.geomspace(1, losses.shape[1] + 1, 12).round().astype(int)) - 1
         bins = [slice(a, b) for a, b in pairwise(edges)]
+        in_bins = np.stack([losses[:, part].mean(1) for part in bins], 1)
+        low, high = mean_interval(in_bins)
+        x = [(part.start + part.stop + 1) / 2 for part in bins]
+        if len(losses) > 1:
+            common = {"x": x, "mode": "lines", "line": {"width": 0}, "legendgroup": name, "hoverinfo": "skip"}
+            figure.add_trace(go.Scatter(y=low, showlegend=False, **common), row=1, col=1)
+            filled = go.Scatter(y=high, showlegend=False, fill="tonexty", fillcolor=band(i), **common)
+            figure.add_trace(filled, row=1, col=1)
         quantiles = np.quantile(result.losses.flatten().numpy(), levels)
         common = {"name": name, "legendgroup": name, "line": line(i), "mode": "lines"}
         trace = go.Scatter(
-            x=[(part.start + part.stop + 1) / 2 for part in bins],
-            y=[by_position[part].mean() for part in bins],
+            x=x,
+            y=in_bins.mean(0),
             customdata=[f"{p.start + 1} to {p.stop}" for p in bins],
-            hovertemplate="position %{customdata}: %{y:.3f} nats",
+            hovertemplate="positions %{customdata}: %{y:.3f} nats",
             **common,
         )
         figure.add_trace(trace, row=1, col=1)
         hover = "%{customdata:.2%} of tokens lose less than %{y:.3f}"
         trace = go.Scatter(x=levels, y=quantiles, customdata=levels, hovertemplate=hover, showlegend=False, **common)
         figure.add_trace(trace, row=1, col=2)
-    figure.update_xaxes(title_text="position (the first is 1)", type="log", dtick="D2", row=1, col=1)
+    n_pos = max(result.losses.shape[1] for result in results.values())
+    figure.update_xaxes(title_text="position (the first is 1)", **log_axis((1, n_pos)), row=1, col=1)
     figure.update_xaxes(title_text="share of tokens", row=1, col=2)
     figure.update_yaxes(title_text="loss (nats per token)", row=1, col=1)
+    figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.06, "yanchor": "bottom"})
     return styled(figure, title="Loss")
+
+
+def loss_table_figure(result: LossTable) -> go.Figure:
+    """Each model's mean loss, on a scale that shows differences and does not begin at 0, and gaps to the baselines.
+
+    Example:
+        >>> import torch
+        >>> from lnfree_interp import evaluate_loss, load_model, loss_table
+        >>> tokens = torch.arange(64).view(4, 16)
+        >>> results = {name: evaluate_loss(load_model(name), tokens) for name in ("tiny-vanilla", "tiny-noLN")}
+        >>> len(loss_table_figure(loss_table(results, {"tiny-noLN": "tiny-vanilla"})).data)
+        2
+    """
+    compared = [i for i, baseline in enumerate(result.baselines) if baseline is not None]
+    titles = ("mean loss", "gap, and its 95% interval") if compared else ("mean loss",)
+    figure = make_subplots(cols=len(titles), subplot_titles=titles, horizontal_spacing=0.25)
+    colours = [colour(i) for i in range(len(result.names))]
+    look = {"mode": "markers", "showlegend": False}
+    figure.add_trace(
+        go.Scatter(
+            x=result.mean.tolist(),
+            y=list(result.names),
+            marker={"color": colours, "size": 11},
+            hovertemplate="%{y}: %{x:.4f} nats per token<extra></extra>",
+            **look,
+        ),
+        row=1,
+        col=1,
+    )
+    if compared:
+        gap, low, high = (x[compared] for x in (result.gap, result.low, result.high))
+        figure.add_trace(
+            go.Scatter(
+                x=gap.tolist(),
+                y=[f"{result.names[i]}<br>- {result.baselines[i]}" for i in compared],
+                marker={"color": [colours[i] for i in compared], "size": 11},
+                error_x={"symmetric": False, "array": (high - gap).tolist(), "arrayminus": (gap - low).tolist()},
+                hovertemplate="%{y}: %{x:+.4f} nats per token<extra></extra>",
+                **look,
+            ),
+            row=1,
+            col=2,
+        )
+        figure.add_vline(x=0, line={"color": "#999999", "dash": "dot"}, row=1, col=2)
+    figure.update_xaxes(title_text="nats per token", nticks=5)
+    figure.update_yaxes(autorange="reversed", automargin=True, type="category")
+    return styled(figure, title="Loss, and gaps to the baselines", height=180 + 40 * len(result.names))
+
+
+def hellaswag_figure(results: Mapping[str, HellaSwag]) -> go.Figure:
+    """Accuracies with two standard errors, by summed and by length-normalised log-probability, and chance.
+
+    Example:
+        >>> from lnfree_interp import hellaswag
+        >>> item = {"ctx": "He opened the", "endings": ["door.", "sky.", "cat.", "sea."], "label": 0}
+        >>> len(hellaswag_figure({"tiny": hellaswag("tiny", [item])}).data)
+        2
+    """
+    figure = go.Figure()
+    for i, (what, kind) in enumerate((("sum", ""), ("sum per token", "_normalised"))):
+        y = [getattr(result, f"accuracy{kind}") for result in results.values()]
+        errors = [2 * getattr(result, f"stderr{kind}") for result in results.values()]
+        figure.add_trace(
+            go.Scatter(
+                x=list(results),
+                y=y,
+                name=what,
+                mode="markers",
+                marker={"color": colour(i + 1), "size": 10},
+                error_y={"array": errors},
+                hovertemplate="%{x}: %{y:.1%} right<extra>" + what + "</extra>",
+            )
+        )
+    chance = 1 / next(iter(results.values())).lengths.shape[1]
+    figure.add_hline(y=chance, line={"dash": "dot", "color": "#999999"}, annotation_text="chance")
+    figure.update_layout(scattermode="group")
+    figure.update_yaxes(title_text="items right", tickformat=".0%")
+    return styled(figure, title="HellaSwag (two standard errors)")
 
 
 def reliability_figure(result: ModelComparison) -> go.Figure:
@@ -75,6 +166,9 @@ def reliability_figure(result: ModelComparison) -> go.Figure:
         bars = go.Bar(x=centres, y=share, marker={"color": colour(i)}, showlegend=False, legendgroup=name)
         figure.add_trace(bars, row=2, col=1)
     figure.update_yaxes(title_text="accuracy", range=[0, 1], row=1, col=1)
-    figure.update_yaxes(title_text="share", type="log", row=2, col=1)
+    shares = (share for trace in figure.data if trace.type == "bar" for share in trace.y)
+    figure.update_yaxes(title_text="share", **log_axis(shares), row=2, col=1)
+    figure.update_traces(hovertemplate="probability %{x:.3f}: accuracy %{y:.3f}", selector={"type": "scatter"})
+    figure.update_traces(hovertemplate="probability %{x:.2f}: %{y:.2%} of predictions", selector={"type": "bar"})
     figure.update_xaxes(title_text="probability of the top token", range=[0, 1], row=2, col=1)
-    return styled(figure, title="Reliability", height=560, width=640)
+    return styled(figure, title="Reliability", height=560)

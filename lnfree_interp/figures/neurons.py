@@ -10,7 +10,7 @@ import torch
 from plotly.subplots import make_subplots
 
 from ..neurons import NeuronAblation
-from .style import colour, line, styled
+from .style import colour, line, log_axis, styled
 
 QUANTITIES = {"loss": "cross-entropy", "entropy": "entropy"}
 
@@ -64,8 +64,8 @@ def cumulative_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
         >>> from lnfree_interp import ablate_cumulatively, load_model
         >>> model = load_model("tiny")
         >>> result = ablate_cumulatively(model, model.to_tokens("It was a dark and stormy night."), [5, 8])
-        >>> cumulative_figure({"tiny": result}).data[0].x
-        ('none', 'L3N5', '+L3N8')
+        >>> cumulative_figure({"tiny": result}).data[0].x == ("none", *result.labels)
+        True
     """
     figure = make_subplots(cols=2, subplot_titles=list(QUANTITIES.values()))
     for i, (name, result) in enumerate(results.items()):
@@ -80,23 +80,40 @@ def cumulative_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
                 showlegend=col == 1,
                 line=line(i),
                 mode="lines+markers",
+                hovertemplate="%{x}: %{y:+.3~g}%<extra>" + name + "</extra>",
             )
             figure.add_trace(trace, row=1, col=col)
     figure.update_yaxes(title_text="change of the mean (%)", row=1, col=1)
+    for col in (1, 2):  # where nothing changes but by rounding, a scale of rounding errors would be drawn
+        if max(abs(y) for trace in figure.data[col - 1 :: 2] for y in trace.y) < 1e-3:
+            figure.update_yaxes(range=[-0.1, 0.1], row=1, col=col)
     return styled(figure, title="Neurons ablated one on top of the other")
 
 
 def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, Any]) -> go.Figure:
     """Mean |change of cross-entropy| of every neuron against its score, and the part through the scale.
 
+    A row per model, on the same axes, so that no model's neurons lie under another's.
+
     Example:
         >>> from lnfree_interp import ablate_neurons, load_model, rank_confidence_neurons
         >>> model = load_model("tiny")
         >>> result = ablate_neurons(model, model.to_tokens("It was a dark and stormy night."))
-        >>> len(scan_figure({"tiny": result}, {"tiny": rank_confidence_neurons(model)}).data[0].x)
-        512
+        >>> len(scan_figure({"tiny": result}, {"tiny": rank_confidence_neurons(model)}).data[0].x) == model.cfg.d_mlp
+        True
     """
-    figure = make_subplots(cols=2, subplot_titles=("total", "through the final norm's scale"), shared_yaxes=True)
+    figure = make_subplots(
+        rows=len(results),
+        cols=2,
+        column_titles=("total", "through the final norm's scale"),
+        row_titles=list(results),
+        shared_xaxes="all",
+        shared_yaxes="all",
+        vertical_spacing=0.04,
+        horizontal_spacing=0.03,
+    )
+    all_scores: list[float] = []
+    all_sizes: list[float] = []
     for i, (name, result) in enumerate(results.items()):
         table = result.table()
         score = rankings[name].set_index("neuron").score
@@ -108,13 +125,46 @@ def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, An
                 text=list(result.labels),
                 mode="markers",
                 name=name,
-                legendgroup=name,
-                showlegend=col == 1,
-                marker={"color": colour(i), "size": 4, "opacity": 0.6},
-                hovertemplate="%{text}: %{y:.3g} nats, score %{x:.3g}",
+                showlegend=False,
+                marker={"color": colour(i), "size": 4, "opacity": 0.45},
+                hovertemplate="%{text}: %{y:.3g} nats, score %{x:.3g}<extra>" + name + "</extra>",
             )
-            figure.add_trace(trace, row=1, col=col)
-    figure.update_xaxes(type="log", dtick="D2", title_text="|w_out| / LogitVar")
-    figure.update_yaxes(type="log", dtick="D2")
-    figure.update_yaxes(title_text="mean |change of cross-entropy| (nats)", row=1, col=1)
-    return styled(figure, title="Every neuron of the layer, ablated alone")
+            figure.add_trace(trace, row=i + 1, col=col)
+            all_sizes += trace.y
+        all_scores += scores
+    figure.update_xaxes(**log_axis(all_scores))
+    figure.update_yaxes(**log_axis(all_sizes))
+    figure.update_xaxes(title_text="|w_out| / LogitVar", row=len(results))
+    figure.update_yaxes(title_text="nats", col=1)
+    title = "Every neuron of the layer, ablated alone: mean |change of cross-entropy|"
+    return styled(figure, title=title, height=150 + 220 * len(results))
+
+
+def ablation_figure(result: NeuronAblation, top: int = 30) -> go.Figure:
+    """`NeuronAblation.plot`.
+
+    Example:
+        >>> from lnfree_interp import ablate_neurons
+        >>> result = ablate_neurons("tiny", "It was a dark and stormy night.")
+        >>> ablation_figure(result, top=5).data[0].type
+        'bar'
+    """
+    name = result.prompts.model if result.prompts else "model"
+    if result.cumulative:
+        return cumulative_figure({name: result})
+    if len(result.labels) <= 12:
+        return effects_figure({name: result})
+    total, frozen = (x.abs().double().mean((1, 2)) for x in (result.loss, result.loss - result.loss_frozen))
+    order = total.argsort(descending=True, stable=True)[: max(1, top)].tolist()
+    labels, figure = [result.labels[i] for i in order], go.Figure()
+    for i, (what, sizes) in enumerate((("total", total), ("through the final norm's scale", frozen))):
+        hover = "%{x}: %{y:.3g} nats " + what + "<extra></extra>"
+        bar = go.Bar(x=labels, y=sizes[order].tolist(), name=what, marker={"color": colour(i + 1)}, hovertemplate=hover)
+        figure.add_trace(bar)
+    figure.update_yaxes(title_text="nats")
+    figure.update_xaxes(tickangle=-90)
+    figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"})
+    title = (
+        f"Ablated alone in {name}: mean |change of cross-entropy|, the largest {len(order)} of {len(total):,} neurons"
+    )
+    return styled(figure, title=title)

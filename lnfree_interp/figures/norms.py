@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..norms import AttentionSinks, ResidualNorms
-from .style import colour, line, styled
+from .style import colour, line, log_axis, styled
 
 
 def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean") -> go.Figure:
@@ -58,8 +58,8 @@ def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean
                     row=row,
                     col=col,
                 )
-    figure.update_yaxes(type="log", dtick="D2", col=1)
-    figure.update_xaxes(tickangle=-60)
+    figure.update_yaxes(**log_axis(y for trace in figure.data[::3] for y in trace.y), col=1)
+    figure.update_xaxes(tickangle=-90)
     figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.05, "yanchor": "bottom"})
     figure = styled(figure, title=f"Residual stream ({statistic} over sequences)", height=190 + 230 * len(groups))
     return figure.update_layout(margin={"t": 100})
@@ -69,8 +69,9 @@ def _over_positions(results: Mapping[str, ResidualNorms], statistic: str) -> go.
     figure = go.Figure()
     for i, (name, result) in enumerate(results.items()):
         values = result.norm[-1, :, result.statistics.index(statistic)]
-        figure.add_trace(go.Scatter(y=values.tolist(), name=name, line=line(i)))
-    figure.update_yaxes(type="log", title_text="L2 norm")
+        hover = "position %{x}: %{y:.4g}<extra>" + name + "</extra>"
+        figure.add_trace(go.Scatter(y=values.tolist(), name=name, line=line(i), hovertemplate=hover))
+    figure.update_yaxes(**log_axis(y for trace in figure.data for y in trace.y), title_text="L2 norm")
     figure.update_xaxes(title_text="position")
     last = next(iter(results.values())).points[-1]
     return styled(figure, title=f"Norm of the residual stream at {last} ({statistic} over sequences)")
@@ -78,6 +79,8 @@ def _over_positions(results: Mapping[str, ResidualNorms], statistic: str) -> go.
 
 def sinks_figure(results: Mapping[str, AttentionSinks]) -> go.Figure:
     """Mean attention on position 0 of every head, layer by layer, with each model's sink rate in the legend.
+
+    The axis ends a little above the largest, or the threshold: where nothing is a sink, heads are still told apart.
 
     Example:
         >>> from lnfree_interp import attention_sinks, load_model
@@ -100,12 +103,13 @@ def sinks_figure(results: Mapping[str, AttentionSinks]) -> go.Figure:
                 name=f"{name} ({result.head_rate:.0%} of heads, {result.query_rate:.0%} of queries)",
                 marker={"color": colour(i), "size": 4},
                 line={"width": 1},
-                hovertemplate="%{text}: %{y:.3f}",
+                hovertemplate="%{text}: %{y:.3f} of attention on position 0<extra>" + name + "</extra>",
             )
         )
     threshold = next(iter(results.values())).threshold
     figure.add_hline(y=threshold, line={"dash": "dot", "color": "#999999"})
-    figure.update_yaxes(title_text="attention on position 0", range=[0, 1])
+    most = max(threshold, *(result.attention.max().item() for result in results.values()))
+    figure.update_yaxes(title_text="attention on position 0", range=[0, min(1.02, 1.12 * most)])
     figure.update_xaxes(title_text="layer")
     figure.update_layout(boxmode="group", legend={"orientation": "h", "y": 1.12, "x": 0})
     return styled(figure, title=f"Attention sinks (at least {threshold:g} on position 0)")

@@ -14,6 +14,7 @@ from ..batching import Places, Progress, Tokens, check_next_token, check_tokens,
 from ..forward import run
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
+from ..results import Prompts
 from ..weights import block_of, normalises_writes, own_hooks, read_weights
 from .choices import ABLATIONS, METHODS
 from .last_layer import Rows, Unembedding, folded_unembedding, make_neurons, make_rows, wide
@@ -70,9 +71,10 @@ def ablate_neurons(
     Example:
         >>> from lnfree_interp import ablate_neurons, load_model
         >>> model = load_model("tiny-noLN", device="cpu")
-        >>> result = ablate_neurons(model, model.to_tokens("It was a dark and stormy night."), neurons=[5, 8])
+        >>> tokens = model.to_tokens("It was a dark and stormy night.")
+        >>> result = ablate_neurons(model, tokens, layer=1, neurons=[5, 8])
         >>> result.labels, bool((result.loss == result.loss_frozen).all())
-        (('L3N5', 'L3N8'), True)
+        (('L1N5', 'L1N8'), True)
     """
     model = as_model(model)
     check_next_token(model)
@@ -113,8 +115,8 @@ def ablate_cumulatively(
         >>> from lnfree_interp import ablate_cumulatively, load_model
         >>> model = load_model("tiny-noLN", device="cpu")
         >>> tokens = model.to_tokens("It was a dark and stormy night.")
-        >>> ablate_cumulatively(model, tokens, [5, 8]).labels
-        ('L3N5', '+L3N8')
+        >>> ablate_cumulatively(model, tokens, [5, 8], layer=1).labels
+        ('L1N5', '+L1N8')
     """
     model = as_model(model)
     check_next_token(model)
@@ -238,6 +240,7 @@ def _scan(model: LensModel, tokens, layer: int, neurons, ablation, method, toler
         baseline_entropy=baseline[1].view(n_batch, n_pos),
         streamed=streamed.item() / (n * len(neurons)),
         bound=bound.item(),
+        prompts=Prompts.of(model, tokens),
     )
 
 
@@ -331,6 +334,7 @@ def _rerun(model: LensModel, tokens, layer: int, sets, labels, ablation, progres
         entropy_frozen=entropy_frozen,
         baseline_loss=baseline[0],
         baseline_entropy=baseline[1],
+        prompts=Prompts.of(model, tokens),
     )
 
 

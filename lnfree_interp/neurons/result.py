@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from ..batching import indices
+from ..results import Picture, Prompts, Result, by, counted, drawing
 
-@dataclass(frozen=True)
-class NeuronAblation:
+
+@dataclass(frozen=True, repr=False)
+class NeuronAblation(Result):
     """Changes of cross-entropy and entropy by ablations, token by token, in nats.
 
     Positions are those that have a next token. Total effects let the final norm's scale follow; frozen ones keep
@@ -24,6 +27,7 @@ class NeuronAblation:
         streamed: share of (neuron, token) pairs that were summed over the whole vocabulary one by one; the rest
             are series.
         bound: no series is further off than this, rounding included; 0 if there are none.
+        prompts: what the model read.
     """
 
     labels: tuple[str, ...]
@@ -35,6 +39,58 @@ class NeuronAblation:
     baseline_entropy: Float[Tensor, "batch pos"]
     streamed: float = 1.0
     bound: float = 0.0
+    prompts: Prompts | None = None
+
+    def summary(self) -> str:
+        """One line: which ablations, of which model, on how many tokens, the one that changes most."""
+        n, batch, pos = self.loss.shape
+        more = f" and {counted(n - 1, 'other ablation')}" if n > 1 else ""
+        model = f" in {self.prompts.model}" if self.prompts else ""
+        sizes = self.loss.abs().double().mean((1, 2))
+        i = int(sizes.argmax())
+        most = f"largest mean |change of the loss| {self.labels[i]} {sizes[i].item():.3g}"
+        return f"of {self.labels[0]}{more}{model}: {by((batch, 'prompt'), (pos, 'token'))}, changes in nats; {most}"
+
+    @property
+    def cumulative(self) -> bool:
+        """Whether each ablation comes on top of those before it."""
+        return any(label.startswith("+") for label in self.labels)
+
+    def picture(self) -> str:
+        """Bars of the mean changes of the loss; of one prompt the text, by what the largest ablation changes."""
+        from ..figures.measured_pictures import of_ablations
+
+        return of_ablations(self)
+
+    def plot(self, *, top: int = 30):
+        """A figure of plotly: boxes over tokens of few ablations; one on top of another a line; of many the largest.
+
+        Raises:
+            ImportError: there is no plotly.
+        """
+        with drawing():
+            from ..figures.neurons import ablation_figure
+
+        return ablation_figure(self, top)
+
+    def text(self, ablation: str | int = 0, *, prompt: int = 0, quantity: str = "loss") -> Picture:
+        """The prompt as running text, each token on a background by what an ablation changes of its prediction.
+
+        Args:
+            ablation: a label or a number.
+            quantity: "loss", "entropy", "loss_frozen" or "entropy_frozen", in nats.
+
+        Raises:
+            ValueError: an ablation, prompt or quantity that is not there; a result that was made without prompts.
+        """
+        from ..figures.measured_pictures import ablation_as_text
+
+        if isinstance(ablation, str):
+            if ablation not in self.labels:
+                raise ValueError(f"ablation {ablation!r} is none of {', '.join(self.labels[:3])}, ...")
+            ablation = self.labels.index(ablation)
+        at = indices(ablation, len(self.labels), "ablation", range(len(self.labels)), "the ablations")[0]
+        return Picture(ablation_as_text(self, at, prompt, quantity))
 
     def table(self):
         """One row per ablation: for loss and entropy mean, mean and median size, and mean sizes of both parts."""

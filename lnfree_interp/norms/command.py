@@ -22,7 +22,8 @@ def run(args) -> None:
                 of_sinks = sink_sums(model, tokens, threshold=args.threshold, progress=progress)
         parts = distributed.gather(of_norms), distributed.gather(of_sinks)
         if distributed.rank() == 0:
-            norms[name], sinks[name] = norms_of(parts[0]), sinks_of(parts[1], threshold=args.threshold)
+            norms[name] = norms_of(parts[0], model=name)
+            sinks[name] = sinks_of(parts[1], threshold=args.threshold, model=name)
     if distributed.rank() > 0:
         return
     table = pd.concat([result.table().assign(model=name) for name, result in norms.items()])

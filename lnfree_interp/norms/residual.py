@@ -16,6 +16,7 @@ from ..batching import Progress, TokenSource, token_batches
 from ..forward import run
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
+from ..results import Result, by, counted, drawing, name_of
 from ..running import Moments, Sample, joined, moments
 
 STATISTICS = ("mean", "stderr", "median", "low", "high")
@@ -25,8 +26,8 @@ GROUPS = ("position 0", "EOT", "rest")
 KEPT_NUMBERS = 2**23
 
 
-@dataclass(frozen=True)
-class ResidualNorms:
+@dataclass(frozen=True, repr=False)
+class ResidualNorms(Result):
     """L2 norm of the residual stream at each point, growth and cosine similarity from the point before.
 
     Each sequence gives one number per point and group, the mean over its tokens of that group; the statistics
@@ -44,6 +45,7 @@ class ResidualNorms:
         cosine: the same for the cosine similarity with the point before.
         tokens: Int[Tensor, "group"], tokens of each group.
         sequences: Int[Tensor, "group"], sequences with such tokens. Groups without any are nan throughout.
+        model: whose stream.
     """
 
     points: tuple[str, ...]
@@ -54,6 +56,33 @@ class ResidualNorms:
     cosine: Float[Tensor, "point group statistic"]
     tokens: Int[Tensor, " group"]
     sequences: Int[Tensor, " group"]
+    model: str = ""
+
+    def summary(self) -> str:
+        """One line: of which model, how many points, groups and sequences, the longest."""
+        mean = self.norm[..., self.statistics.index("mean")].nan_to_num(nan=-1.0)
+        point, group = divmod(int(mean.argmax()), len(self.groups))
+        shape = by((len(self.points), "point"), (len(self.groups), "group"))
+        longest = f"largest mean norm {mean.max().item():.4g} at {self.points[point]}, {self.groups[group]}"
+        over = counted(int(self.sequences.max()), "sequence")
+        return f"of the residual stream{f' of {self.model}' * bool(self.model)}: {shape} over {over}; {longest}"
+
+    def picture(self) -> str:
+        """A grid of mean norms, points from the embeddings down by groups."""
+        from ..figures.measured_pictures import of_norms
+
+        return of_norms(self)
+
+    def plot(self, *, statistic: str = "mean"):
+        """A figure of plotly: norm, growth and cosine similarity over the points, a row per group.
+
+        Raises:
+            ImportError: there is no plotly.
+        """
+        with drawing():
+            from ..figures.norms import norms_figure
+
+        return norms_figure({self.model or "model": self}, statistic=statistic)
 
     def table(self):
         """One row per point and group; columns such as norm_mean, growth_median, cosine_low."""
@@ -107,10 +136,11 @@ def residual_norms(
         >>> norms.points[:4], norms.groups
         (('embed', 'pos_embed', 'L0.resid_pre', 'L0.resid_mid'), ('position 0', 'EOT', 'rest'))
     """
+    model = as_model(model)
     part = norm_sums(
-        as_model(model), tokens, per_position=per_position, eot_token=eot_token, per_pass=per_pass, progress=progress
+        model, tokens, per_position=per_position, eot_token=eot_token, per_pass=per_pass, progress=progress
     )
-    return norms_of([part])
+    return norms_of([part], model=name_of(model))
 
 
 @dataclass(frozen=True)
@@ -175,7 +205,7 @@ def norm_sums(
     return NormSums(tuple(names.values()), groups, counts.long(), sums, sample.kept())
 
 
-def norms_of(parts: Sequence[NormSums]) -> ResidualNorms:
+def norms_of(parts: Sequence[NormSums], *, model: str = "") -> ResidualNorms:
     """The statistics of a set of sequences from those of its parts, whatever the split."""
     points, groups = parts[0].points, parts[0].groups
     sums = reduce(joined, (part.moments for part in parts))
@@ -200,6 +230,7 @@ def norms_of(parts: Sequence[NormSums]) -> ResidualNorms:
         cosine=cosine,
         tokens=counts[0],
         sequences=counts[1],
+        model=model,
     )
 
 

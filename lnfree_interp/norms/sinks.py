@@ -13,13 +13,14 @@ from ..batching import Progress, TokenSource, token_batches
 from ..forward import run
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
+from ..results import Result, counted, drawing, name_of
 
 # Entries of one layer's attention patterns held at a time.
 PATTERN_ENTRIES = 2**26
 
 
-@dataclass(frozen=True)
-class AttentionSinks:
+@dataclass(frozen=True, repr=False)
+class AttentionSinks(Result):
     """How much attention heads put on position 0.
 
     Queries are those at positions 1 and later: position 0 has nowhere else to look.
@@ -32,6 +33,7 @@ class AttentionSinks:
         threshold: what makes a sink.
         head_rate: share of heads whose mean attention on position 0 reaches the threshold (P2's sink rate).
         query_rate: share of all heads' queries that reach it.
+        model: whose heads.
     """
 
     labels: tuple[str, ...]
@@ -41,6 +43,31 @@ class AttentionSinks:
     threshold: float
     head_rate: float
     query_rate: float
+    model: str = ""
+
+    def summary(self) -> str:
+        """One line: how many heads are sinks, and which most."""
+        n, i = int((self.attention >= self.threshold).sum()), int(self.attention.argmax())
+        most = f"most on position 0 has {self.labels[i]}, {self.attention[i].item():.1%} of its attention"
+        rates = f"{n} of {counted(len(self.labels), 'head')} and {self.query_rate:.1%} of queries"
+        return f"{f'of {self.model}: ' * bool(self.model)}{rates} are sinks (from {self.threshold:.0%} on); {most}"
+
+    def picture(self) -> str:
+        """A grid of heads by their mean attention on position 0."""
+        from ..figures.measured_pictures import of_sinks
+
+        return of_sinks(self)
+
+    def plot(self):
+        """A figure of plotly: every head's mean attention on position 0, layer by layer.
+
+        Raises:
+            ImportError: there is no plotly.
+        """
+        with drawing():
+            from ..figures.norms import sinks_figure
+
+        return sinks_figure({self.model or "model": self})
 
     def table(self):
         """One row per head, and whether it is a sink."""
@@ -80,14 +107,14 @@ def attention_sinks(
         >>> from lnfree_interp import attention_sinks, load_model
         >>> model = load_model("tiny-noLN", device="cpu")
         >>> sinks = attention_sinks(model, model.to_tokens("It was a dark and stormy night."))
-        >>> len(sinks.labels), 0 <= sinks.head_rate <= 1
-        (16, True)
+        >>> len(sinks.labels) == model.cfg.n_layers * model.cfg.n_heads, 0 <= sinks.head_rate <= 1
+        (True, True)
     """
     model = as_model(model)
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold {threshold} is outside 0..1")
     part = sink_sums(model, tokens, threshold=threshold, per_pass=per_pass, progress=progress)
-    return sinks_of([part], threshold=threshold)
+    return sinks_of([part], threshold=threshold, model=name_of(model))
 
 
 @dataclass(frozen=True)
@@ -128,7 +155,7 @@ def sink_sums(
     return SinkSums(total, squares, reached, n_sequences, n_queries)
 
 
-def sinks_of(parts: Sequence[SinkSums], *, threshold: float) -> AttentionSinks:
+def sinks_of(parts: Sequence[SinkSums], *, threshold: float, model: str = "") -> AttentionSinks:
     """The statistics of a set of sequences from those of its parts, whatever the split."""
     total, squares, reached = (
         torch.stack([getattr(part, name) for part in parts]).sum(0) for name in ("total", "squares", "reached")
@@ -146,6 +173,7 @@ def sinks_of(parts: Sequence[SinkSums], *, threshold: float) -> AttentionSinks:
         threshold=threshold,
         head_rate=(mean >= threshold).double().mean().item(),
         query_rate=queries.mean().item(),
+        model=model,
     )
 
 
