@@ -236,7 +236,7 @@ def kl_from_clean(model: ModelOrName, pairs) -> Metric:
     from .weights import final_norm, read_weights, widened_norms
 
     model = as_model(model)
-    clean, weights = check_tokens(model, as_pairs(pairs).clean), read_weights(model)
+    clean, weights = check_tokens(model, as_pairs(pairs, model).clean), read_weights(model)
     last, norm = slice(clean.shape[1] - 1, clean.shape[1]), final_norm(model)
     with torch.no_grad():
         if weights is None:

@@ -14,7 +14,7 @@ from ..batching import Places, Progress
 from ..lens import LensModel, ModelOrName
 from ..metrics import logit_diff
 from ..models import as_model
-from ..pairs import PromptPairs, as_pairs
+from ..pairs import PairedPrompts, PromptPairs, as_pairs
 from ..weights import Weights, final_norm, read_weights, widened_norms
 from . import hooked
 from .cells import (
@@ -61,7 +61,7 @@ def activation_patching(
     way round (noising). Cells in which both runs agree, and those nothing read depends on, are 0 and never run.
 
     Args:
-        pairs: PromptPairs, or (clean, corrupted, answers).
+        pairs: PromptPairs, or (clean, corrupted, answers) as for it or, as texts, for `PromptPairs.from_texts`.
         site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, by position; z, q, k, v, pattern, by head; neurons.
         metric: a `Metric`, or a function of full logits [row, pos, d_vocab] that returns [row]. Its rows are prompts
             in any order and any number, some of them repeated: what it needs of each prompt, a `Metric` tells it.
@@ -95,7 +95,9 @@ def activation_patching(
         >>> effect.values.shape, effect.axes
         (torch.Size([2, 4, 4]), ('prompt', 'layer', 'head'))
     """
-    model, pairs = as_model(model), as_pairs(pairs).to("cpu")
+    model = as_model(model)
+    pairs = as_pairs(pairs, model).to("cpu")
+    prompts = PairedPrompts.of_pairs(pairs, model)
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
     only = checked_mask(only, request.shape(len(pairs)))
     budget = memory_budget(model, max_memory)
@@ -132,6 +134,7 @@ def activation_patching(
         corrupted=torch.cat(corrupted),
         cells_run=sum(cells_run),
         flops=None if swept is None else (sum(flops), plain),
+        prompts=prompts,
     )
 
 

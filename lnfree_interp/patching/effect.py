@@ -10,12 +10,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..pairs import PairedPrompts
+from ..results import Result
 from ..statistics import correlation, correlation_interval, mean_interval, ratio, ratio_interval
+from .shown import largest_cell, number_of, panel, unit_of
 from .sites import LEAST
 
 
-@dataclass(frozen=True)
-class PatchingEffect:
+@dataclass(frozen=True, repr=False)
+class PatchingEffect(Result):
     """Effects of patching one site, cell by cell: metric(patched) - metric(unpatched), or an estimate of it.
 
     Attributes:
@@ -30,6 +33,7 @@ class PatchingEffect:
         cells_run: how many cells were run; the others are exactly 0 (nothing differs there, or nothing that the
             metric reads depends on them).
         flops: floating-point operations spent, and of running the whole model for each cell; None if not counted.
+        prompts: the clean prompts, with `prompts.corrupted` and `prompts.answers`.
     """
 
     values: Float[Tensor, "prompt layer *cell"]
@@ -45,10 +49,11 @@ class PatchingEffect:
     reliability: Float[Tensor, "prompt layer *cell"] | None = None
     cells_run: int = 0
     flops: tuple[float, float] | None = None
+    prompts: PairedPrompts | None = None
 
     def __getitem__(self, prompts: slice | Tensor) -> PatchingEffect:
         """The effects of some of the prompts."""
-        of_prompts = ("values", "clean", "corrupted", "reliability")
+        of_prompts = ("values", "clean", "corrupted", "reliability", "prompts")
         return replace(self, **{f: v[prompts] for f in of_prompts if (v := getattr(self, f)) is not None})
 
     def table(self):
@@ -62,6 +67,30 @@ class PatchingEffect:
         if self.reliability is not None:
             columns["reliability"] = self.reliability.flatten().float().cpu().numpy()
         return pd.DataFrame(columns)
+
+    def summary(self) -> str:
+        """What was patched in which model, the shape, the unit, and the largest effect."""
+        how = "" if self.method == "activation" else f", {self.method}"
+        of = "" if self.prompts is None else f" in {self.prompts.model}"
+        sizes = [number_of(n, axis) for n, axis in zip(self.values.shape, self.axes)]
+        total = total_effect(self).double().mean()
+        return (
+            f"{self.metric} with {self.site} patched ({self.direction}{how}){of}: {' x '.join(sizes)}, "
+            f"in {unit_of(self.metric)}; the largest mean {largest_cell(panel(self))} of {total:+.3g} in all"
+        ).replace("\n", "⏎")
+
+    def picture(self) -> str:
+        """Mean effects by layer and position, head or neuron; of many neurons the largest."""
+        from ..figures.panels import panel_picture
+
+        return panel_picture(panel(self), unit_of(self.metric))
+
+    def plot(self, *, title: str | None = None):
+        """The mean effects as a figure of plotly."""
+        from ..figures.patching import patching_heatmaps
+
+        name = "" if self.prompts is None else self.prompts.model
+        return patching_heatmaps({(self.method, name): self}, title=title)
 
 
 def total_effect(effect: PatchingEffect) -> Float[Tensor, " prompt"]:

@@ -109,7 +109,7 @@ def screen(
     looked.
 
     Args:
-        pairs: PromptPairs, or (clean, corrupted, answers).
+        pairs: as for `activation_patching`.
         budget: forwards of the model (see `Screening`) that exact runs may take; `math.inf`: all cells are run. Two of
             them are the runs that patching starts from.
         method: the estimate, or its name with its options beside it, as for `attribution_patching`.
@@ -140,7 +140,8 @@ def screen(
         (True, torch.Size([4, 4, 8]))
     """
     estimate, other = estimate_of(method, options), None if against is None else estimate_of(against, {})
-    model, pairs = as_model(model), as_pairs(pairs)
+    model = as_model(model)
+    pairs = as_pairs(pairs, model)
     request = checked(model, pairs.to("cpu"), site, metric, direction, layers, units, by_position)
     where: dict[str, Any] = {
         "site": site,
