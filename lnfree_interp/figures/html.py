@@ -50,7 +50,7 @@ def bars(labels: Sequence[str], values: Sequence[float], unit: str) -> str:
     for label, value in zip(labels, values):
         width = 50 * abs(value) / most if value == value else 0.0
         left = 50 - width if value < 0 else 50
-        colour = "rgb{}".format(POSITIVE if value > 0 else NEGATIVE)
+        colour = f"rgb{POSITIVE if value > 0 else NEGATIVE}"
         bar = f"<div style='position:absolute;left:{left:.2f}%;width:{width:.2f}%;height:100%;background:{colour}'></div>"
         rows.append(
             f"<tr><td style='{_CELL};text-align:left'>{html.escape(label)}</td>"

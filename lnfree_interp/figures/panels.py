@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..patching.shown import Panel
-from .html import bars, grid
+from .html import bars, coloured_tokens, grid
 
-ROWS, COLUMNS, BARS = 30, 40, 15
+if TYPE_CHECKING:
+    from ..graph import AttributionGraph
+    from ..patching import PatchingError
+
+ROWS, COLUMNS, BARS, TOKENS = 30, 40, 15, 400
 
 
 def panel_picture(panel: Panel, unit: str) -> str:
-    """A panel as cells coloured by value, the first row (layer 0) at the bottom; with too many heads or neurons in a
+    """A panel as cells coloured by value, the first row (layer 0) at the top; with too many heads or neurons in a
     row, the largest cells as bars."""
     if panel.column != "position" and len(panel.columns) > COLUMNS:
         letter = "H" if panel.column == "head" else "N"
         labels = [f"{row}{letter}{column}" for row in panel.rows for column in panel.columns]
         return largest_bars(labels, panel.values.flatten().tolist(), unit, f"{panel.column}s")
     shown = panel.largest(ROWS, COLUMNS)
-    cells = grid(shown.values.flip(0).tolist(), shown.rows[::-1], shown.columns, unit)
-    return cells + note(f"across: {panel.column}; up: {panel.row}", shown.left_out)
+    cells = grid(shown.values.tolist(), shown.rows, shown.columns, unit)
+    return cells + note(f"across: {panel.column}; down: {panel.row}", shown.left_out)
 
 
 def largest_bars(labels: Sequence[str], values: Sequence[float], unit: str, what: str, k: int = BARS) -> str:
@@ -29,7 +35,43 @@ def largest_bars(labels: Sequence[str], values: Sequence[float], unit: str, what
     return bars([labels[i] for i in order], [values[i] for i in order], unit) + note(more)
 
 
+def error_picture(error: PatchingError) -> str:
+    """Each layer's error as bars, and the measures over all of them as a line each."""
+    unit = "of the total effect" if error.normalized else "summed over cells"
+    by_layer = bars([f"L{layer}" for layer in error.layers], error.per_layer.tolist(), f"error, {unit}")
+    lines = []
+    for name in ("total", "relative", "pearson", "spearman", "sign_agreement"):
+        low, high = getattr(error, f"{name}_interval")
+        lines.append(f"{name.replace('_', ' ')} {getattr(error, name):.3g} [{low:.3g}, {high:.3g}]")
+    return by_layer + note(*lines)
+
+
+def graph_picture(graph: AttributionGraph) -> str:
+    """The prompt coloured by what each token does to the logit, over all paths, and the largest nodes as bars."""
+    effects = graph.effects.tolist()
+    of_tokens = [0.0] * len(graph.strings)
+    for node, effect in zip(graph.nodes, effects):
+        if node.kind == "token":
+            of_tokens[node.pos] = effect
+    inner = [i for i, node in enumerate(graph.nodes) if node.kind in ("head", "neuron", "mlp")]
+    nodes = largest_bars([graph.nodes[i].label for i in inner], [effects[i] for i in inner], "logits", "nodes")
+    edges = "".join(f"<li>{html.escape(text)}</li>" for text in _strongest(graph, 8))
+    return (
+        note("what each token does to the logit, over all paths")
+        + coloured_tokens(graph.strings[-TOKENS:], of_tokens[-TOKENS:], "logits")
+        + note("by how many logits it falls without a node, over all paths")
+        + nodes
+        + note("the edges that carry the most")
+        + f"<ul style='margin:.2em 0;font-size:13px'>{edges}</ul>"
+    )
+
+
+def _strongest(graph: AttributionGraph, k: int) -> list[str]:
+    rows = graph.table(k)
+    return [f"{a} → {b}: {entry:+.3g}" for a, b, entry in zip(rows["sender"], rows["receiver"], rows["entry"])]
+
+
 def note(*texts: str) -> str:
     """What a picture does not show by itself, in small."""
     said = "; ".join(text for text in texts if text)
-    return f"<div style='font-size:12px;color:#555'>{said}</div>" if said else ""
+    return f"<div style='font-size:12px;color:#555'>{html.escape(said)}</div>" if said else ""

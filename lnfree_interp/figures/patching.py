@@ -11,9 +11,9 @@ from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from ..patching import PatchingEffect
+from ..patching import PatchingEffect, PatchingError
 from ..patching.shown import panel, unit_of
-from .style import DIVERGING, styled
+from .style import DIVERGING, line, styled
 
 # Pixels across for cells, on a page of 800.
 DRAWN_ON = 650
@@ -59,6 +59,39 @@ def patching_heatmaps(effects: Mapping[tuple[str, str], PatchingEffect], *, titl
         unit=unit_of(first.metric),
         title=f"{first.metric} with {first.site} patched, {first.direction}" if title is None else title,
     )
+
+
+def error_lines(errors: Mapping[str, PatchingError], *, title: str | None = None) -> go.Figure:
+    """Each layer's error with its 95% interval, a line for each name.
+
+    Example:
+        >>> from lnfree_interp import activation_patching, attribution_patching, induction_pairs, patching_error
+        >>> pairs = induction_pairs("tiny", 6, length=8)
+        >>> exact = activation_patching("tiny", pairs)
+        >>> error = patching_error(attribution_patching("tiny", pairs), exact, draws=20, normalize=False)
+        >>> len(error_lines({"tiny": error}).data)
+        1
+    """
+    first = next(iter(errors.values()))
+    unit = "share of total effect" if first.normalized else "summed over cells"
+    figure = go.Figure()
+    for i, (name, error) in enumerate(errors.items()):
+        means, (low, high) = error.per_layer, error.per_layer_interval.unbind(1)
+        figure.add_trace(
+            go.Scatter(
+                x=list(error.layers),
+                y=means.tolist(),
+                error_y={"array": (high - means).tolist(), "arrayminus": (means - low).tolist(), "width": 3},
+                name=name,
+                line=line(i),
+                mode="lines+markers",
+                hovertemplate=f"layer %{{x}}: %{{y:.4f}} {unit}<extra>{name}</extra>",
+            )
+        )
+    figure.update_xaxes(title_text="layer", dtick=max(1, len(first.layers) // 12))
+    figure.update_yaxes(title_text=f"error, {unit}", rangemode="tozero")
+    told = f"Error of {first.method} against patching, {first.site}, by layer [95% over prompts]"
+    return styled(figure, title=told if title is None else title, height=360)
 
 
 def effect_heatmaps(
@@ -142,7 +175,10 @@ def effect_heatmaps(
             title={"text": axis, "font": {"size": 11}, "standoff": 8} if at["row"] == len(methods) else None,
             **at,
         )
-        figure.update_yaxes(title_text=row if at["col"] == 1 else None, dtick=max(1, len(layers) // 8), **at)
+        # The first layer at the top, where TransformerLens' demos have it.
+        figure.update_yaxes(
+            title_text=row if at["col"] == 1 else None, dtick=max(1, len(layers) // 8), autorange="reversed", **at
+        )
     bar = {"title": f"{unit}<br>(beyond: darkest)" if beyond else unit}
     scale = {"colorscale": DIVERGING, "cmid": 0, "cmin": -most, "cmax": most, "colorbar": bar}
     figure.update_layout(coloraxis=scale)

@@ -20,6 +20,7 @@ from ..forward import unembed
 from ..layers import Weights, wide
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
+from ..results import Prompts
 from ..weights import read_weights, why_not_read
 from .entries import Chosen, Nodes, discrepancy, entries
 from .held import Effects, Held, logit_without, run_prompt, total_effects
@@ -129,6 +130,7 @@ def attribution_graph(
         n_layers=len(layers),
         target=read,
         versus=against,
+        prompts=Prompts.of(model, tokens[None]),
     )
 
 

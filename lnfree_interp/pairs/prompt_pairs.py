@@ -155,7 +155,7 @@ class PromptPairs:
         Example:
             >>> from lnfree_interp import PromptPairs
             >>> PromptPairs.from_texts("tiny-noLN", "the girl said that", "the man said that", (" she", " he"))
-            <PromptPairs: 1 pair of 5 tokens: "the[ girl/ man] said that", right ' she', wrong ' he'>
+            <PromptPairs 1 pair of 5 tokens: "the[ girl/ man] said that", right ' she', wrong ' he'>
         """
         from .texts import one_length
 
@@ -170,7 +170,7 @@ class PromptPairs:
         return PairedPrompts.of_pairs(self).table()
 
     def __repr__(self) -> str:
-        return f"<PromptPairs: {self.summary()}>"
+        return f"<PromptPairs {self.summary()}>"
 
     def _repr_html_(self) -> str:
         from ..figures.html import card
@@ -261,7 +261,10 @@ class PairedPrompts(Prompts):
         rows = []
         for i, answers in enumerate(self.answer_strings):
             pieces = self.written(i)
-            clean, corrupted = between.join(a for a, _ in pieces), between.join(a if b is None else b for a, b in pieces)
+            clean, corrupted = (
+                between.join(a for a, _ in pieces),
+                between.join(a if b is None else b for a, b in pieces),
+            )
             rows.append((clean, corrupted, *answers))
         return pd.DataFrame(rows, columns=["clean", "corrupted", "right", "wrong"])
 

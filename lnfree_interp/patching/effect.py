@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..pairs import PairedPrompts
+from ..plotting import drawing
 from ..results import Result
 from ..statistics import correlation, correlation_interval, mean_interval, ratio, ratio_interval
 from .shown import largest_cell, number_of, panel, unit_of
@@ -72,7 +73,8 @@ class PatchingEffect(Result):
         """What was patched in which model, the shape, the unit, and the largest effect."""
         how = "" if self.method == "activation" else f", {self.method}"
         of = "" if self.prompts is None else f" in {self.prompts.model}"
-        sizes = [number_of(n, axis) for n, axis in zip(self.values.shape, self.axes)]
+        names = ["position" if axis == "pos" else axis for axis in self.axes]
+        sizes = [number_of(n, name) for n, name in zip(self.values.shape, names)]
         total = total_effect(self).double().mean()
         return (
             f"{self.metric} with {self.site} patched ({self.direction}{how}){of}: {' x '.join(sizes)}, "
@@ -87,7 +89,8 @@ class PatchingEffect(Result):
 
     def plot(self, *, title: str | None = None):
         """The mean effects as a figure of plotly."""
-        from ..figures.patching import patching_heatmaps
+        with drawing():
+            from ..figures.patching import patching_heatmaps
 
         name = "" if self.prompts is None else self.prompts.model
         return patching_heatmaps({(self.method, name): self}, title=title)
@@ -137,25 +140,26 @@ def normalized(effect: PatchingEffect) -> Float[Tensor, "prompt layer *cell"]:
 # How far apart two of them are
 
 
-@dataclass(frozen=True)
-class PatchingError:
+@dataclass(frozen=True, repr=False)
+class PatchingError(Result):
     """Errors of approximate effects against exact ones; 95% intervals [low, high] over prompts (`statistics`).
 
     Attributes:
-        prompts: how many prompts the errors are of.
+        n_prompts: how many prompts the errors are of.
         left_out: how many were not used, since nothing moves in them: see `moved`.
         per_layer: sum over a layer's cells of |approximate - exact|, mean over prompts.
         total: its mean over layers.
         relative: sum |approximate - exact| / sum |exact|, over all prompts and cells.
         pearson, spearman: correlations over all prompts and cells.
         sign_agreement: share of cells of the same sign, among those that either finds different from 0.
+        model: its name.
     """
 
     site: str
     method: str
     layers: tuple[int, ...]
     normalized: bool
-    prompts: int
+    n_prompts: int
     left_out: int
     per_layer: Float[Tensor, " layer"]
     per_layer_interval: Float[Tensor, "layer two"]
@@ -169,6 +173,7 @@ class PatchingError:
     spearman_interval: tuple[float, float]
     sign_agreement: float
     sign_agreement_interval: tuple[float, float]
+    model: str | None = None
 
     def table(self):
         """One row per measure: error of each layer, then total, relative, pearson, spearman, sign agreement.
@@ -186,9 +191,32 @@ class PatchingError:
         table = pd.DataFrame(rows, columns=["measure", "value", "low", "high"])
         table.insert(0, "site", self.site)
         table.insert(1, "method", self.method)
-        table.insert(2, "prompts", self.prompts)
+        table.insert(2, "prompts", self.n_prompts)
         table.insert(3, "left_out", self.left_out)
         return table
+
+    def summary(self) -> str:
+        """Of which estimate, site and model, on how many prompts, and the relative error."""
+        low, high = self.relative_interval
+        of = "" if self.model is None else f" in {self.model}"
+        left = f" ({self.left_out} left out)" if self.left_out else ""
+        return (
+            f"{self.method} of {self.site}{of}: {len(self.layers)} layers, {number_of(self.n_prompts, 'prompt')}{left}; "
+            f"relative error {self.relative:.2%} [{low:.2%}, {high:.2%}], pearson {self.pearson:.3f}"
+        )
+
+    def picture(self) -> str:
+        """Each layer's error, and the measures over all with their intervals."""
+        from ..figures.panels import error_picture
+
+        return error_picture(self)
+
+    def plot(self, *, title: str | None = None):
+        """Each layer's error with its interval, as a figure of plotly."""
+        with drawing():
+            from ..figures.patching import error_lines
+
+        return error_lines({self.model or self.method: self}, title=title)
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
@@ -259,7 +287,7 @@ def patching_error(
         >>> pairs = induction_pairs(model, 8, length=8)
         >>> exact = activation_patching(model, pairs)
         >>> error = patching_error(attribution_patching(model, pairs), exact, draws=50)
-        >>> error.prompts + error.left_out, len(error.per_layer)
+        >>> error.n_prompts + error.left_out, len(error.per_layer)
         (8, 4)
     """
     pair = compared(approximate, exact, normalize=normalize, least=least)
@@ -285,7 +313,7 @@ def patching_error(
         method=approximate.method,
         layers=exact.layers,
         normalized=normalize,
-        prompts=n,
+        n_prompts=n,
         left_out=len(exact.values) - n,
         per_layer=torch.from_numpy(error.mean(0)),
         per_layer_interval=torch.from_numpy(np.stack([low, high], 1)),
@@ -295,4 +323,5 @@ def patching_error(
         **of_correlation("pearson", *flat),
         **of_correlation("spearman", *ranks),
         **of_ratio("sign_agreement", agree, either),
+        model=None if exact.prompts is None else exact.prompts.model,
     )

@@ -17,7 +17,9 @@ from ..batching import Places, Progress, whole
 from ..lens import ModelOrName
 from ..metrics import logit_diff
 from ..models import as_model
-from ..pairs import as_pairs
+from ..pairs import PairedPrompts, as_pairs
+from ..plotting import drawing
+from ..results import Result
 from ..weights import read_weights
 from .activation import activation_patching
 from .attribution import attribution_patching, estimate_of
@@ -27,6 +29,7 @@ from .effect import PatchingEffect
 from .estimates import Estimate
 from .plans import SHARE, ErrorLeft, error_left, planned
 from .prices import cell_prices, counted, forward_flops, runs_flops
+from .shown import panel, unit_of
 from .sites import LEAST
 
 Score = Callable[..., Tensor]
@@ -40,8 +43,8 @@ FLAGS: Mapping[str, Score] = {
 }
 
 
-@dataclass(frozen=True)
-class Screening:
+@dataclass(frozen=True, repr=False)
+class Screening(Result):
     """Effects of which some are exact, the others estimates, and what that took.
 
     Attributes:
@@ -77,6 +80,50 @@ class Screening:
         table["estimate"] = estimate.flatten().numpy().astype(table["effect"].dtype)
         table["fixed"] = fixed.flatten().numpy()
         return table
+
+    @property
+    def prompts(self) -> PairedPrompts | None:
+        """The clean prompts, with `prompts.corrupted` and `prompts.answers`."""
+        return self.effect.prompts
+
+    def summary(self) -> str:
+        """What was screened in which model, how much was run exactly for what, and the error left."""
+        left, of = self.error_left, "" if self.prompts is None else f" in {self.prompts.model}"
+        edges = isinstance(self.effect, EdgeEffect)
+        n = len(self.effect.values) * int(self.effect.edges.sum()) if edges else self.fixed.numel()
+        what = "edges" if edges else f"cells of {self.effect.site}"
+        error = "unknown" if left.relative != left.relative else f"{left.relative:.2%}"
+        return (
+            f"{what}{of}, {self.estimate.method}, flagged by {self.flag}: {n - left.left} of {n} exact, "
+            f"{self.spent:.3g} of {self.budget:.3g} forwards spent and {self.cost:.3g} on estimates; error left {error}"
+        )
+
+    def picture(self) -> str:
+        """The effects, and what share of each cell is exact."""
+        from ..figures.panels import note, panel_picture
+
+        low, high = self.error_left.interval
+        known = f"error left {self.error_left.relative:.3g} [{low:.3g}, {high:.3g}], by {self.error_left.drawn} cells"
+        said = note(known if low == low else "")
+        if isinstance(self.effect, EdgeEffect):
+            return self.effect.picture() + said
+        exact = panel_picture(panel(self.effect, self.fixed.double()), "of prompts exact")
+        return panel_picture(panel(self.effect), unit_of(self.effect.metric)) + said + exact
+
+    def plot(self, *, title: str | None = None):
+        """The effects, and below them the estimates, as a figure of plotly."""
+        both = (self.effect, self.estimate)
+        name = "" if self.prompts is None else self.prompts.model
+        with drawing():
+            from ..figures.edges import edge_heatmaps
+            from ..figures.patching import patching_heatmaps
+
+        if isinstance(self.effect, EdgeEffect):
+            told = f"{self.effect.metric} with an edge patched: screened, and before" if title is None else title
+            panels = {(e.method, name): e for e in both if isinstance(e, EdgeEffect)}
+            return edge_heatmaps(panels, unit=unit_of(self.effect.metric), title=told)
+        cells = {(e.method, name): e for e in both if isinstance(e, PatchingEffect)}
+        return patching_heatmaps(cells, title=title)
 
 
 def screen(
