@@ -1,4 +1,5 @@
 from .check import Law as Law, ModelCheck as ModelCheck, check_model as check_model
+from .comparison import Comparison as Comparison, compare as compare
 from .corpus import read_corpus as read_corpus
 from .data import token_blocks as token_blocks
 from .dla import (
@@ -30,6 +31,7 @@ from .evaluate import (
     hellaswag_items as hellaswag_items,
     loss_table as loss_table,
 )
+from .explaining import Explanation as Explanation, explain as explain
 from .finetune import remove_layernorm as remove_layernorm
 from .graph import AttributionGraph as AttributionGraph, GraphNode as GraphNode, attribution_graph as attribution_graph
 from .metrics import (

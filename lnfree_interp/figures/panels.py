@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..patching.shown import Panel
 from .html import bars, coloured_tokens, grid
@@ -75,3 +75,20 @@ def note(*texts: str) -> str:
     """What a picture does not show by itself, in small."""
     said = "; ".join(text for text in texts if text)
     return f"<div style='font-size:12px;color:#555'>{html.escape(said)}</div>" if said else ""
+
+
+def side_by_side(results: Mapping[str, Any], most: int) -> str:
+    """The pictures of several results, each below its name and summary, as long as they have room."""
+    parts: list[str] = []
+    left = []
+    for name, result in results.items():
+        if not hasattr(result, "picture"):
+            parts.append(f"<div><b>{html.escape(name)}</b> {result.head(10).to_html(index=False, border=0)}</div>")
+            continue
+        said = f"<p style='margin:.6em 0 .3em'><b>{html.escape(name)}</b> {html.escape(result.summary())}</p>"
+        picture = result.picture()
+        if sum(map(len, parts)) + len(picture) > most:
+            left.append(name)
+            picture = ""
+        parts.append(f"<div>{said}{picture}</div>")
+    return "".join(parts) + note(f"no room for the pictures of {', '.join(left)}" if left else "")

@@ -151,8 +151,7 @@ class AttributionGraph(Result):
         )
 
     def plot(self, path: str | Path | None = None) -> Page:
-        """The graph as a page (HTML, with all that it needs in it), which a notebook shows; written to the path if there
-        is one."""
+        """The graph as a page (HTML, with all it needs in it), which a notebook shows; written to the path if any."""
         from ..cli import replace_file
         from ..figures.graph import graph_page
 

@@ -201,7 +201,8 @@ class PatchingError(Result):
         of = "" if self.model is None else f" in {self.model}"
         left = f" ({self.left_out} left out)" if self.left_out else ""
         return (
-            f"{self.method} of {self.site}{of}: {len(self.layers)} layers, {number_of(self.n_prompts, 'prompt')}{left}; "
+            f"{self.method} of {self.site}{of}: {number_of(len(self.layers), 'layer')}, "
+            f"{number_of(self.n_prompts, 'prompt')}{left}; "
             f"relative error {self.relative:.2%} [{low:.2%}, {high:.2%}], pearson {self.pearson:.3f}"
         )
 
