@@ -1,4 +1,4 @@
-"""Results of patching, edges, graphs, explanations and comparisons: whose prompts they are of, what they say and draw."""
+"""Results of patching, edges, graphs, explanations, comparisons: whose prompts they are of, what they say and draw."""
 
 import copy
 import pickle
@@ -91,13 +91,10 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-KINDS = ["resid_pre", "heads", "one by one", "neurons", "second order", "error", "edges", "some edges"] + [
-    "screening",
-    "edges screened",
-    "graph",
-    "explanation",
-    "comparison",
-]
+KINDS = (
+    *("resid_pre", "heads", "one by one", "neurons", "second order", "error", "edges", "some edges"),
+    *("screening", "edges screened", "graph", "explanation", "comparison"),
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)

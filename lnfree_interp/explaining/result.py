@@ -101,7 +101,8 @@ class Explanation(Result):
         name, value, _ = max(self.parts("component"), key=lambda row: abs(row[1]))
         return (
             f"{self.what} after {len(self.strings)} tokens in {self.prompts.model}: "
-            f"{self.logit:+.3g} logits, {likely}; the largest component {name} {value:+.3g}; attribution differs from the exact effect by {self.error:.2%}"
+            f"{self.logit:+.3g} logits, {likely}; the largest component {name} {value:+.3g}; "
+            f"attribution differs from the exact effect by {self.error:.2%}"
         ).replace("\n", "⏎")
 
     def picture(self) -> str:

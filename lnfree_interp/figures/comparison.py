@@ -70,6 +70,7 @@ def component_bars(results: Mapping[str, tuple[tuple[str, ...], list[float]]], *
             )
         )
     figure.update_xaxes(title_text=unit)
+    figure.update_yaxes(dtick=1)
     figure.update_layout(legend_traceorder="reversed")
     return styled(figure, title=title, height=160 + len(chosen) * (10 + 9 * len(results)))
 

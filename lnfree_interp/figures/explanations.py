@@ -50,6 +50,7 @@ def explanation_figure(found: Mapping[str, Explanation], *, title: str | None = 
             )
             figure.add_trace(bars, row=1, col=col)
         figure.update_xaxes(title_text="logits", row=1, col=col)
+        figure.update_yaxes(dtick=1, row=1, col=col)
         if one.by_token is None:
             continue
         labels = [f"{i} {visible(text).strip() or '␣'}" for i, text in enumerate(one.strings)]
@@ -70,7 +71,7 @@ def explanation_figure(found: Mapping[str, Explanation], *, title: str | None = 
         figure.update_yaxes(title_text="logits, by token" if col == 1 else None, row=2, col=col)
     told = f"{first.what}: where it comes from" if title is None else title
     figure = styled(figure, title=told, height=300 + 20 * TOP + 170 * tokens)
-    legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"}
+    legend = {"orientation": "h", "y": 1.05, "yanchor": "bottom", "x": 1, "xanchor": "right"}
     return figure.update_layout(legend=legend, margin={"l": 70, "r": 20, "t": 110, "b": 90})
 
 

@@ -143,6 +143,7 @@ def effect_heatmaps(
     height = 90 + bottom + len(methods) * each + (len(methods) - 1) * 45
     step = max(1, math.ceil((16 if longest <= 3 else 14) * len(labels) * len(models) / DRAWN_ON))
     ticks = list(range(0, len(labels), step))
+    axis, _, told = axis.partition(":")
     figure = make_subplots(
         rows=len(methods),
         cols=len(models),
@@ -155,7 +156,7 @@ def effect_heatmaps(
     for (method, model), values in panels.items():
         at = {"row": methods.index(method) + 1, "col": models.index(model) + 1}
         named = f"<extra>{model}: {method}</extra>" if model else f"<extra>{method}</extra>"
-        where = f"{row} %{{y}}, {axis.split(':')[0]} %{{customdata}}"
+        where = f"{row} %{{y}}, {axis} %{{customdata}}"
         heatmap = go.Heatmap(
             z=values.float().cpu().numpy(),
             y=list(layers),
@@ -172,7 +173,7 @@ def effect_heatmaps(
             tickvals=ticks,
             ticktext=[_short(labels[i]) for i in ticks],
             tickangle=-90 if longest > 3 else 0,
-            title={"text": axis, "font": {"size": 11}, "standoff": 8} if at["row"] == len(methods) else None,
+            title_text=None if told else axis,
             **at,
         )
         # The first layer at the top, where TransformerLens' demos have it.
@@ -183,6 +184,10 @@ def effect_heatmaps(
     scale = {"colorscale": DIVERGING, "cmid": 0, "cmin": -most, "cmax": most, "colorbar": bar}
     figure.update_layout(coloraxis=scale)
     figure.update_annotations(font_size=12)
+    if told:  # once, below all of them
+        below = {"x": 0.5, "y": 0, "xanchor": "center", "yanchor": "top", "yshift": 26 - bottom}
+        where = {"xref": "paper", "yref": "paper", "showarrow": False}
+        figure.add_annotation(text=f"{axis}:{told}", font_size=12, **below, **where)
     figure = styled(figure, title=title, height=height)
     return figure.update_layout(margin={"b": bottom, "t": 80, "l": 60, "r": 20})
 

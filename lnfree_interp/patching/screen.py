@@ -99,7 +99,7 @@ class Screening(Result):
         )
 
     def picture(self) -> str:
-        """The effects, and what share of each cell is exact."""
+        """The effects, and the error left with its interval."""
         from ..figures.panels import note, panel_picture
 
         low, high = self.error_left.interval
@@ -107,8 +107,7 @@ class Screening(Result):
         said = note(known if low == low else "")
         if isinstance(self.effect, EdgeEffect):
             return self.effect.picture() + said
-        exact = panel_picture(panel(self.effect, self.fixed.double()), "of prompts exact")
-        return panel_picture(panel(self.effect), unit_of(self.effect.metric)) + said + exact
+        return panel_picture(panel(self.effect), unit_of(self.effect.metric)) + said
 
     def plot(self, *, title: str | None = None):
         """The effects, and below them the estimates, as a figure of plotly."""

@@ -54,15 +54,14 @@ def _largest(sizes: Float[Tensor, " n"], k: int) -> list[int]:
     return sorted(sizes.topk(min(k, len(sizes))).indices.tolist())
 
 
-def panel(effect: PatchingEffect, values: Float[Tensor, "prompt layer *cell"] | None = None) -> Panel:
-    """The mean over prompts, of the effects or of other values of their shape: layers by positions, heads or neurons;
-    with positions one by one, heads or neurons by positions."""
-    values = effect.values if values is None else values
-    mean = values.detach().cpu().double().nanmean(0)
+def panel(effect: PatchingEffect) -> Panel:
+    """The mean effects over prompts: layers by positions, heads or neurons; with positions one by one, heads or neurons
+    by positions."""
+    mean = effect.values.detach().cpu().double().nanmean(0)
     layers, unit = [f"L{layer}" for layer in effect.layers], effect.axes[2]
     if effect.axes[-1] != "pos":
         return Panel(mean, tuple(layers), tuple(map(str, effect.units)), "layer", unit)
-    positions = tuple(position_labels(effect, effect.units if unit == "pos" else range(values.shape[-1])))
+    positions = tuple(position_labels(effect, effect.units if unit == "pos" else range(mean.shape[-1])))
     if unit == "pos":
         return Panel(mean, tuple(layers), positions, "layer", "position")
     letter = "H" if unit == "head" else "N"
