@@ -329,19 +329,22 @@ def test_the_most_likely_token_is_explained(model):
 @pytest.mark.parametrize("kind", ["GPT-2", "Pythia", "Llama", "Qwen", "Gemma"])
 @pytest.mark.parametrize("normalised", [True, False])
 def test_any_kind_of_model_is_explained(model_of, kind, normalised):
-    model = model_of(kind, normalised)
+    model = model_of(kind, normalised, output_logits_soft_cap=-1.0)
     tokens = torch.randint(61, (1, 6), generator=torch.Generator().manual_seed(1))
     found = explain(model, tokens, 3, 7)
-    cap = getattr(model.cfg, "output_logits_soft_cap", 0) or 0
-    if cap <= 0:
-        logits = model(tokens)[0, -1]
-        assert abs(found.logit - float(logits[3] - logits[7])) < 1e-5
-        total = found.attribution.values.sum() + found.attribution.bias.sum()
-        assert abs(float(total) - found.logit) < 1e-5
+    logits = model(tokens)[0, -1]
+    assert abs(found.logit - float(logits[3] - logits[7])) < 1e-5
+    total = found.attribution.values.sum() + found.attribution.bias.sum()
+    assert abs(float(total) - found.logit) < 1e-5
     assert (found.by_token is None) == (found.head_effect is None)
     assert len(repr(found)) < 200 and Tags(found._repr_html_()) and found.plot().data
     if found.by_token is not None:
         assert abs(float(found.by_token.sum()) - float(found.attribution.values.sum())) < 1e-6
+
+
+def test_capped_logits_are_no_sum(model_of):
+    with pytest.raises(ValueError, match="this model caps its logits with tanh"):
+        explain(model_of("Gemma"), torch.tensor([[1, 2, 3]]), 3)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from ..batching import check_next_token, encode, one_token
+from ..batching import check_next_token, encode, one_token, switch
 from ..documents import read_json_lines, read_text
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
@@ -42,11 +42,13 @@ def pairs_from_text(
     """
     model = as_model(model)
     check_next_token(model)
-    bos = bos_of(model) if prepend_bos else []
+    bos = bos_of(model) if switch(prepend_bos, "prepend_bos") else []
+    if isinstance(rows, str) or not isinstance(rows, Iterable):
+        raise ValueError(f"rows must be pairs of four texts each, not {type(rows).__name__}")
     groups: dict[int, list[tuple[list[int], list[int], list[int]]]] = {}
     for i, row in enumerate(rows):
         try:
-            if isinstance(row, str) or len(row) != 4 or not all(isinstance(text, str) for text in row):
+            if not isinstance(row, (list, tuple)) or len(row) != 4 or not all(isinstance(text, str) for text in row):
                 raise ValueError("a pair is four texts: clean, corrupted, right, wrong")
             clean, corrupted, right, wrong = row
             a, b = bos + encode(model, clean), bos + encode(model, corrupted)

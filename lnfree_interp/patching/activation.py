@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ..batching import Places, Progress
+from ..batching import Places, Progress, switch
 from ..lens import LensModel, ModelOrName
 from ..metrics import logit_diff
 from ..models import as_model
@@ -101,6 +101,7 @@ def activation_patching(
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
     only = checked_mask(only, request.shape(len(pairs)))
     budget = memory_budget(model, max_memory)
+    fast = switch(fast, "fast")
     pairs = pairs.to(model.cfg.device)
     weights = read_weights(model)
     swept = widened_norms(weights) if fast and weights is not None else None

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..batching import switch, whole
 from ..pairs import PairedPrompts
 from ..plotting import drawing
 from ..results import Result
@@ -77,8 +78,8 @@ class PatchingEffect(Result):
         sizes = [number_of(n, name) for n, name in zip(self.values.shape, names)]
         total = total_effect(self).double().mean()
         return (
-            f"{self.metric} with {self.site} patched ({self.direction}{how}){of}: {' x '.join(sizes)}, "
-            f"in {unit_of(self.metric)}; the largest mean {largest_cell(panel(self))} of {total:+.3g} in all"
+            f"{self.metric} with {self.site} patched, {self.direction}{how}{of}: {' x '.join(sizes)}, "
+            f"in {unit_of(self.metric)}; the largest {largest_cell(panel(self))} of {total:+.3g} in all"
         ).replace("\n", "⏎")
 
     def picture(self) -> str:
@@ -235,6 +236,9 @@ def compared(
     Raises:
         ValueError: as `patching_error`.
     """
+    for name, effect in (("approximate", approximate), ("exact", exact)):
+        if not isinstance(effect, PatchingEffect):
+            raise ValueError(f"{name} must be a PatchingEffect, not {type(effect).__name__}")
     for name in ("site", "direction", "metric", "layers", "units", "axes"):
         a, b = getattr(approximate, name), getattr(exact, name)
         if a != b:
@@ -243,7 +247,9 @@ def compared(
         shapes = list(approximate.values.shape), list(exact.values.shape)
         raise ValueError(f"approximate effects have shape {shapes[0]}, exact ones {shapes[1]}")
     x, y = (effect.values.detach().cpu().double().flatten(2) for effect in (approximate, exact))
-    if not normalize:
+    if isinstance(least, bool) or not isinstance(least, (int, float, np.number)):
+        raise ValueError(f"least must be a number, not {least!r}")
+    if not switch(normalize, "normalize"):
         return x, y
     if not least > 0:
         raise ValueError(f"least is {least}, effects can only be normalised by a total effect above 0")
@@ -291,6 +297,7 @@ def patching_error(
         >>> error.n_prompts + error.left_out, len(error.per_layer)
         (8, 4)
     """
+    draws, seed = whole(draws, "draws", least=1), whole(seed, "seed", least=0)
     pair = compared(approximate, exact, normalize=normalize, least=least)
     x, y = (v.numpy() for v in pair)
     n, sample = len(x), {"draws": draws, "seed": seed}

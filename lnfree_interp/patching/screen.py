@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..batching import Places, Progress, whole
+from ..batching import Places, Progress, switch, whole
 from ..lens import ModelOrName
 from ..metrics import logit_diff
 from ..models import as_model
@@ -256,6 +256,8 @@ def screened(
     if share >= 1:
         raise ValueError(f"share is {share}, it must be from 0 to below 1")
     seed = whole(seed, "seed", least=0)
+    normalize, least = switch(normalize, "normalize"), _number("least", least)
+    each_prompt = switch(each_prompt, "each_prompt")
     _check_flag(flag, work.other)
     found, flops = counted(work.estimate)
     values, compared = found.values.detach().cpu().double(), None
@@ -306,7 +308,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _check_flag(flag: str | None, other: Any | None) -> None:
-    if flag is not None and flag not in FLAGS:
+    if flag is not None and (not isinstance(flag, str) or flag not in FLAGS):
         raise ValueError(f"unknown flag {flag!r}; known are {', '.join(FLAGS)}")
     if flag == "difference" and other is None:
         raise ValueError("flag 'difference' needs another estimate, for example against='integrated'")

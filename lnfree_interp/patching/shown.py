@@ -87,10 +87,10 @@ def number_of(n: int, what: str) -> str:
 
 
 def largest_cell(shown: Panel) -> str:
-    """The cell of the largest mean effect, and that."""
+    """The cell of the largest mean effect, its position without the token, and that effect."""
     size = shown.values.abs().nan_to_num()
     if not size.numel():
         return "none"
     row, column = divmod(int(size.argmax()), len(shown.columns))
     joined = {"head": "H", "neuron": "N"}.get(shown.column, ", position ")
-    return f"{shown.rows[row]}{joined}{shown.columns[column]} {float(shown.values[row, column]):+.3g}"
+    return f"{shown.rows[row]}{joined}{shown.columns[column].split(' ')[0]} {float(shown.values[row, column]):+.3g}"
