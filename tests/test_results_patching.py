@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from test_patching import make_pairs
 
 import lnfree_interp
 from lnfree_interp import (
+    Metric,
     PromptPairs,
     activation_patching,
     attribution_graph,
@@ -26,11 +28,13 @@ from lnfree_interp import (
     explain,
     induction_pairs,
     load_model,
+    logit_diff,
     patching_error,
     screen,
     screen_edges,
 )
-from lnfree_interp.pairs import PairedPrompts
+from lnfree_interp.metrics import kl_from_clean
+from lnfree_interp.pairs import PairedPrompts, as_pairs
 from lnfree_interp.patching.shown import panel, unit_of
 from lnfree_interp.results import Result
 
@@ -289,6 +293,40 @@ def test_bad_texts(model, clean, corrupted, answers, message, monkeypatch):
     with pytest.raises(ValueError, match=message) as caught:
         PromptPairs.from_texts(model, clean, corrupted, answers)
     assert "\n" not in str(caught.value)
+
+
+def test_metrics_by_name(model, pairs):
+    for name, metric in (("logit_diff", logit_diff), ("kl_from_clean", kl_from_clean(model, pairs))):
+        by_name = activation_patching(model, pairs, metric=name)
+        assert by_name.metric == name and torch.equal(
+            by_name.values, activation_patching(model, pairs, metric=metric).values
+        )
+        assert f"in {unit_of(name)}" in repr(by_name)
+    with pytest.raises(ValueError, match="unknown metric 'loss'; known are logit_diff, right_log_prob"):
+        activation_patching(model, pairs, metric="loss")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("mine", 3), "metric mine: its function must be one of logits, not 3"),
+        (("mine", len, (-1,), "answer"), "metric mine: tokens must be 'answers', token ids or None, not 'answer'"),
+        (("mine", len, (-1,), 1.5), "tokens must be a tensor of token ids"),
+        (("mine", len, (1.5,)), "a position must be a whole number, not float"),
+    ],
+)
+def test_what_is_no_metric(arguments, message, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        Metric(*arguments)
+
+
+def test_pairs_of_another_tokenizer(model, pairs):
+    other = SimpleNamespace(cfg=None, hook_dict={}, tokenizer=copy.deepcopy(model.tokenizer))
+    assert as_pairs(pairs, other) is pairs  # another, which says the same
+    other.tokenizer = SimpleNamespace(decode=lambda ids: "something else")
+    with pytest.raises(ValueError, match=r"the pairs were read with another tokenizer: .* is 'something else'"):
+        as_pairs(pairs, other)
 
 
 # ---------------------------------------------------------------------------------------------------------

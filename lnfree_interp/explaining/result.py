@@ -46,10 +46,11 @@ class Explanation(Result):
     @property
     def what(self) -> str:
         """Whose logit it is: "' her' - ' his'"."""
-        target = repr(self._word(self.target))
-        return target if self.versus is None else f"{target} - {self._word(self.versus)!r}"
+        target = repr(self.word(self.target))
+        return target if self.versus is None else f"{target} - {self.word(self.versus)!r}"
 
-    def _word(self, token: int) -> str:
+    def word(self, token: int) -> str:
+        """A token's text; its number where there is no tokenizer."""
         tokenizer = self.prompts.tokenizer
         return str(token) if tokenizer is None else tokenizer.decode([token])
 

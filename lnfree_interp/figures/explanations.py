@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..explaining.result import Explanation
-from .html import visible
+from .panels import plain
 from .style import COLOURS, styled
 
 # Components that are drawn.
@@ -53,7 +53,7 @@ def explanation_figure(found: Mapping[str, Explanation], *, title: str | None = 
         figure.update_yaxes(dtick=1, row=1, col=col)
         if one.by_token is None:
             continue
-        labels = [f"{i} {visible(text).strip() or '␣'}" for i, text in enumerate(one.strings)]
+        labels = [f"{i} {plain(text).strip() or '␣'}" for i, text in enumerate(one.strings)]
         bars = go.Bar(
             x=list(range(len(labels))),
             y=one.by_token.tolist(),
@@ -66,10 +66,11 @@ def explanation_figure(found: Mapping[str, Explanation], *, title: str | None = 
         step = max(1, len(labels) * len(names) // 40)
         ticks = list(range(0, len(labels), step))
         figure.update_xaxes(
-            tickvals=ticks, ticktext=[labels[i][:18] for i in ticks], tickangle=-90, title_text=None, row=2, col=col
+            tickvals=ticks, ticktext=[labels[i] for i in ticks], tickangle=-90, title_text=None, row=2, col=col
         )
         figure.update_yaxes(title_text="logits, by token" if col == 1 else None, row=2, col=col)
-    told = f"{first.what}: where it comes from" if title is None else title
+    of = f" in {names[0]}" if len(names) == 1 else ""
+    told = plain(f"{first.what}{of}: where it comes from") if title is None else title
     figure = styled(figure, title=told, height=300 + 20 * TOP + 170 * tokens)
     legend = {"orientation": "h", "y": 1.05, "yanchor": "bottom", "x": 1, "xanchor": "right"}
     return figure.update_layout(legend=legend, margin={"l": 70, "r": 20, "t": 110, "b": 90})

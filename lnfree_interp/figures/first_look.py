@@ -29,7 +29,7 @@ def explanation_picture(found: Explanation) -> str:
 
 def _predictions(found: Explanation) -> str:
     shown = (
-        f"<b style='white-space:pre'>{html.escape(visible(found._word(token)))}</b> {p:.1%}"
+        f"<b style='white-space:pre'>{html.escape(visible(found.word(token)))}</b> {p:.1%}"
         for token, p in found.predictions
     )
     return f"<div style='margin-bottom:.4em'>next: {', '.join(shown)}</div>"

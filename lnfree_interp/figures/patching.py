@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..patching import PatchingEffect, PatchingError
 from ..patching.shown import panel, unit_of
+from .panels import plain
 from .style import DIVERGING, line, styled
 
 # Pixels across for cells, on a page of 800.
@@ -49,16 +50,23 @@ def patching_heatmaps(effects: Mapping[tuple[str, str], PatchingEffect], *, titl
         rows = [shown.rows.index(row) for row in most.rows]
         panels = {key: replace(p, values=p.values[rows], rows=most.rows) for key, p in panels.items()}
         shown = panels[next(iter(panels))]
-    told = " (of the first pair, in brackets where others differ)" if "(" in "".join(shown.columns) else ""
     return effect_heatmaps(
         {key: p.values for key, p in panels.items()},
         layers=first.layers if shown.row == "layer" else shown.rows,
         row=shown.row,
         labels=shown.columns,
-        axis=f"position: clean token/corrupted{told}" if shown.column == "position" else shown.column,
+        axis=axis_of(shown.columns) if shown.column == "position" else shown.column,
         unit=unit_of(first.metric),
         title=f"{first.metric} with {first.site} patched, {first.direction}" if title is None else title,
     )
+
+
+def axis_of(labels: Sequence[str]) -> str:
+    """What is along positions whose labels are `PairedPrompts.position_labels`."""
+    if all(label.isdigit() for label in labels):
+        return "position"
+    told = ", of the first pair where others differ (in brackets)" if any("(" in label for label in labels) else ""
+    return f"position: its token, or clean/corrupted{told}"
 
 
 def error_lines(errors: Mapping[str, PatchingError], *, title: str | None = None) -> go.Figure:
@@ -164,7 +172,7 @@ def effect_heatmaps(
             xgap=1,
             ygap=1,
             hoverongaps=False,
-            customdata=[list(labels)] * len(layers),
+            customdata=[[plain(label) for label in labels]] * len(layers),
             hovertemplate=f"{where}: %{{z:.4f}} {unit}{named}",
         )
         figure.add_trace(heatmap, **at)
@@ -193,4 +201,4 @@ def effect_heatmaps(
 
 
 def _short(label: str) -> str:
-    return label if len(label) <= 20 else label[:19] + "…"
+    return plain(label if len(label) <= 20 else label[:19] + "…")

@@ -282,9 +282,11 @@ def as_pairs(pairs: object, model: ModelOrName | None = None) -> PromptPairs:
     """Pairs as they are, or made of (clean, corrupted, answers), which are texts if there is a model to read them.
 
     Raises:
-        ValueError: something else, or as PromptPairs.
+        ValueError: something else, or as PromptPairs; pairs that were read with a tokenizer to which they say something
+            else.
     """
     if isinstance(pairs, PromptPairs):
+        _check_tokenizer(pairs, getattr(model, "tokenizer", None))
         return pairs
     if isinstance(pairs, (tuple, list)) and len(pairs) == 3:
         clean, corrupted, answers = pairs
@@ -293,3 +295,14 @@ def as_pairs(pairs: object, model: ModelOrName | None = None) -> PromptPairs:
             return PromptPairs.from_texts(model, clean, corrupted, answers)
         return PromptPairs(clean, corrupted, answers)
     raise ValueError(f"pairs must be PromptPairs, or (clean, corrupted, answers) for it, not {type(pairs).__name__}")
+
+
+def _check_tokenizer(pairs: PromptPairs, tokenizer: Any) -> None:
+    if tokenizer is None or pairs.tokenizer is None or tokenizer is pairs.tokenizer:
+        return
+    ids = pairs.clean[0].tolist()
+    there, here = (t.decode(ids) for t in (pairs.tokenizer, tokenizer))
+    if there != here:
+        raise ValueError(
+            f"the pairs were read with another tokenizer: {there[:40]!r} is {here[:40]!r} to this model; give it texts"
+        )

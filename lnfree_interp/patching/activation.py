@@ -63,8 +63,9 @@ def activation_patching(
     Args:
         pairs: PromptPairs, or (clean, corrupted, answers) as for it or, as texts, for `PromptPairs.from_texts`.
         site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, by position; z, q, k, v, pattern, by head; neurons.
-        metric: a `Metric`, or a function of full logits [row, pos, d_vocab] that returns [row]. Its rows are prompts
-            in any order and any number, some of them repeated: what it needs of each prompt, a `Metric` tells it.
+        metric: a `Metric` or its name (logit_diff, right_log_prob, kl_from_clean), or a function of full logits [row,
+            pos, d_vocab] that returns [row]. Its rows are prompts in any order and any number, some of them repeated:
+            what it needs of each prompt, a `Metric` tells it.
         layers: the layers to patch (default: all; needed for neurons): one, several, or a mask; -1 is the last.
         units: the heads or neurons to patch (default: all), in the same ways.
         by_position: patch heads or neurons position by position, not at all positions together. A pattern's

@@ -12,15 +12,17 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from .. import metrics
 from ..batching import Places, check_pads, d_vocab_out, indices, switch
 from ..lens import LensModel
 from ..metrics import Metric
 from ..pairs import PromptPairs
 from ..weights import Weights, own_hooks
-from .sites import DIRECTIONS, SITES, Site
+from .sites import DIRECTIONS, METRICS, SITES, Site
 
-MetricLike = Metric | Callable[[Tensor], Tensor]
-"""A metric, or a function of full logits [row, pos, d_vocab] that returns [row]: see `Metric`."""
+MetricLike = Metric | Callable[[Tensor], Tensor] | str
+"""A metric or the name of one ("logit_diff", "right_log_prob", "kl_from_clean"), or a function of full logits [row, pos,
+d_vocab] that returns [row]: see `Metric`."""
 
 PairsLike = PromptPairs | Sequence[Any]
 
@@ -145,6 +147,10 @@ def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layer
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; known are {', '.join(DIRECTIONS)}")
     switch(by_position, "by_position")
+    if isinstance(metric, str):
+        if metric not in METRICS:
+            raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}, or one of your own")
+        metric = METRICS[metric](metrics, model, pairs)
     if not isinstance(metric, Metric):
         if not callable(metric):
             raise ValueError(f"metric {metric!r} is neither a Metric nor a function of the logits")
