@@ -129,6 +129,7 @@ def _function(measure: Callable[..., Any] | str) -> Callable[..., Any]:
 
 
 def _named(models: object) -> list[tuple[str | None, ModelOrName]]:
+    named: list[tuple[str | None, Any]]
     if isinstance(models, Mapping):
         named = [(str(name), model) for name, model in models.items()]
     elif isinstance(models, (list, tuple)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -54,7 +56,7 @@ def explain(
     against = None if versus is None else _one_target(model, versus, "versus")
     if chosen == against:
         raise ValueError(f"target and versus are both token {chosen}: there is no difference to explain")
-    asked = {"targets": [chosen], "versus": None if against is None else [against]}
+    asked: dict[str, Any] = {"targets": [chosen], "versus": None if against is None else [against]}
     attribution, effect = logit_attributions(model, tokens, **asked)
     of_heads, effects_of_heads, by_token = None, None, None
     if not normalises_writes(model):

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -77,7 +78,7 @@ def one_length(model: ModelOrName, clean, corrupted, answers, prepend_bos: bool)
     of_clean, of_corrupted = _texts(clean, "clean"), _texts(corrupted, "corrupted")
     if len(of_clean) != len(of_corrupted):
         raise ValueError(f"clean has {len(of_clean)} prompts, corrupted has {len(of_corrupted)}: pairs must align")
-    of_answers = answers if isinstance(answers, (list, tuple)) else [None]
+    of_answers: list[Any] = list(answers) if isinstance(answers, (list, tuple)) else [None]
     if len(of_answers) == 2 and all(isinstance(text, str) for text in of_answers):
         of_answers = [of_answers] * len(of_clean)
     if not all(isinstance(a, (list, tuple)) and len(a) == 2 and all(isinstance(t, str) for t in a) for a in of_answers):

@@ -21,8 +21,8 @@ from ..weights import Weights, own_hooks
 from .sites import DIRECTIONS, METRICS, SITES, Site
 
 MetricLike = Metric | Callable[[Tensor], Tensor] | str
-"""A metric or the name of one ("logit_diff", "right_log_prob", "kl_from_clean"), or a function of full logits [row, pos,
-d_vocab] that returns [row]: see `Metric`."""
+"""A metric or the name of one ("logit_diff", "right_log_prob", "kl_from_clean"), or a function of full logits
+[row, pos, d_vocab] that returns [row]: see `Metric`."""
 
 PairsLike = PromptPairs | Sequence[Any]
 
