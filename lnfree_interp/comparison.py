@@ -111,6 +111,7 @@ def compare(
         if name in results:
             raise ValueError(f"two models are called {name!r}: give a mapping of names to models")
         results[name] = function(model, *arguments, **options)
+        del model  # before the next one is loaded
         if not (hasattr(results[name], "table") or type(results[name]).__name__ == "DataFrame"):
             kind = type(results[name]).__name__
             raise ValueError(f"{function.__name__} returned a {kind}, a comparison is of results that have a table()")

@@ -62,7 +62,12 @@ def patching_heatmaps(effects: Mapping[tuple[str, str], PatchingEffect], *, titl
 
 
 def axis_of(labels: Sequence[str]) -> str:
-    """What is along positions whose labels are `PairedPrompts.position_labels`."""
+    """What is along positions whose labels are `PairedPrompts.position_labels`.
+
+    Example:
+        >>> axis_of(["0 the", "1 girl/man", "2 said"])
+        'position: its token, or clean/corrupted'
+    """
     if all(label.isdigit() for label in labels):
         return "position"
     told = ", of the first pair where others differ (in brackets)" if any("(" in label for label in labels) else ""
