@@ -104,6 +104,7 @@ def compare(
         ['model', 'kind', 'name', 'attribution', 'effect']
     """
     function = _function(measure)
+    said = getattr(function, "__name__", "measurement")
     results: dict[str, Any] = {}
     for given, one in _named(models):
         model = as_model(one)
@@ -114,8 +115,8 @@ def compare(
         del model  # before the next one is loaded
         if not (hasattr(results[name], "table") or type(results[name]).__name__ == "DataFrame"):
             kind = type(results[name]).__name__
-            raise ValueError(f"{function.__name__} returned a {kind}, a comparison is of results that have a table()")
-    return Comparison(results, getattr(function, "__name__", "measurement"))
+            raise ValueError(f"{said} returned a {kind}, a comparison is of results that have a table()")
+    return Comparison(results, said)
 
 
 def _function(measure: Callable[..., Any] | str) -> Callable[..., Any]:
