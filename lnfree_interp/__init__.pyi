@@ -1,6 +1,7 @@
 __version__: str
 
 from .check import Law as Law, ModelCheck as ModelCheck, check_model as check_model
+from .comparison import Comparison as Comparison, compare as compare
 from .corpus import read_corpus as read_corpus
 from .data import token_blocks as token_blocks
 from .dla import (
@@ -38,6 +39,7 @@ from .evaluate import (
     loss_table as loss_table,
     token_losses as token_losses,
 )
+from .explaining import Explanation as Explanation, explain as explain
 from .finetune import remove_layernorm as remove_layernorm
 from .graph import AttributionGraph as AttributionGraph, GraphNode as GraphNode, attribution_graph as attribution_graph
 from .metrics import (

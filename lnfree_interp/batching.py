@@ -257,6 +257,17 @@ def whole(value: object, what: str, *, least: int | None = None) -> int:
     return number
 
 
+def switch(value: object, what: str) -> bool:
+    """True or False as it is.
+
+    Raises:
+        ValueError: something else.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{what} must be True or False, not {value!r}")
+    return bool(value)
+
+
 def indices(which: Places, n: int, what: str, there: range, those: str) -> list[int]:
     """The places named, counted from 0, in the order in which they are named.
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .batching import check_tokens
+from .batching import as_ids, check_tokens, whole
 from .lens import ModelOrName
 from .models import as_model
 from .pairs import as_pairs
@@ -134,6 +134,9 @@ class Metric:
         tokens: "answers": the pairs' (right, wrong); or Int[Tensor, "prompt k"]; or None: the whole vocabulary.
         context: tensors with one row per prompt that the function needs besides.
 
+    Raises:
+        ValueError: no function, tokens or positions that are none.
+
     Example:
         >>> from lnfree_interp import activation_patching, induction_pairs, load_model
         >>> right = Metric("right_logit", lambda logits: logits[:, -1, 0])  # of the two answers' logits
@@ -147,6 +150,17 @@ class Metric:
     positions: tuple[int, ...] | None = (-1,)
     tokens: Any = "answers"
     context: tuple[Tensor, ...] = field(default=(), repr=False)
+
+    def __post_init__(self):
+        if not callable(self.function):
+            raise ValueError(f"metric {self.name}: its function must be one of logits, not {self.function!r}")
+        if isinstance(self.tokens, str) and self.tokens != "answers":
+            raise ValueError(f"metric {self.name}: tokens must be 'answers', token ids or None, not {self.tokens!r}")
+        if self.tokens is not None and not isinstance(self.tokens, str):
+            object.__setattr__(self, "tokens", as_ids(self.tokens, "tokens"))
+        if self.positions is not None:
+            several = self.positions if isinstance(self.positions, (tuple, list)) else (self.positions,)
+            object.__setattr__(self, "positions", tuple(whole(p, "a position") for p in several))
 
     def __call__(self, logits: Float[Tensor, "prompt pos d_vocab"], pairs) -> Float[Tensor, " prompt"]:
         """The metric of full logits.
@@ -236,7 +250,7 @@ def kl_from_clean(model: ModelOrName, pairs) -> Metric:
     from .weights import final_norm, read_weights, widened_norms
 
     model = as_model(model)
-    clean, weights = check_tokens(model, as_pairs(pairs).clean), read_weights(model)
+    clean, weights = check_tokens(model, as_pairs(pairs, model).clean), read_weights(model)
     last, norm = slice(clean.shape[1] - 1, clean.shape[1]), final_norm(model)
     with torch.no_grad():
         if weights is None:

@@ -44,7 +44,7 @@ def test_nodes_are_labelled_in_order(tiny, graph):
         assert node.label == f"L{node.layer}{mark}{node.unit} @{node.pos}"
     whole = attribution_graph(tiny, TEXT, " night", nodes="mlp", share=1.0)
     assert "L2.mlp @3" in [node.label for node in whole.nodes]
-    assert "AttributionGraph(logit ' night' - ' day' of tiny-noLN" in repr(graph)
+    assert "logit ' night' - ' day' of tiny-noLN" in repr(graph)
 
 
 def test_activations_are_what_nodes_write(tiny, graph):

@@ -278,7 +278,7 @@ def test_error_measures_are_what_they_say():
     for name in ("total", "relative", "pearson", "spearman", "sign_agreement"):
         low, high = getattr(error, f"{name}_interval")
         assert low < getattr(error, name) < high
-    assert (error.prompts, error.left_out) == (6, 0)
+    assert (error.n_prompts, error.left_out) == (6, 0)
 
 
 def test_prompts_in_which_nothing_moves_are_left_out_of_shares_and_counted():
@@ -289,11 +289,11 @@ def test_prompts_in_which_nothing_moves_are_left_out_of_shares_and_counted():
     used = torch.tensor([0, 2, 4])
     assert moved(b).nonzero().flatten().tolist() == used.tolist()
     alone = patching_error(a[used], b[used])
-    assert (error.prompts, error.left_out) == (3, 3) and (alone.prompts, alone.left_out) == (3, 0)
+    assert (error.n_prompts, error.left_out) == (3, 3) and (alone.n_prompts, alone.left_out) == (3, 0)
     assert error.table().drop(columns="left_out").equals(alone.table().drop(columns="left_out"))
     assert set(error.table().left_out) == {3} and set(error.table().prompts) == {3}
-    assert patching_error(a, b, normalize=False).prompts == 6
-    assert patching_error(a, b, least=0.1).prompts == 4
+    assert patching_error(a, b, normalize=False).n_prompts == 6
+    assert patching_error(a, b, least=0.1).n_prompts == 4
     with pytest.raises(ValueError, match=r"moves by 2\.0 or more on none of 6 prompts \(at most 1\)"):
         patching_error(a, b, least=2.0)
     with pytest.raises(ValueError, match=r"least is 0\.0"):

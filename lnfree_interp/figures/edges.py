@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..patching.edges import EdgeEffect
-from .style import DIVERGING, WIDTH, styled
+from .style import DIVERGING, styled
 
 
 def edge_heatmaps(panels: Mapping[tuple[str, str], EdgeEffect], *, unit: str, title: str) -> go.Figure:
@@ -42,7 +42,7 @@ def edge_heatmaps(panels: Mapping[tuple[str, str], EdgeEffect], *, unit: str, ti
     figure = make_subplots(
         rows=len(methods),
         cols=len(models),
-        subplot_titles=[f"{model}: {method}" for method in methods for model in models],
+        subplot_titles=[f"{model}: {method}" if model else method for method in methods for model in models],
         horizontal_spacing=0.09 / len(models),
         vertical_spacing=0.9 * 50 / height,
     )
@@ -72,4 +72,4 @@ def edge_heatmaps(panels: Mapping[tuple[str, str], EdgeEffect], *, unit: str, ti
         plot_bgcolor="#e8e8e8",
     )
     figure.update_annotations(font_size=12)
-    return styled(figure, title=title, height=height, width=max(WIDTH, 190 + 300 * len(models)))
+    return styled(figure, title=title, height=height)

@@ -4,23 +4,118 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import plotly.graph_objects as go
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 from torch import Tensor
 
-from .style import DIVERGING, WIDTH, styled
+from ..patching import PatchingEffect, PatchingError
+from ..patching.shown import panel, unit_of
+from .panels import plain
+from .style import DIVERGING, line, styled
+
+# Pixels across for cells, on a page of 800.
+DRAWN_ON = 650
+# Heads or neurons that are drawn position by position.
+MOST_ROWS = 40
+
+
+def patching_heatmaps(effects: Mapping[tuple[str, str], PatchingEffect], *, title: str | None = None) -> go.Figure:
+    """Mean effects of patching one site, a row for each method, a column for each model, with tokens along positions.
+
+    Args:
+        effects: (method, model) -> effects.
+
+    Raises:
+        ValueError: effects of several sites, layers or units, or of several metrics.
+
+    Example:
+        >>> from lnfree_interp import activation_patching, ioi_pairs
+        >>> effect = activation_patching("tiny-noLN", ioi_pairs("tiny-noLN", 2))
+        >>> len(patching_heatmaps({("activation", "tiny-noLN"): effect}).data)
+        1
+    """
+    first = next(iter(effects.values()))
+    for (_, model), effect in effects.items():
+        for name in ("site", "metric", "axes", "layers", "units"):
+            a, b = getattr(first, name), getattr(effect, name)
+            if a != b:
+                raise ValueError(f"effects in {model} have {name} {b}, others {a}: draw them one by one")
+    panels = {key: panel(effect) for key, effect in effects.items()}
+    shown = panels[next(iter(panels))]
+    if shown.row != "layer":  # too many heads or neurons to draw all of them, position by position
+        most = max(panels.values(), key=lambda p: float(p.values.abs().nan_to_num().amax())).largest(MOST_ROWS, 10**6)
+        rows = [shown.rows.index(row) for row in most.rows]
+        panels = {key: replace(p, values=p.values[rows], rows=most.rows) for key, p in panels.items()}
+        shown = panels[next(iter(panels))]
+    return effect_heatmaps(
+        {key: p.values for key, p in panels.items()},
+        layers=first.layers if shown.row == "layer" else shown.rows,
+        row=shown.row,
+        labels=shown.columns,
+        axis=axis_of(shown.columns) if shown.column == "position" else shown.column,
+        unit=unit_of(first.metric),
+        title=f"{first.metric} with {first.site} patched, {first.direction}" if title is None else title,
+    )
+
+
+def axis_of(labels: Sequence[str]) -> str:
+    """What is along positions whose labels are `PairedPrompts.position_labels`.
+
+    Example:
+        >>> axis_of(["0 the", "1 girl/man", "2 said"])
+        'position: its token, or clean/corrupted'
+    """
+    if all(label.isdigit() for label in labels):
+        return "position"
+    told = ", of the first pair where others differ (in brackets)" if any("(" in label for label in labels) else ""
+    return f"position: its token, or clean/corrupted{told}"
+
+
+def error_lines(errors: Mapping[str, PatchingError], *, title: str | None = None) -> go.Figure:
+    """Each layer's error with its 95% interval, a line for each name.
+
+    Example:
+        >>> from lnfree_interp import activation_patching, attribution_patching, induction_pairs, patching_error
+        >>> pairs = induction_pairs("tiny", 6, length=8)
+        >>> exact = activation_patching("tiny", pairs)
+        >>> error = patching_error(attribution_patching("tiny", pairs), exact, draws=20, normalize=False)
+        >>> len(error_lines({"tiny": error}).data)
+        1
+    """
+    first = next(iter(errors.values()))
+    unit = "share of total effect" if first.normalized else "summed over cells"
+    figure = go.Figure()
+    for i, (name, error) in enumerate(errors.items()):
+        means, (low, high) = error.per_layer, error.per_layer_interval.unbind(1)
+        figure.add_trace(
+            go.Scatter(
+                x=list(error.layers),
+                y=means.tolist(),
+                error_y={"array": (high - means).tolist(), "arrayminus": (means - low).tolist(), "width": 3},
+                name=name,
+                line=line(i),
+                mode="lines+markers",
+                hovertemplate=f"layer %{{x}}: %{{y:.4f}} {unit}<extra>{name}</extra>",
+            )
+        )
+    figure.update_xaxes(title_text="layer", dtick=max(1, len(first.layers) // 12))
+    figure.update_yaxes(title_text=f"error, {unit}", rangemode="tozero")
+    told = f"Error of {first.method} against patching, {first.site}, by layer [95% over prompts]"
+    return styled(figure, title=told if title is None else title, height=360)
 
 
 def effect_heatmaps(
     panels: Mapping[tuple[str, str], Float[Tensor, "layer unit"]],
     *,
-    layers: Sequence[int],
+    layers: Sequence[int] | Sequence[str],
     labels: Sequence[str],
     axis: str,
     unit: str,
     title: str,
+    row: str = "layer",
 ) -> go.Figure:
     """Heatmaps of effects on one colour scale centred on zero: a row for each method, a column for each model.
 
@@ -30,9 +125,10 @@ def effect_heatmaps(
         panels: (method, model) -> mean effect, Float[Tensor, "layer unit"].
         layers: of the rows of each panel.
         labels: of the columns: tokens for positions, numbers for heads and neurons.
-        axis: what the columns are: pos, head or neuron.
+        axis: what the columns are: pos, head or neuron; of what is at positions, what their labels say.
         unit: of the effects, for the colour bar.
         title: of the figure.
+        row: what the rows are.
 
     Example:
         >>> from lnfree_interp import activation_patching, attribution_patching, induction_pairs, load_model
@@ -50,48 +146,64 @@ def effect_heatmaps(
     methods = list(dict.fromkeys(method for method, _ in panels))
     models = list(dict.fromkeys(model for _, model in panels))
     # Colours end at the largest effect of the first method, the exact one: a wild estimate must not wash it out.
-    most = max(panel.abs().max().item() for (method, _), panel in panels.items() if method == methods[0]) or 1.0
-    beyond = any(panel.abs().max().item() > most for panel in panels.values())
+    sizes = {key: values.abs().nan_to_num().max().item() for key, values in panels.items()}
+    most = max(size for (method, _), size in sizes.items() if method == methods[0]) or 1.0
+    beyond = max(sizes.values()) > most
     # Space for titles and for tokens that stand on end, in pixels of the whole.
     each = max(130, 16 * len(layers))
-    height = 150 + len(methods) * (each + 60)
-    width = max(WIDTH, 150 + 250 * len(models))
-    step = max(1, math.ceil(13 * len(labels) * len(models) / (width - 150)))
+    longest = max(map(len, labels))
+    bottom = 60 + (min(7 * longest, 150) if longest > 3 else 20)
+    height = 90 + bottom + len(methods) * each + (len(methods) - 1) * 45
+    step = max(1, math.ceil((16 if longest <= 3 else 14) * len(labels) * len(models) / DRAWN_ON))
     ticks = list(range(0, len(labels), step))
+    axis, _, told = axis.partition(":")
     figure = make_subplots(
         rows=len(methods),
         cols=len(models),
         shared_xaxes=True,
         shared_yaxes=True,
-        subplot_titles=[f"{model}: {method}" for method in methods for model in models],
+        subplot_titles=[f"{model}: {method}" if model else method for method in methods for model in models],
         horizontal_spacing=0.02,
-        vertical_spacing=min(45 / height, 0.9 / max(1, len(methods) - 1)),
+        vertical_spacing=min(45 / (height - 80 - bottom), 0.9 / max(1, len(methods) - 1)),
     )
-    for (method, model), panel in panels.items():
-        row, col = methods.index(method) + 1, models.index(model) + 1
+    for (method, model), values in panels.items():
+        at = {"row": methods.index(method) + 1, "col": models.index(model) + 1}
+        named = f"<extra>{model}: {method}</extra>" if model else f"<extra>{method}</extra>"
+        where = f"{row} %{{y}}, {axis} %{{customdata}}"
         heatmap = go.Heatmap(
-            z=panel.float().cpu().numpy(),
+            z=values.float().cpu().numpy(),
             y=list(layers),
             coloraxis="coloraxis",
             xgap=1,
             ygap=1,
-            customdata=[list(labels)] * len(layers),
-            hovertemplate=f"layer %{{y}}, {axis} %{{customdata}}: %{{z:.4f}} {unit}<extra>{model}: {method}</extra>",
+            hoverongaps=False,
+            customdata=[[plain(label) for label in labels]] * len(layers),
+            hovertemplate=f"{where}: %{{z:.4f}} {unit}{named}",
         )
-        figure.add_trace(heatmap, row=row, col=col)
+        figure.add_trace(heatmap, **at)
         figure.update_xaxes(
-            row=row,
-            col=col,
             tickmode="array",
             tickvals=ticks,
-            ticktext=[labels[i] for i in ticks],
-            tickangle=-90 if axis == "pos" else 0,
-            title_text=axis if row == len(methods) else None,
+            ticktext=[_short(labels[i]) for i in ticks],
+            tickangle=-90 if longest > 3 else 0,
+            title_text=None if told else axis,
+            **at,
         )
-        figure.update_yaxes(row=row, col=col, title_text="layer" if col == 1 else None, dtick=max(1, len(layers) // 8))
+        # The first layer at the top, where TransformerLens' demos have it.
+        figure.update_yaxes(
+            title_text=row if at["col"] == 1 else None, dtick=max(1, len(layers) // 8), autorange="reversed", **at
+        )
     bar = {"title": f"{unit}<br>(beyond: darkest)" if beyond else unit}
     scale = {"colorscale": DIVERGING, "cmid": 0, "cmin": -most, "cmax": most, "colorbar": bar}
     figure.update_layout(coloraxis=scale)
     figure.update_annotations(font_size=12)
-    figure = styled(figure, title=title, height=height, width=width)
-    return figure.update_layout(margin={"b": 110, "t": 80, "l": 70, "r": 30})
+    if told:  # once, below all of them
+        below = {"x": 0.5, "y": 0, "xanchor": "center", "yanchor": "top", "yshift": 26 - bottom}
+        where = {"xref": "paper", "yref": "paper", "showarrow": False}
+        figure.add_annotation(text=f"{axis}:{told}", font_size=12, **below, **where)
+    figure = styled(figure, title=title, height=height)
+    return figure.update_layout(margin={"b": bottom, "t": 80, "l": 60, "r": 20})
+
+
+def _short(label: str) -> str:
+    return plain(label if len(label) <= 20 else label[:19] + "…")

@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batching import Targets, Tokens, as_ids, check_next_token, check_tokens, encode, target_ids, whole
+from ..batching import Targets, Tokens, as_ids, check_next_token, check_tokens, encode, switch, target_ids, whole
 from ..forward import unembed
 from ..layers import Weights, wide
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
+from ..results import Prompts
 from ..weights import read_weights, why_not_read
 from .entries import Chosen, Nodes, discrepancy, entries
 from .held import Effects, Held, logit_without, run_prompt, total_effects
@@ -83,7 +84,7 @@ def attribution_graph(
     if nodes not in KINDS_OF_MLP:
         raise ValueError(f"nodes={nodes!r} is unknown; allowed are {', '.join(KINDS_OF_MLP)}")
     share, edge_share = _share(share, "share"), _share(edge_share, "edge_share")
-    max_neurons = whole(max_neurons, "max_neurons", least=0)
+    max_neurons, bos = whole(max_neurons, "max_neurons", least=0), switch(bos, "bos")
     model = as_model(model)
     weights = read_weights(model)
     if weights is None:
@@ -129,6 +130,7 @@ def attribution_graph(
         n_layers=len(layers),
         target=read,
         versus=against,
+        prompts=Prompts.of(model, tokens[None]),
     )
 
 

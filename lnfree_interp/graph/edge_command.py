@@ -79,7 +79,8 @@ def _joined(parts: list[EdgeEffect]) -> EdgeEffect:
         for name in ("values", "clean", "corrupted", "reliability")
         if getattr(parts[0], name) is not None
     }
-    return replace(parts[0], **together)
+    of_several = None if len(parts) > 1 else parts[0].prompts
+    return replace(parts[0], **together, prompts=of_several)
 
 
 def _readable(table: pd.DataFrame) -> pd.DataFrame:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
 
+from ..results import Prompts, Result
 from .prune import of_edges
 
 
@@ -30,8 +32,16 @@ class GraphNode:
     label: str
 
 
-@dataclass(frozen=True)
-class AttributionGraph:
+class Page(str):
+    """The HTML of a whole page: text that a notebook shows as a frame."""
+
+    def _repr_html_(self) -> str:
+        frame = "width:100%;height:640px;border:1px solid #ccc"
+        return f"<iframe style='{frame}' sandbox='allow-scripts' srcdoc='{html.escape(self)}'></iframe>"
+
+
+@dataclass(frozen=True, repr=False)
+class AttributionGraph(Result):
     """How a logit came to be: what each node wrote into what each later one read.
 
     A node reads one number off the residual stream and writes one vector into it. Attention patterns, norms' scales and
@@ -60,6 +70,7 @@ class AttributionGraph:
         model: its name.
         n_layers: its blocks.
         target, versus: the logit's token id, and the one whose logit is subtracted.
+        prompts: the prompt and its model, as other results have them.
     """
 
     prompt: str | None
@@ -77,13 +88,21 @@ class AttributionGraph:
     n_layers: int
     target: int
     versus: int | None
+    prompts: Prompts | None = None
 
-    def __repr__(self) -> str:
+    def summary(self) -> str:
+        """Of which logit and model, the shape, the share of the influence, and what holding the norms costs."""
         return (
-            f"AttributionGraph({self.nodes[-1].label} of {self.model} after {len(self.tokens)} tokens: "
+            f"{self.nodes[-1].label} of {self.model} after {len(self.tokens)} tokens: "
             f"{len(self.nodes)} nodes, {int(self.adjacency.count_nonzero())} edges, {self.kept:.0%} of the influence, "
-            f"discrepancy {self.discrepancy:.2g})"
-        )
+            f"discrepancy {self.discrepancy:.2g}"
+        ).replace("\n", "⏎")
+
+    def picture(self) -> str:
+        """What each token does to the logit over all paths, the nodes of the largest effects, and the largest edges."""
+        from ..figures.panels import graph_picture
+
+        return graph_picture(self)
 
     def table(self, k: int | None = None):
         """One row per edge: sender, receiver, entry, its share of what the receiver reads, its influence on the logit.
@@ -131,12 +150,12 @@ class AttributionGraph:
             }
         )
 
-    def plot(self, path: str | Path | None = None) -> str:
-        """The graph as a page (HTML, with all that it needs in it), written to the path if there is one."""
+    def plot(self, path: str | Path | None = None) -> Page:
+        """The graph as a page (HTML, with all it needs in it), which a notebook shows; written to the path if any."""
         from ..figures.graph import graph_page
         from ..files import replace_file
 
-        page = graph_page(self)
+        page = Page(graph_page(self))
         if path is not None:
             replace_file(Path(path), lambda beside: beside.write_text(page, encoding="utf-8"))
         return page

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ..batching import Places, Progress
+from ..batching import Places, Progress, switch
 from ..lens import LensModel, ModelOrName
 from ..metrics import logit_diff
 from ..models import as_model
-from ..pairs import PromptPairs, as_pairs
+from ..pairs import PairedPrompts, PromptPairs, as_pairs
 from ..weights import Weights, final_norm, read_weights, widened_norms
 from . import hooked
 from .cells import (
@@ -61,10 +61,11 @@ def activation_patching(
     way round (noising). Cells in which both runs agree, and those nothing read depends on, are 0 and never run.
 
     Args:
-        pairs: PromptPairs, or (clean, corrupted, answers).
+        pairs: PromptPairs, or (clean, corrupted, answers) as for it or, as texts, for `PromptPairs.from_texts`.
         site: resid_pre, resid_mid, resid_post, attn_out, mlp_out, by position; z, q, k, v, pattern, by head; neurons.
-        metric: a `Metric`, or a function of full logits [row, pos, d_vocab] that returns [row]. Its rows are prompts
-            in any order and any number, some of them repeated: what it needs of each prompt, a `Metric` tells it.
+        metric: a `Metric` or its name (logit_diff, right_log_prob, kl_from_clean), or a function of full logits [row,
+            pos, d_vocab] that returns [row]. Its rows are prompts in any order and any number, some of them repeated:
+            what it needs of each prompt, a `Metric` tells it.
         layers: the layers to patch (default: all; needed for neurons): one, several, or a mask; -1 is the last.
         units: the heads or neurons to patch (default: all), in the same ways.
         by_position: patch heads or neurons position by position, not at all positions together. A pattern's
@@ -95,10 +96,13 @@ def activation_patching(
         >>> effect.values.shape, effect.axes
         (torch.Size([2, 4, 4]), ('prompt', 'layer', 'head'))
     """
-    model, pairs = as_model(model), as_pairs(pairs).to("cpu")
+    model = as_model(model)
+    pairs = as_pairs(pairs, model).to("cpu")
+    prompts = PairedPrompts.of_pairs(pairs, model)
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
     only = checked_mask(only, request.shape(len(pairs)))
     budget = memory_budget(model, max_memory)
+    fast = switch(fast, "fast")
     pairs = pairs.to(model.cfg.device)
     weights = read_weights(model)
     swept = widened_norms(weights) if fast and weights is not None else None
@@ -132,6 +136,7 @@ def activation_patching(
         corrupted=torch.cat(corrupted),
         cells_run=sum(cells_run),
         flops=None if swept is None else (sum(flops), plain),
+        prompts=prompts,
     )
 
 

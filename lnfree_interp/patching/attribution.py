@@ -13,7 +13,7 @@ from ..batching import Places, Progress
 from ..lens import ModelOrName
 from ..metrics import logit_diff
 from ..models import as_model
-from ..pairs import as_pairs
+from ..pairs import PairedPrompts, as_pairs
 from ..weights import read_weights, widened_norms
 from . import hooked
 from .cells import MetricLike, PairsLike, Request, checked, itemsize, memory_budget
@@ -43,7 +43,7 @@ def attribution_patching(
     """Estimates of `activation_patching` from gradients, with the same cells and the same result.
 
     Args:
-        pairs: PromptPairs, or (clean, corrupted, answers).
+        pairs: as for `activation_patching`.
         method: an estimate, or its name: `Gradient()` or "gradient", `Integrated()` or "integrated", `SecondOrder()` or
             "second_order", for sites q and k `AtPStar()` or "atp_star", `RelP()` or "relp". Each says what it is; where
             they are exact, `Estimate` says.
@@ -65,7 +65,9 @@ def attribution_patching(
         (torch.Size([2, 4, 8]), torch.Size([2, 4, 8]))
     """
     estimate = estimate_of(method, options)
-    model, pairs = as_model(model), as_pairs(pairs).to("cpu")
+    model = as_model(model)
+    pairs = as_pairs(pairs, model).to("cpu")
+    prompts = PairedPrompts.of_pairs(pairs, model)
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
     if site not in estimate.sites:
         raise ValueError(f"method {estimate.name!r} is for sites {' and '.join(estimate.sites)}, not {site!r}")
@@ -106,6 +108,7 @@ def attribution_patching(
         corrupted=torch.cat(corrupted),
         reliability=None if reliability[0] is None else _placed(reliability, request),
         cells_run=torch.Size(request.shape(len(pairs))).numel(),
+        prompts=prompts,
     )
 
 

@@ -7,19 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..batching import Places, check_pads, d_vocab_out, indices
+from .. import metrics
+from ..batching import Places, check_pads, d_vocab_out, indices, switch
 from ..lens import LensModel
 from ..metrics import Metric
 from ..pairs import PromptPairs
 from ..weights import Weights, own_hooks
-from .sites import DIRECTIONS, SITES, Site
+from .sites import DIRECTIONS, METRICS, SITES, Site
 
-MetricLike = Metric | Callable[[Tensor], Tensor]
-"""A metric, or a function of full logits [row, pos, d_vocab] that returns [row]: see `Metric`."""
+MetricLike = Metric | Callable[[Tensor], Tensor] | str
+"""A metric or the name of one ("logit_diff", "right_log_prob", "kl_from_clean"), or a function of full logits
+[row, pos, d_vocab] that returns [row]: see `Metric`."""
 
 PairsLike = PromptPairs | Sequence[Any]
 
@@ -139,10 +142,15 @@ class Request:
 def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layers, units, by_position) -> Request:
     """The request, or a ValueError that says what about it is wrong. The pairs are on the CPU."""
     cfg = model.cfg
-    if site not in SITES:
+    if not isinstance(site, str) or site not in SITES:
         raise ValueError(f"unknown site {site!r}; known are {', '.join(SITES)}")
     if direction not in DIRECTIONS:
         raise ValueError(f"unknown direction {direction!r}; known are {', '.join(DIRECTIONS)}")
+    switch(by_position, "by_position")
+    if isinstance(metric, str):
+        if metric not in METRICS:
+            raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}, or one of your own")
+        metric = METRICS[metric](metrics, model, pairs)
     if not isinstance(metric, Metric):
         if not callable(metric):
             raise ValueError(f"metric {metric!r} is neither a Metric nor a function of the logits")
@@ -278,10 +286,12 @@ def memory_budget(model: LensModel, max_memory: int | None) -> int:
     """Bytes that patching may use beyond the model: what was asked for, else a part of what the device has free.
 
     Raises:
-        ValueError: max_memory is not positive.
+        ValueError: max_memory is no number, or not positive.
     """
     if max_memory is not None:
-        if max_memory <= 0:
+        if isinstance(max_memory, bool) or not isinstance(max_memory, (int, float, np.number)):
+            raise ValueError(f"max_memory must be a number of bytes, not {max_memory!r}")
+        if not max_memory > 0:
             raise ValueError(f"max_memory is {max_memory} bytes, it must be positive")
         return int(max_memory)
     device = torch.device(model.cfg.device)

@@ -8,12 +8,11 @@ import pandas as pd
 import torch
 
 from .. import cli, metrics
-from ..figures.patching import effect_heatmaps
-from ..lens import LensModel
-from ..pairs import PromptPairs
+from ..figures.patching import axis_of, effect_heatmaps
 from .activation import activation_patching
 from .attribution import attribution_patching
 from .effect import PatchingEffect, moved, normalized, patching_error, solved
+from .shown import position_labels
 from .sites import METRICS
 
 
@@ -52,7 +51,7 @@ def run(args) -> None:
                 if n_pos == most:
                     panels[method, name] = _panel(effect if args.raw else effect[used], raw=args.raw)
             if n_pos == most:
-                labels = axis_labels(model, pairs, exact)
+                labels = _labels(exact)
     if not errors:
         raise ValueError(f"there is nothing to normalise by, --raw compares effects as they are. {'. '.join(notes)}")
     print("\n".join(notes))
@@ -96,19 +95,9 @@ def _panel(effect: PatchingEffect, *, raw: bool) -> torch.Tensor:
     return values if values.ndim == 2 else values.sum(-1)
 
 
-def axis_labels(model: LensModel, pairs: PromptPairs, effect: PatchingEffect) -> list[str]:
-    """Positions as tokens, those that vary between prompts as the first prompt's in brackets; else the units."""
-    if effect.axes[2] != "pos" or model.tokenizer is None:
-        return [str(u) for u in effect.units]
-    labels = []
-    for i in effect.units:
-        clean, corrupted = pairs.clean[:, i], pairs.corrupted[:, i]
-        token = model.tokenizer.decode([int(clean[0])])
-        if (clean != corrupted).any():
-            token += f"/{model.tokenizer.decode([int(corrupted[0])])}"
-        shared = bool((clean == clean[0]).all() and (corrupted == corrupted[0]).all())
-        labels.append(f"{i} {token.strip()}" if shared else f"{i} ({token.strip()})")
-    return labels
+def _labels(effect: PatchingEffect) -> list[str]:
+    """Positions as the tokens there, heads and neurons by number."""
+    return position_labels(effect, effect.units) if effect.axes[2] == "pos" else [str(u) for u in effect.units]
 
 
 def _figure(args, panels, labels: list[str], exact: PatchingEffect):
@@ -116,7 +105,7 @@ def _figure(args, panels, labels: list[str], exact: PatchingEffect):
         panels,
         layers=exact.layers,
         labels=labels,
-        axis=exact.axes[2],
+        axis=axis_of(labels) if exact.axes[2] == "pos" else exact.axes[2],
         unit=exact.metric if args.raw else "share of total",
         title=f"Patching {args.site}, {args.pairs if args.pairs in ('induction', 'ioi') else Path(args.pairs).name} "
         f"pairs, {args.direction}: exact effects and estimates",

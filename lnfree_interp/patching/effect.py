@@ -10,12 +10,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..batching import switch, whole
+from ..pairs import PairedPrompts
+from ..plotting import drawing
+from ..results import Result
 from ..statistics import correlation, correlation_interval, mean_interval, ratio, ratio_interval
+from .shown import largest_cell, number_of, panel, unit_of
 from .sites import LEAST
 
 
-@dataclass(frozen=True)
-class PatchingEffect:
+@dataclass(frozen=True, repr=False)
+class PatchingEffect(Result):
     """Effects of patching one site, cell by cell: metric(patched) - metric(unpatched), or an estimate of it.
 
     Attributes:
@@ -30,6 +35,7 @@ class PatchingEffect:
         cells_run: how many cells were run; the others are exactly 0 (nothing differs there, or nothing that the
             metric reads depends on them).
         flops: floating-point operations spent, and of running the whole model for each cell; None if not counted.
+        prompts: the clean prompts, with `prompts.corrupted` and `prompts.answers`.
     """
 
     values: Float[Tensor, "prompt layer *cell"]
@@ -45,10 +51,11 @@ class PatchingEffect:
     reliability: Float[Tensor, "prompt layer *cell"] | None = None
     cells_run: int = 0
     flops: tuple[float, float] | None = None
+    prompts: PairedPrompts | None = None
 
     def __getitem__(self, prompts: slice | Tensor) -> PatchingEffect:
         """The effects of some of the prompts."""
-        of_prompts = ("values", "clean", "corrupted", "reliability")
+        of_prompts = ("values", "clean", "corrupted", "reliability", "prompts")
         return replace(self, **{f: v[prompts] for f in of_prompts if (v := getattr(self, f)) is not None})
 
     def table(self):
@@ -62,6 +69,32 @@ class PatchingEffect:
         if self.reliability is not None:
             columns["reliability"] = self.reliability.flatten().float().cpu().numpy()
         return pd.DataFrame(columns)
+
+    def summary(self) -> str:
+        """What was patched in which model, the shape, the unit, and the largest effect."""
+        how = "" if self.method == "activation" else f", {self.method}"
+        of = "" if self.prompts is None else f" in {self.prompts.model}"
+        names = ["position" if axis == "pos" else axis for axis in self.axes]
+        sizes = [number_of(n, name) for n, name in zip(self.values.shape, names)]
+        total = total_effect(self).double().mean()
+        return (
+            f"{self.metric} with {self.site} patched, {self.direction}{how}{of}: {' x '.join(sizes)}, "
+            f"in {unit_of(self.metric)}; the largest {largest_cell(panel(self))} of {total:+.3g} in all"
+        ).replace("\n", "⏎")
+
+    def picture(self) -> str:
+        """Mean effects by layer and position, head or neuron; of many neurons the largest."""
+        from ..figures.panels import panel_picture
+
+        return panel_picture(panel(self), unit_of(self.metric))
+
+    def plot(self, *, title: str | None = None):
+        """The mean effects as a figure of plotly."""
+        with drawing():
+            from ..figures.patching import patching_heatmaps
+
+        name = "" if self.prompts is None else self.prompts.model
+        return patching_heatmaps({(self.method, name): self}, title=title)
 
 
 def total_effect(effect: PatchingEffect) -> Float[Tensor, " prompt"]:
@@ -108,25 +141,26 @@ def normalized(effect: PatchingEffect) -> Float[Tensor, "prompt layer *cell"]:
 # How far apart two of them are
 
 
-@dataclass(frozen=True)
-class PatchingError:
+@dataclass(frozen=True, repr=False)
+class PatchingError(Result):
     """Errors of approximate effects against exact ones; 95% intervals [low, high] over prompts (`statistics`).
 
     Attributes:
-        prompts: how many prompts the errors are of.
+        n_prompts: how many prompts the errors are of.
         left_out: how many were not used, since nothing moves in them: see `moved`.
         per_layer: sum over a layer's cells of |approximate - exact|, mean over prompts.
         total: its mean over layers.
         relative: sum |approximate - exact| / sum |exact|, over all prompts and cells.
         pearson, spearman: correlations over all prompts and cells.
         sign_agreement: share of cells of the same sign, among those that either finds different from 0.
+        model: its name.
     """
 
     site: str
     method: str
     layers: tuple[int, ...]
     normalized: bool
-    prompts: int
+    n_prompts: int
     left_out: int
     per_layer: Float[Tensor, " layer"]
     per_layer_interval: Float[Tensor, "layer two"]
@@ -140,6 +174,7 @@ class PatchingError:
     spearman_interval: tuple[float, float]
     sign_agreement: float
     sign_agreement_interval: tuple[float, float]
+    model: str | None = None
 
     def table(self):
         """One row per measure: error of each layer, then total, relative, pearson, spearman, sign agreement.
@@ -157,9 +192,33 @@ class PatchingError:
         table = pd.DataFrame(rows, columns=["measure", "value", "low", "high"])
         table.insert(0, "site", self.site)
         table.insert(1, "method", self.method)
-        table.insert(2, "prompts", self.prompts)
+        table.insert(2, "prompts", self.n_prompts)
         table.insert(3, "left_out", self.left_out)
         return table
+
+    def summary(self) -> str:
+        """Of which estimate, site and model, on how many prompts, and the relative error."""
+        low, high = self.relative_interval
+        of = "" if self.model is None else f" in {self.model}"
+        left = f" ({self.left_out} left out)" if self.left_out else ""
+        return (
+            f"{self.method} of {self.site}{of}: {number_of(len(self.layers), 'layer')}, "
+            f"{number_of(self.n_prompts, 'prompt')}{left}; "
+            f"relative error {self.relative:.2%} [{low:.2%}, {high:.2%}], pearson {self.pearson:.3f}"
+        )
+
+    def picture(self) -> str:
+        """Each layer's error, and the measures over all with their intervals."""
+        from ..figures.panels import error_picture
+
+        return error_picture(self)
+
+    def plot(self, *, title: str | None = None):
+        """Each layer's error with its interval, as a figure of plotly."""
+        with drawing():
+            from ..figures.patching import error_lines
+
+        return error_lines({self.model or self.method: self}, title=title)
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
@@ -177,6 +236,9 @@ def compared(
     Raises:
         ValueError: as `patching_error`.
     """
+    for name, effect in (("approximate", approximate), ("exact", exact)):
+        if not isinstance(effect, PatchingEffect):
+            raise ValueError(f"{name} must be a PatchingEffect, not {type(effect).__name__}")
     for name in ("site", "direction", "metric", "layers", "units", "axes"):
         a, b = getattr(approximate, name), getattr(exact, name)
         if a != b:
@@ -185,7 +247,9 @@ def compared(
         shapes = list(approximate.values.shape), list(exact.values.shape)
         raise ValueError(f"approximate effects have shape {shapes[0]}, exact ones {shapes[1]}")
     x, y = (effect.values.detach().cpu().double().flatten(2) for effect in (approximate, exact))
-    if not normalize:
+    if isinstance(least, bool) or not isinstance(least, (int, float, np.number)):
+        raise ValueError(f"least must be a number, not {least!r}")
+    if not switch(normalize, "normalize"):
         return x, y
     if not least > 0:
         raise ValueError(f"least is {least}, effects can only be normalised by a total effect above 0")
@@ -230,9 +294,10 @@ def patching_error(
         >>> pairs = induction_pairs(model, 8, length=8)
         >>> exact = activation_patching(model, pairs)
         >>> error = patching_error(attribution_patching(model, pairs), exact, draws=50)
-        >>> error.prompts + error.left_out, len(error.per_layer)
+        >>> error.n_prompts + error.left_out, len(error.per_layer)
         (8, 4)
     """
+    draws, seed = whole(draws, "draws", least=1), whole(seed, "seed", least=0)
     pair = compared(approximate, exact, normalize=normalize, least=least)
     x, y = (v.numpy() for v in pair)
     n, sample = len(x), {"draws": draws, "seed": seed}
@@ -256,7 +321,7 @@ def patching_error(
         method=approximate.method,
         layers=exact.layers,
         normalized=normalize,
-        prompts=n,
+        n_prompts=n,
         left_out=len(exact.values) - n,
         per_layer=torch.from_numpy(error.mean(0)),
         per_layer_interval=torch.from_numpy(np.stack([low, high], 1)),
@@ -266,4 +331,5 @@ def patching_error(
         **of_correlation("pearson", *flat),
         **of_correlation("spearman", *ranks),
         **of_ratio("sign_agreement", agree, either),
+        model=None if exact.prompts is None else exact.prompts.model,
     )

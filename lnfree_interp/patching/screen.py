@@ -13,11 +13,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..batching import Places, Progress, whole
+from ..batching import Places, Progress, switch, whole
 from ..lens import ModelOrName
 from ..metrics import logit_diff
 from ..models import as_model
-from ..pairs import as_pairs
+from ..pairs import PairedPrompts, as_pairs
+from ..plotting import drawing
+from ..results import Result
 from ..weights import read_weights
 from .activation import activation_patching
 from .attribution import attribution_patching, estimate_of
@@ -27,6 +29,7 @@ from .effect import PatchingEffect
 from .estimates import Estimate
 from .plans import SHARE, ErrorLeft, error_left, planned
 from .prices import cell_prices, counted, forward_flops, runs_flops
+from .shown import panel, unit_of
 from .sites import LEAST
 
 Score = Callable[..., Tensor]
@@ -40,8 +43,8 @@ FLAGS: Mapping[str, Score] = {
 }
 
 
-@dataclass(frozen=True)
-class Screening:
+@dataclass(frozen=True, repr=False)
+class Screening(Result):
     """Effects of which some are exact, the others estimates, and what that took.
 
     Attributes:
@@ -78,6 +81,49 @@ class Screening:
         table["fixed"] = fixed.flatten().numpy()
         return table
 
+    @property
+    def prompts(self) -> PairedPrompts | None:
+        """The clean prompts, with `prompts.corrupted` and `prompts.answers`."""
+        return self.effect.prompts
+
+    def summary(self) -> str:
+        """What was screened in which model, how much was run exactly for what, and the error left."""
+        left, of = self.error_left, "" if self.prompts is None else f" in {self.prompts.model}"
+        edges = isinstance(self.effect, EdgeEffect)
+        n = len(self.effect.values) * int(self.effect.edges.sum()) if edges else self.fixed.numel()
+        what = "edges" if edges else f"cells of {self.effect.site}"
+        error = "unknown" if left.relative != left.relative else f"{left.relative:.2%}"
+        return (
+            f"{what}{of}, {self.estimate.method}, flagged by {self.flag}: {n - left.left} of {n} exact, "
+            f"{self.spent:.3g} of {self.budget:.3g} forwards spent and {self.cost:.3g} on estimates; error left {error}"
+        )
+
+    def picture(self) -> str:
+        """The effects, and the error left with its interval."""
+        from ..figures.panels import note, panel_picture
+
+        low, high = self.error_left.interval
+        known = f"error left {self.error_left.relative:.3g} [{low:.3g}, {high:.3g}], by {self.error_left.drawn} cells"
+        said = note(known if low == low else "")
+        if isinstance(self.effect, EdgeEffect):
+            return self.effect.picture() + said
+        return panel_picture(panel(self.effect), unit_of(self.effect.metric)) + said
+
+    def plot(self, *, title: str | None = None):
+        """The effects, and below them the estimates, as a figure of plotly."""
+        both = (self.effect, self.estimate)
+        name = "" if self.prompts is None else self.prompts.model
+        with drawing():
+            from ..figures.edges import edge_heatmaps
+            from ..figures.patching import patching_heatmaps
+
+        if isinstance(self.effect, EdgeEffect):
+            told = f"{self.effect.metric} with an edge patched: screened, and before" if title is None else title
+            panels = {(e.method, name): e for e in both if isinstance(e, EdgeEffect)}
+            return edge_heatmaps(panels, unit=unit_of(self.effect.metric), title=told)
+        cells = {(e.method, name): e for e in both if isinstance(e, PatchingEffect)}
+        return patching_heatmaps(cells, title=title)
+
 
 def screen(
     model: ModelOrName,
@@ -109,7 +155,7 @@ def screen(
     looked.
 
     Args:
-        pairs: PromptPairs, or (clean, corrupted, answers).
+        pairs: as for `activation_patching`.
         budget: forwards of the model (see `Screening`) that exact runs may take; `math.inf`: all cells are run. Two of
             them are the runs that patching starts from.
         method: the estimate, or its name with its options beside it, as for `attribution_patching`.
@@ -140,7 +186,8 @@ def screen(
         (True, torch.Size([4, 4, 8]))
     """
     estimate, other = estimate_of(method, options), None if against is None else estimate_of(against, {})
-    model, pairs = as_model(model), as_pairs(pairs)
+    model = as_model(model)
+    pairs = as_pairs(pairs, model)
     request = checked(model, pairs.to("cpu"), site, metric, direction, layers, units, by_position)
     where: dict[str, Any] = {
         "site": site,
@@ -209,6 +256,8 @@ def screened(
     if share >= 1:
         raise ValueError(f"share is {share}, it must be from 0 to below 1")
     seed = whole(seed, "seed", least=0)
+    normalize, least = switch(normalize, "normalize"), _number("least", least)
+    each_prompt = switch(each_prompt, "each_prompt")
     _check_flag(flag, work.other)
     found, flops = counted(work.estimate)
     values, compared = found.values.detach().cpu().double(), None
@@ -259,7 +308,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _check_flag(flag: str | None, other: Any | None) -> None:
-    if flag is not None and flag not in FLAGS:
+    if flag is not None and (not isinstance(flag, str) or flag not in FLAGS):
         raise ValueError(f"unknown flag {flag!r}; known are {', '.join(FLAGS)}")
     if flag == "difference" and other is None:
         raise ValueError("flag 'difference' needs another estimate, for example against='integrated'")

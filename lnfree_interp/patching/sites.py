@@ -75,6 +75,8 @@ METHODS = ("gradient", "integrated", "second_order", "atp_star", "relp")
 DIRECTIONS = ("denoising", "noising")
 # Total effects below, in the metric's units (logits, for logit_diff), are not normalised by.
 LEAST = 0.5
+# What metrics are in.
+UNITS = {"logit_diff": "logits", "right_log_prob": "nats", "kl_from_clean": "nats"}
 # Name -> the metric, made by the module `metrics` for a model and its pairs.
 METRICS = {
     "logit_diff": lambda metrics, model, pairs: metrics.logit_diff,

@@ -11,7 +11,7 @@ from ...batching import Progress
 from ...lens import ModelOrName
 from ...metrics import logit_diff
 from ...models import as_model
-from ...pairs import PromptPairs, as_pairs
+from ...pairs import PairedPrompts, PromptPairs, as_pairs
 from ...weights import Weights, read_weights, widened_norms
 from .. import hooked
 from ..attribution import estimate_of
@@ -53,8 +53,7 @@ def edge_attribution(
       together (`joint`), by one product with the Hessian; `reliability` as of `SecondOrder`.
 
     Args:
-        pairs: PromptPairs, or (clean, corrupted, answers).
-        metric, direction, max_memory: as for `activation_patching`.
+        pairs, metric, direction, max_memory: as for `activation_patching`.
         method, options: as for `attribution_patching`.
         progress: called with (prompts done, prompts in all).
 
@@ -78,7 +77,9 @@ def edge_attribution(
         ['sender', 'receiver', 'effect', 'low', 'high']
     """
     estimate = _estimate(method, options)
-    model, pairs = as_model(model), as_pairs(pairs).to("cpu")
+    model = as_model(model)
+    pairs = as_pairs(pairs, model).to("cpu")
+    prompts = PairedPrompts.of_pairs(pairs, model)
     # As the residual stream is patched: the last layer computes the positions read alone.
     request = checked(model, pairs, "resid_pre", metric, direction, None, None, False)
     wiring, weights = wiring_of(model), read_weights(model)
@@ -122,6 +123,7 @@ def edge_attribution(
         corrupted=torch.cat(corrupted),
         reliability=None if reliability[0] is None else torch.cat(reliability).detach(),
         cells_run=len(pairs) * int(wiring.edges.sum()),
+        prompts=prompts,
     )
 
 

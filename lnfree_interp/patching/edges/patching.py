@@ -13,7 +13,7 @@ from ...forward import mlp
 from ...lens import LensModel, ModelOrName
 from ...metrics import logit_diff
 from ...models import as_model
-from ...pairs import PromptPairs, as_pairs
+from ...pairs import PairedPrompts, PromptPairs, as_pairs
 from ...products import products
 from ...weights import Weights, final_norm, read_weights, widened_norms
 from .. import hooked
@@ -51,7 +51,7 @@ def edge_patching(
     logits cost no run.
 
     Args:
-        pairs: PromptPairs, or (clean, corrupted, answers).
+        pairs: as for `activation_patching`.
         edges: (sender, receiver) labels such as ("L0H3", "L2H1.k"), or Bool[Tensor, "sender receiver"]; None: all.
             Senders and receivers are those of `edge_attribution`.
         metric, direction, max_memory: as for `activation_patching`.
@@ -69,7 +69,9 @@ def edge_patching(
         >>> int(effect.edges.sum()), len(effect.table())
         (2, 2)
     """
-    model, pairs = as_model(model), as_pairs(pairs).to("cpu")
+    model = as_model(model)
+    pairs = as_pairs(pairs, model).to("cpu")
+    prompts = PairedPrompts.of_pairs(pairs, model)
     request = checked(model, pairs, "resid_pre", metric, direction, None, None, False)
     wiring = wiring_of(model)
     mask, budget = wiring.chosen(edges), memory_budget(model, max_memory)
@@ -100,6 +102,7 @@ def edge_patching(
         corrupted=torch.cat(corrupted),
         cells_run=sum(cells_run),
         flops=None if swept is None else (sum(flops), plain_flops(model, request, len(pairs) * int(mask.sum()))),
+        prompts=prompts,
     )
 
 

@@ -8,14 +8,18 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ...pairs import PairedPrompts
+from ...plotting import drawing
+from ...results import Result
 from ...statistics import mean_interval
+from ..shown import number_of, unit_of
 
 # Edges whose intervals are made at a time.
 AT_ONCE = 1024
 
 
-@dataclass(frozen=True)
-class EdgeEffect:
+@dataclass(frozen=True, repr=False)
+class EdgeEffect(Result):
     """Effects of edges, metric(edge patched) - metric(unpatched), or an estimate of it.
 
     An edge is patched where one receiver reads, in place of what a sender wrote in its run, what the sender wrote in
@@ -33,6 +37,7 @@ class EdgeEffect:
         cells_run: how many edges of prompts were run, or estimated; the others are exactly 0, since nothing differs
             there or nothing that the metric reads depends on them.
         flops: floating-point operations spent, and of running the whole model for each edge; None if not counted.
+        prompts: the clean prompts, with `prompts.corrupted` and `prompts.answers`.
     """
 
     values: Float[Tensor, "prompt sender receiver"]
@@ -47,10 +52,11 @@ class EdgeEffect:
     reliability: Float[Tensor, "prompt sender receiver"] | None = None
     cells_run: int = 0
     flops: tuple[float, float] | None = None
+    prompts: PairedPrompts | None = None
 
     def __getitem__(self, prompts: slice | Tensor) -> EdgeEffect:
         """The effects of some of the prompts."""
-        of_prompts = ("values", "clean", "corrupted", "reliability")
+        of_prompts = ("values", "clean", "corrupted", "reliability", "prompts")
         return replace(self, **{f: v[prompts] for f in of_prompts if (v := getattr(self, f)) is not None})
 
     def table(self, k: int | None = None, *, draws: int = 1000, seed: int = 0):
@@ -83,3 +89,36 @@ class EdgeEffect:
             suspect = self.reliability.detach().cpu().double()[:, sender[order], receiver[order]]
             columns["reliability"] = suspect.median(0).values.numpy()
         return pd.DataFrame(columns)
+
+    def named(self) -> tuple[list[str], list[float]]:
+        """Each edge, as "L0H1 → L1H2.k", and its mean effect over prompts."""
+        sender, receiver = self.edges.cpu().nonzero(as_tuple=True)
+        means = self.values.detach().cpu().double().mean(0)[sender, receiver].tolist()
+        names = zip(sender.tolist(), receiver.tolist())
+        return [f"{self.senders[i]} → {self.receivers[j]}" for i, j in names], means
+
+    def summary(self) -> str:
+        """Whose edges, how many, the unit, and the largest."""
+        of = "" if self.prompts is None else f" in {self.prompts.model}"
+        names, means = self.named()
+        i = int(np.abs(means).argmax())
+        return (
+            f"{self.metric} with an edge patched ({self.direction}, {self.method}){of}: "
+            f"{number_of(len(self.values), 'prompt')} x {number_of(len(names), 'edge')}, in {unit_of(self.metric)}; "
+            f"the largest mean {names[i]} {means[i]:+.3g}"
+        )
+
+    def picture(self) -> str:
+        """The edges of the largest mean effects."""
+        from ...figures.panels import largest_bars
+
+        return largest_bars(*self.named(), unit_of(self.metric), "edges")
+
+    def plot(self, *, title: str | None = None):
+        """The mean effects, senders by receivers, as a figure of plotly."""
+        with drawing():
+            from ...figures.edges import edge_heatmaps
+
+        name = "" if self.prompts is None else self.prompts.model
+        told = f"{self.metric} with an edge patched, {self.direction}" if title is None else title
+        return edge_heatmaps({(self.method, name): self}, unit=unit_of(self.metric), title=told)

@@ -65,7 +65,8 @@ def screen_edges(
         >>> found.spent <= 3, found.fixed.shape
         (True, torch.Size([4, 21, 53]))
     """
-    model, pairs = as_model(model), as_pairs(pairs)
+    model = as_model(model)
+    pairs = as_pairs(pairs, model)
     on_cpu, weights = pairs.to("cpu"), read_weights(model)
     request = checked(model, on_cpu, "resid_pre", metric, direction, None, None, False)
     forward = forward_flops(model, request.n_pos) * len(pairs)

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ...batching import switch
 from ...weights import Weights
 from ..sides import Case
 from ..sites import SITES
@@ -52,5 +53,4 @@ class Estimate:
     def check_switches(self) -> None:
         """Raise ValueError unless every field is True or False."""
         for field in fields(self):
-            if not isinstance(getattr(self, field.name), bool):
-                raise ValueError(f"{field.name} must be True or False, not {getattr(self, field.name)!r}")
+            switch(getattr(self, field.name), field.name)

@@ -1,0 +1,2 @@
+from .first_look import explain as explain
+from .result import Explanation as Explanation
