@@ -66,7 +66,7 @@ def as_users_have_it():
     jaxtyping.config.update("jaxtyping_disable", before)
 
 
-@pytest.mark.parametrize("function, argument", cases(), ids="-".join)
+@pytest.mark.parametrize("function, argument", list(cases()), ids="-".join)
 def test_what_an_argument_is_not(function, argument):
     for wrong in WRONG:
         with pytest.raises((ValueError, TypeError)) as caught:
