@@ -52,7 +52,8 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, *args, examples: Sequence[str] = (), epilog: str | None = None, **kwargs):
         calls = ["examples:", *(f"  %(prog)s {example}" for example in examples)]
         lines = [*(calls if examples else ()), *([epilog] if epilog else ())]
-        super().__init__(*args, epilog="\n".join(lines) or None, **{"formatter_class": Formatter, **kwargs})
+        kwargs = {"formatter_class": Formatter, **kwargs, "epilog": "\n".join(lines) or None}
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,7 @@ from typing import Any
 
 from .lens import LensModel, ModelOrName
 from .models import as_model
-from .plotting import drawing
-from .results import Result
+from .results import Result, drawing
 
 # Characters of HTML that pictures of several results have together.
 MOST_HTML = 150_000
@@ -122,9 +122,8 @@ def compare(
 def _function(measure: Callable[..., Any] | str) -> Callable[..., Any]:
     found: Any = measure
     if isinstance(measure, str):
-        import lnfree_interp
-
-        found = getattr(lnfree_interp, measure, None) if measure in lnfree_interp.__all__ else None
+        package: Any = importlib.import_module(__package__)
+        found = getattr(package, measure, None) if measure in package.__all__ else None
     if not callable(found) or isinstance(found, type):
         raise ValueError(f"measure must be a function of a model, or the name of a public one, not {measure!r}")
     return found

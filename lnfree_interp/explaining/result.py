@@ -9,8 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..dla import LogitAttribution
-from ..plotting import drawing
-from ..results import Prompts, Result
+from ..results import Prompts, Result, drawing
 from ..statistics import ratio
 
 

@@ -199,8 +199,8 @@ def effect_heatmaps(
     figure.update_annotations(font_size=12)
     if told:  # once, below all of them
         below = {"x": 0.5, "y": 0, "xanchor": "center", "yanchor": "top", "yshift": 26 - bottom}
-        where = {"xref": "paper", "yref": "paper", "showarrow": False}
-        figure.add_annotation(text=f"{axis}:{told}", font_size=12, **below, **where)
+        on_page = {"xref": "paper", "yref": "paper", "showarrow": False}
+        figure.add_annotation(text=f"{axis}:{told}", font_size=12, **below, **on_page)
     figure = styled(figure, title=title, height=height)
     return figure.update_layout(margin={"b": bottom, "t": 80, "l": 60, "r": 20})
 

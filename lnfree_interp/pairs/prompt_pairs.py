@@ -101,7 +101,8 @@ class PromptPairs:
         return self.differ.int().argmax(1)
 
     def to(self, device) -> PromptPairs:
-        return _valid_pairs(*(ids.to(device) for ids in (self.clean, self.corrupted, self.answers)), self.tokenizer)
+        clean, corrupted, answers = (ids.to(device) for ids in (self.clean, self.corrupted, self.answers))
+        return _valid_pairs(clean, corrupted, answers, self.tokenizer)
 
     def reversed(self) -> PromptPairs:
         """Clean and corrupted exchanged; the answers stay, so metrics keep their sign."""

@@ -67,10 +67,11 @@ def pairs_from_text(
         groups.setdefault(len(a), []).append((a, b, answers))
     if not groups:
         raise ValueError("there are no pairs")
-    return {
-        n: PromptPairs(*(torch.tensor(column) for column in zip(*groups[n])), tokenizer=model.tokenizer)
-        for n in sorted(groups)
-    }
+    found = {}
+    for n in sorted(groups):
+        clean, corrupted, right_wrong = (torch.tensor(column) for column in zip(*groups[n]))
+        found[n] = PromptPairs(clean, corrupted, right_wrong, tokenizer=model.tokenizer)
+    return found
 
 
 def one_length(model: ModelOrName, clean, corrupted, answers, prepend_bos: bool) -> PromptPairs:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..batching import switch, whole
 from ..pairs import PairedPrompts
-from ..plotting import drawing
-from ..results import Result
+from ..results import Result, drawing
 from ..statistics import correlation, correlation_interval, mean_interval, ratio, ratio_interval
 from .shown import largest_cell, number_of, panel, unit_of
 from .sites import LEAST

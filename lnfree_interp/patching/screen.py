@@ -18,8 +18,7 @@ from ..lens import ModelOrName
 from ..metrics import logit_diff
 from ..models import as_model
 from ..pairs import PairedPrompts, as_pairs
-from ..plotting import drawing
-from ..results import Result
+from ..results import Result, drawing
 from ..weights import read_weights
 from .activation import activation_patching
 from .attribution import attribution_patching, estimate_of
@@ -89,9 +88,10 @@ class Screening(Result):
     def summary(self) -> str:
         """What was screened in which model, how much was run exactly for what, and the error left."""
         left, of = self.error_left, "" if self.prompts is None else f" in {self.prompts.model}"
-        edges = isinstance(self.effect, EdgeEffect)
-        n = len(self.effect.values) * int(self.effect.edges.sum()) if edges else self.fixed.numel()
-        what = "edges" if edges else f"cells of {self.effect.site}"
+        if isinstance(self.effect, EdgeEffect):
+            n, what = len(self.effect.values) * int(self.effect.edges.sum()), "edges"
+        else:
+            n, what = self.fixed.numel(), f"cells of {self.effect.site}"
         error = "unknown" if left.relative != left.relative else f"{left.relative:.2%}"
         return (
             f"{what}{of}, {self.estimate.method}, flagged by {self.flag}: {n - left.left} of {n} exact, "

@@ -9,8 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...pairs import PairedPrompts
-from ...plotting import drawing
-from ...results import Result
+from ...results import Result, drawing
 from ...statistics import mean_interval
 from ..shown import number_of, unit_of
 
