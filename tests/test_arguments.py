@@ -23,6 +23,7 @@ from lnfree_interp import (
     ablate_cumulatively,
     ablate_neurons,
     activation_patching,
+    attention_patterns,
     attention_score_attribution,
     attention_sinks,
     attribution_graph,
@@ -30,6 +31,7 @@ from lnfree_interp import (
     attribution_to,
     attributions_to,
     check_model,
+    compare,
     compare_models,
     composition_scores,
     direct_effect,
@@ -38,6 +40,7 @@ from lnfree_interp import (
     edge_patching,
     effect_on,
     evaluate_loss,
+    explain,
     generate_samples,
     hellaswag,
     hellaswag_items,
@@ -45,6 +48,7 @@ from lnfree_interp import (
     ioi_pairs,
     load_model,
     logit_attributions,
+    logit_lens,
     models,
     rank_confidence_neurons,
     read_documents,
@@ -52,6 +56,7 @@ from lnfree_interp import (
     residual_norms,
     screen,
     screen_edges,
+    token_losses,
     virtual_weights,
     why_not_read,
 )
@@ -137,6 +142,9 @@ OF_TOKENS = {
     "effect_on": lambda model, tokens: effect_on(model, tokens, Reader.query(1, 0), top=3),
     "attributions_to": lambda model, tokens: list(attributions_to(model, tokens, Reader.value(1, 0))),
     "attention_score_attribution": lambda model, tokens: attention_score_attribution(model, tokens, 1, 0),
+    "logit_lens": logit_lens,
+    "attention_patterns": attention_patterns,
+    "token_losses": token_losses,
 }
 READ_NO_LOGITS = {
     "residual_norms",
@@ -145,6 +153,7 @@ READ_NO_LOGITS = {
     "effect_on",
     "attributions_to",
     "attention_score_attribution",
+    "attention_patterns",
 }
 
 
@@ -164,6 +173,8 @@ def of_model(folder, pairs):
         "screen": lambda m: screen(m, pairs, budget=3, site="z", seed=1),
         "screen_edges": lambda m: screen_edges(m, pairs, budget=3, seed=1),
         "attribution_graph": lambda m: attribution_graph(m, TEXT),
+        "explain": lambda m: explain(m, TEXT).effect,
+        "compare": lambda m: compare({"m": m}, "residual_norms", TEXT).table(),
         "composition_scores": lambda m: composition_scores(m, "K"),
         "virtual_weights": lambda m: virtual_weights(m, "L0H1", "L1.mlp").AB,
         "kl_from_clean": lambda m: kl_from_clean(m, pairs).context,

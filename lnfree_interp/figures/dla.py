@@ -144,7 +144,9 @@ def readers_figure(
     if result.senders is not None:
         rows = result.table().head(top)
         names = [f"{name} ← {component}" for name, component in zip(rows.reader, rows.component)]
-        return ranked(names, rows["mean"], f"What readers read{model}: the largest, mean where they are", "units")
+        return ranked(
+            names, rows["mean"].tolist(), f"What readers read{model}: the largest, mean where they are", "units"
+        )
     values = result.values.sum(-1) if result.by_source else result.values
     if len(values) > 1 and prompt is position is None and reader == 0:
         means = values.mean((2, 3)).detach().cpu().double()
@@ -176,7 +178,7 @@ def scores_figure(result: ScoreAttribution, top: int = 40) -> go.Figure:
         rows = result.table().head(top)
         names = [f"{query} → {key}" for query, key in zip(rows.query_component, rows.key_component)]
         title = f"What pairs of components add to {result.head or 'a head'}'s scores: the largest, mean where they are"
-        return ranked(names, rows["mean"], title, "scores")
+        return ranked(names, rows["mean"].tolist(), title, "scores")
     means = mean_of_pairs(result)
     rows, _ = largest(means.abs().amax(1), top)
     columns, _ = largest(means.abs().amax(0), top)
@@ -223,7 +225,7 @@ def errors_figure(result: AttributionError, top: int = 30) -> go.Figure:
     return styled(figure, title=f"How far attributions are from effects{model}", height=130 + 18 * len(chosen))
 
 
-def ranked(names: Sequence[str], values: Sequence[float], title: str, unit: str) -> go.Figure:
+def ranked(names: Sequence[str], values: Sequence[float | int], title: str, unit: str) -> go.Figure:
     """A bar for each name, the first at the top.
 
     Example:

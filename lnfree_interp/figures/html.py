@@ -37,7 +37,7 @@ def note(text: str) -> str:
     return f"<div style='{_SMALL}'>{html.escape(text)}</div>" if text else ""
 
 
-def shade(value: float, most: float) -> str:
+def shade(value: float | int, most: float | int) -> str:
     """CSS of a background on the diverging scale, whose ends are at +-most, with text that can be read on it."""
     if value != value:
         return "background:#eee"
@@ -54,7 +54,9 @@ def visible(token: str, most: int = 24) -> str:
     return (token if len(token) <= most else token[: most - 1] + "…") or "∅"
 
 
-def coloured_tokens(strings: Sequence[str], values: Sequence[float], unit: str, most: float | None = None) -> str:
+def coloured_tokens(
+    strings: Sequence[str], values: Sequence[float | int], unit: str, most: float | int | None = None
+) -> str:
     """Running text, each token on a background by its value; the value stands in the hover."""
     most = most_of(values) if most is None else most
     spans = "".join(
@@ -68,7 +70,12 @@ def coloured_tokens(strings: Sequence[str], values: Sequence[float], unit: str, 
 
 
 def bars(
-    labels: Sequence[str], values: Sequence[float], unit: str, notes: Sequence[str] | None = None, *, totals: int = 0
+    labels: Sequence[str],
+    values: Sequence[float | int],
+    unit: str,
+    notes: Sequence[str] | None = None,
+    *,
+    totals: int = 0,
 ) -> str:
     """A row per label: its value as a number and as a bar from the middle, to the left if negative.
 
@@ -99,7 +106,7 @@ def bars(
 
 
 def grid(
-    values: Sequence[Sequence[float]],
+    values: Sequence[Sequence[float | int]],
     rows: Sequence[str],
     columns: Sequence[str],
     unit: str,
@@ -172,7 +179,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], most: int = 
     return f"<table style='border-collapse:collapse;max-width:100%'><tr>{head}</tr>{body}</table>{left}"
 
 
-def legend(values: Sequence[float], most: float, unit: str) -> str:
+def legend(values: Sequence[float | int], most: float | int, unit: str) -> str:
     """The scale in words and colours: both of its ends, or one where no value is negative."""
     ends = (-most, 0.0, most) if any(value < 0 for value in values) else (0.0, most)
     shown = " ".join(
@@ -181,14 +188,14 @@ def legend(values: Sequence[float], most: float, unit: str) -> str:
     return f"<div style='{_SMALL}'>{shown} {html.escape(unit)}</div>"
 
 
-def most_of(values: Sequence[float]) -> float:
+def most_of(values: Sequence[float | int]) -> float:
     """The largest size; 1 where there is none."""
     return max((abs(value) for value in values if abs(value) < float("inf")), default=0.0) or 1.0
 
 
-def _number(value: float, signed: bool, digits: int = 4) -> str:
+def _number(value: float | int, signed: bool, digits: int = 4) -> str:
     return "0" if value == 0 else f"{value:+.{digits}g}" if signed else f"{value:.{digits}g}"
 
 
-def _hover(label: str, value: float, unit: str) -> str:
+def _hover(label: str, value: float | int, unit: str) -> str:
     return html.escape(f"{label}: {value:.4g} {unit}")

@@ -146,7 +146,7 @@ def _cut(text: str, most: int = 600) -> str:
 
 
 def of_check(result: ModelCheck) -> str:
-    def error(x: float | None) -> str:
+    def error(x: float | int | None) -> str:
         return "" if x is None else f"{x:.1e}"
 
     rows = [

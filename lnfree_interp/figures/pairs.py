@@ -25,7 +25,7 @@ def pairs_picture(pairs: PairedPrompts) -> str:
     return f"<table style='border-collapse:collapse'><tr>{head}</tr>{''.join(rows)}</table>{more}"
 
 
-def _marked(text: str, value: float) -> str:
+def _marked(text: str, value: float | int) -> str:
     return f"<span style='{shade(value, 2.0)}'>{html.escape(visible(text))}</span>"
 
 

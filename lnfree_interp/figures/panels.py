@@ -28,7 +28,7 @@ def panel_picture(panel: Panel, unit: str) -> str:
     return cells + note(f"across: {panel.column}; down: {panel.row}", shown.left_out)
 
 
-def largest_bars(labels: Sequence[str], values: Sequence[float], unit: str, what: str, k: int = BARS) -> str:
+def largest_bars(labels: Sequence[str], values: Sequence[float | int], unit: str, what: str, k: int = BARS) -> str:
     """The k largest of some values as bars, the largest first."""
     order = sorted(range(len(values)), key=lambda i: -abs(values[i]) if values[i] == values[i] else 0.0)[:k]
     more = f"the {k} largest of {len(values)} {what}" if len(values) > k else ""

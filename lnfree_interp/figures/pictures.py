@@ -37,7 +37,9 @@ def of_logits(result: LogitAttribution) -> str:
     return heads + over_tokens(values, result.labels, result.positions, result.prompts, 0, unit, cells)
 
 
-def of_heads(values: Float[Tensor, " component"], labels: Sequence[str], unit: str, most: float | None = None) -> str:
+def of_heads(
+    values: Float[Tensor, " component"], labels: Sequence[str], unit: str, most: float | int | None = None
+) -> str:
     """A grid of layers by heads, layer 0 at the top; nothing where components are no heads."""
     cells = {tuple(map(int, found.groups())): i for i, x in enumerate(labels) if (found := HEAD.fullmatch(x))}
     if not cells:

@@ -81,7 +81,7 @@ def layer_axis(n: int) -> dict[str, Any]:
     return {"autorange": "reversed", "tickvals": list(range(0, n, max(1, math.ceil(n / 16)))), "title_text": "layer"}
 
 
-def log_axis(values: Iterable[float]) -> dict[str, Any]:
+def log_axis(values: Iterable[float | int]) -> dict[str, Any]:
     """A logarithmic axis over these values, its ticks whole numbers such as 0.2, 1, 50 written out."""
     sizes = [value for value in values if 0 < value < math.inf]
     if not sizes:
