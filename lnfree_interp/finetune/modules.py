@@ -188,7 +188,8 @@ class RemovableNorm(nn.LayerNorm):
         """The norm as a site has it, live or frozen."""
         if not site.frozen:
             return self.normalise(x, [site])
-        gain, inverse = self.weight, self.inverse(site, x)
+        gain: Tensor = self.weight
+        inverse = self.inverse(site, x)
         if inverse.ndim:
             x = (x * inverse).to(x.dtype)  # inverses are in float32 at least
         else:
