@@ -40,6 +40,7 @@ from lnfree_interp.evaluate.hellaswag import ending_scores, hellaswag_of
 from lnfree_interp.evaluate.loss import evaluation_of, loss_sums
 from lnfree_interp.norms.residual import norm_sums, norms_of
 from lnfree_interp.norms.sinks import sink_sums, sinks_of
+from lnfree_interp.results import name_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,9 +139,9 @@ def test_parts_of_the_sequences_give_what_the_whole_gives(kind, n, cuts, seed):
     keep = 10  # tokens: two sequences
 
     norms = [norm_sums(model, tokens[a:b], first=a, eot_token=3) for a, b in parts]
-    same(norms_of(norms), residual_norms(model, tokens, eot_token=3))
+    same(norms_of(norms, model=name_of(model)), residual_norms(model, tokens, eot_token=3))
     sinks = [sink_sums(model, tokens[a:b], threshold=0.2) for a, b in parts]
-    same(sinks_of(sinks, threshold=0.2), attention_sinks(model, tokens, threshold=0.2))
+    same(sinks_of(sinks, threshold=0.2, model=name_of(model)), attention_sinks(model, tokens, threshold=0.2))
     for kept in (None, keep):
         losses = [loss_sums(model, tokens[a:b], first=a, keep=kept, worst=2) for a, b in parts]
         merged = evaluation_of(model, losses, keep=kept, worst=2)
@@ -174,7 +175,7 @@ def test_errors_of_parts_are_those_of_the_whole(kind, n, cuts, places, seed):
                 error.add(sums, linear.values[:, i : i + 1], exact.values[:, i : i + 1], first=i)
             parts.append(sums)
         merged = error.merged(parts)
-    found, whole = (error.error_of(merged, draws=50), attribution_error(linear, exact, draws=50))
+    found, whole = (error.error_of(merged, draws=50, model=name_of(model)), attribution_error(linear, exact, draws=50))
     assert merged.size.shape == (len(linear.labels), min(n, places)) and merged.tokens == exact.values[0].numel()
     assert found.pooled == pytest.approx(whole.pooled, abs=1e-12)
     torch.testing.assert_close(found.per_component, whole.per_component)
@@ -196,7 +197,7 @@ def test_items_in_parts_are_scored_as_in_one(n_parts):
     model = with_letters("LNPre", n_layers=1)
     edges = [len(ITEMS) * i // n_parts for i in range(n_parts + 1)]
     parts = [ending_scores(model, ITEMS, slice(a, b)) for a, b in pairwise(edges)]
-    same(hellaswag_of(parts), hellaswag(model, ITEMS))
+    same(hellaswag_of(parts, model=name_of(model)), hellaswag(model, ITEMS))
 
 
 @given(n=st.integers(0, 50), world=st.integers(1, 9))

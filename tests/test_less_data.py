@@ -207,7 +207,13 @@ def test_names_of_recipes():
     made = of("distilled=0.5+anew+fast=0.5+interpolated=4+auxiliary")
     assert made.treatments == (("anew", 0), ("interpolated", 4))
     assert made.schedule == replace(
-        MINUTE, start=1, gaps=dict.fromkeys(SITES, 0.5), position0_gap=1.0, distillation=0.5, auxiliary_weight=0.0
+        MINUTE,
+        start=1,
+        gaps=dict.fromkeys(SITES, 0.5),
+        position0_gap=1.0,
+        massive_gap=5.0,
+        distillation=0.5,
+        auxiliary_weight=0.0,
     )
     assert of("adaptive=0.25").schedule == MINUTE.adaptive(settle=4)
     assert {event.step for event in of("at-once+early=1").schedule.events(2)[:7]} == {1}

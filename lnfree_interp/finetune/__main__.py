@@ -19,7 +19,7 @@ from .flags import ADAPTIVE, add_guard_flags, add_schedule_flags, guard_from, sc
 EXAMPLES = (
     "--model gpt2 --preset small --data Skylion007/openwebtext --out runs/small --dry-run",
     "--model gpt2 --preset small --data Skylion007/openwebtext --out runs/control --vanilla",
-    "--model gpt2 --preset small --data Skylion007/openwebtext --out runs/small --control runs/control --resume",
+    "--model gpt2 --preset small --text texts/ --out runs/small --control runs/control --resume",
 )
 
 
