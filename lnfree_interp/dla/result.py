@@ -240,7 +240,7 @@ class ReaderAttribution(Result):
             >>> from lnfree_interp import Reader, attribution_to
             >>> her = Reader.logits(" her", " his")
             >>> result = attribution_to("tiny-noLN", "The queen took", her, by="source")
-            >>> "queen" in result.text()
+            >>> "took" in result.text()
             True
         """
         from ..figures.pictures import sources_as_text
