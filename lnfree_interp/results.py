@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,26 +61,26 @@ class Prompts:
         return f"Prompts({self.model}: {len(self.tokens)} of {self.tokens.shape[1]} tokens)"
 
 
-class Result:
+class Result(ABC):
     """A result: a frozen dataclass of tensors with labels, made with repr=False.
 
     Each says in `summary` what it holds, in one line with its shape and unit, and draws itself: `picture` as HTML that
     needs no script, for notebooks, and `plot` as a figure of plotly. `table` has its numbers as a DataFrame.
     """
 
-    def summary(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def summary(self) -> str: ...
 
-    def picture(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def picture(self) -> str: ...
 
     def plot(self, *args: Any, **options: Any) -> Any:
         raise NotImplementedError(
             f"{type(self).__name__} has no figure; its table() and its picture in a notebook have all"
         )
 
-    def table(self, *args: Any, **options: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def table(self, *args: Any, **options: Any) -> Any: ...
 
     def __repr__(self) -> str:
         text = " ".join(f"<{type(self).__name__} {self.summary()}>".split())

@@ -483,3 +483,8 @@ def test_bad_comparisons(models, measure, message, monkeypatch):
 
 def test_public_names_are_functions():
     assert callable(lnfree_interp.explain) and callable(lnfree_interp.compare)
+
+
+def test_a_title_is_told_whole():
+    figure = explain("tiny-noLN", "She put on", " her", versus=" his").plot()
+    assert figure.layout.title.text == "' her' - ' his' in tiny-noLN: where it comes from"

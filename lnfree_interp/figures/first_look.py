@@ -6,8 +6,7 @@ import html
 from collections.abc import Sequence
 
 from ..explaining.result import Explanation
-from .html import NEGATIVE, POSITIVE, coloured_tokens, visible
-from .panels import note
+from .html import NEGATIVE, POSITIVE, coloured_tokens, note, visible
 
 ROWS, TOKENS = 10, 400
 

@@ -32,9 +32,10 @@ def heading(text: str) -> str:
     return f"<div style='margin:.6em 0 .2em;font-weight:600'>{html.escape(text)}</div>"
 
 
-def note(text: str) -> str:
+def note(*texts: str) -> str:
     """A line below a picture: what it leaves out, say. Nothing where there is nothing to say."""
-    return f"<div style='{_SMALL}'>{html.escape(text)}</div>" if text else ""
+    said = "; ".join(text for text in texts if text)
+    return f"<div style='{_SMALL}'>{html.escape(said)}</div>" if said else ""
 
 
 def shade(value: float | int, most: float | int) -> str:

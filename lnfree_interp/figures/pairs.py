@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 
 from ..pairs import PairedPrompts
-from .html import shade, visible
+from .html import note, shade, visible
 
 SHOWN = 12
 _CELL = "padding:2px 6px;text-align:left;vertical-align:top"
@@ -21,7 +21,7 @@ def pairs_picture(pairs: PairedPrompts) -> str:
         rows.append(f"<tr><td style='{_CELL};white-space:pre-wrap'>{text}</td>{cells}</tr>")
     head = "".join(f"<th style='{_CELL};font-weight:normal;color:#555'>{t}</th>" for t in (_LEGEND, "right", "wrong"))
     left = len(pairs.tokens) - len(rows)
-    more = f"<div style='font-size:12px;color:#555'>and {left} more</div>" if left > 0 else ""
+    more = note(f"and {left:,} more" if left > 0 else "")
     return f"<table style='border-collapse:collapse'><tr>{head}</tr>{''.join(rows)}</table>{more}"
 
 

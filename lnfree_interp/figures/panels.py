@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..patching.shown import Panel
-from .html import bars, coloured_tokens, grid, visible
+from .html import bars, coloured_tokens, grid, note, visible
 
 if TYPE_CHECKING:
     from ..graph import AttributionGraph
@@ -73,13 +73,7 @@ def _strongest(graph: AttributionGraph, k: int) -> list[str]:
 
 def plain(text: str) -> str:
     """A text in a figure of plotly, which would read < and & as markup."""
-    return html.escape(visible(text), quote=False)
-
-
-def note(*texts: str) -> str:
-    """What a picture does not show by itself, in small."""
-    said = "; ".join(text for text in texts if text)
-    return f"<div style='font-size:12px;color:#555'>{html.escape(said)}</div>" if said else ""
+    return html.escape(visible(text, len(text)), quote=False)
 
 
 def side_by_side(results: Mapping[str, Any], most: int) -> str:

@@ -105,11 +105,7 @@ def largest(values: Float[Tensor, " component"], n: int) -> tuple[list[int], lis
 def logits_as_text(result: LogitAttribution, component: str | None, prompt: int) -> str:
     prompt = _prompt(result, prompt)
     assert result.prompts is not None
-    if component is not None and component not in result.labels:
-        raise ValueError(f"component {component!r} is none of {', '.join(result.labels[:3])}, ..., {result.labels[-1]}")
-    values = (
-        result.values[:, prompt].sum(0) if component is None else result.values[result.labels.index(component), prompt]
-    )
+    values = _of_component(result.values[:, prompt], result.labels, component)
     strings, positions = result.prompts.strings[prompt], result.positions
     ahead = int(result.what == "the next token" or result.what.startswith("the next token - "))
     cells = dict(zip((p + ahead for p in positions), values.tolist()))
@@ -129,12 +125,21 @@ def sources_as_text(result: ReaderAttribution, reader: int, component: str | Non
     values = result.values[reader, :, prompt, at]
     if result.senders is not None:
         raise ValueError("text() wants all components, not the largest alone (top)")
-    if component is not None and component not in result.labels:
-        raise ValueError(f"component {component!r} is none of {', '.join(result.labels[:3])}, ..., {result.labels[-1]}")
-    values = values.sum(0) if component is None else values[result.labels.index(component)]
+    values = _of_component(values, result.labels, component)
     strings, where = result.prompts.strings[prompt], result.positions[at]
     title = f"What {result.readers[reader]} at {strings[where]!r} (position {where}) reads from each token"
     return html.heading(title) + html.coloured_tokens(strings[: where + 1], values.tolist(), "units read")
+
+
+def _of_component(
+    values: Float[Tensor, "component ..."], labels: Sequence[str], component: str | None
+) -> Float[Tensor, ...]:
+    """One component's values, or the sum of all."""
+    if component is None:
+        return values.sum(0)
+    if component not in labels:
+        raise ValueError(f"component {component!r} is none of {', '.join(labels[:3])}, ..., {labels[-1]}")
+    return values[labels.index(component)]
 
 
 def _prompt(result: LogitAttribution | ReaderAttribution, prompt: int) -> int:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..batching import switch, whole
 from ..pairs import PairedPrompts
-from ..results import Result, drawing
+from ..results import Result, counted, drawing
 from ..statistics import correlation, correlation_interval, mean_interval, ratio, ratio_interval
-from .shown import largest_cell, number_of, panel, unit_of
+from .shown import largest_cell, panel, unit_of
 from .sites import LEAST
 
 
@@ -74,7 +74,7 @@ class PatchingEffect(Result):
         how = "" if self.method == "activation" else f", {self.method}"
         of = "" if self.prompts is None else f" in {self.prompts.model}"
         names = ["position" if axis == "pos" else axis for axis in self.axes]
-        sizes = [number_of(n, name) for n, name in zip(self.values.shape, names)]
+        sizes = [counted(n, name) for n, name in zip(self.values.shape, names)]
         total = total_effect(self).double().mean()
         return (
             f"{self.metric} with {self.site} patched, {self.direction}{how}{of}: {' x '.join(sizes)}, "
@@ -201,8 +201,8 @@ class PatchingError(Result):
         of = "" if self.model is None else f" in {self.model}"
         left = f" ({self.left_out} left out)" if self.left_out else ""
         return (
-            f"{self.method} of {self.site}{of}: {number_of(len(self.layers), 'layer')}, "
-            f"{number_of(self.n_prompts, 'prompt')}{left}; "
+            f"{self.method} of {self.site}{of}: {counted(len(self.layers), 'layer')}, "
+            f"{counted(self.n_prompts, 'prompt')}{left}; "
             f"relative error {self.relative:.2%} [{low:.2%}, {high:.2%}], pearson {self.pearson:.3f}"
         )
 

@@ -100,7 +100,8 @@ class Screening(Result):
 
     def picture(self) -> str:
         """The effects, and the error left with its interval."""
-        from ..figures.panels import note, panel_picture
+        from ..figures.html import note
+        from ..figures.panels import panel_picture
 
         low, high = self.error_left.interval
         known = f"error left {self.error_left.relative:.3g} [{low:.3g}, {high:.3g}], by {self.error_left.drawn} cells"

@@ -81,11 +81,6 @@ def unit_of(metric: str) -> str:
     return UNITS.get(metric, metric)
 
 
-def number_of(n: int, what: str) -> str:
-    """ "1 prompt", "2 prompts"."""
-    return f"{n} {what}{'s' * (n != 1)}"
-
-
 def largest_cell(shown: Panel) -> str:
     """The cell of the largest mean effect, its position without the token, and that effect."""
     size = shown.values.abs().nan_to_num()

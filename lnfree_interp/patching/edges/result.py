@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...pairs import PairedPrompts
-from ...results import Result, drawing
+from ...results import Result, counted, drawing
 from ...statistics import mean_interval
-from ..shown import number_of, unit_of
+from ..shown import unit_of
 
 # Edges whose intervals are made at a time.
 AT_ONCE = 1024
@@ -103,7 +103,7 @@ class EdgeEffect(Result):
         i = int(np.abs(means).argmax())
         return (
             f"{self.metric} with an edge patched ({self.direction}, {self.method}){of}: "
-            f"{number_of(len(self.values), 'prompt')} x {number_of(len(names), 'edge')}, in {unit_of(self.metric)}; "
+            f"{counted(len(self.values), 'prompt')} x {counted(len(names), 'edge')}, in {unit_of(self.metric)}; "
             f"the largest mean {names[i]} {means[i]:+.3g}"
         )
 
