@@ -26,11 +26,7 @@ READOUTS = ("logit", "against the runner-up")
 
 def prompts(args, model, length: int):
     """[prompt, pos]: BOS and the first tokens of blocks of the text."""
-    import torch
-
-    tokens = cli.load_tokens(args, model, context=min(256, model.cfg.n_ctx))[:, : length - 1]
-    bos = torch.full_like(tokens[:, :1], model.tokenizer.bos_token_id)
-    return torch.cat([bos, tokens], 1)
+    return cli.load_tokens(args, model, context=min(256, model.cfg.n_ctx), prepend_bos=True)[:, :length]
 
 
 class Run:

@@ -264,7 +264,7 @@ def measured(args, name: str, sizes: Sizes) -> tuple[dict[str, pd.DataFrame], pa
 
     cli.say(f"loading {name} ...")
     model = load_model(name, device=args.device, dtype=args.dtype)
-    tokens = cli.load_tokens(args, model, context=sizes.context)
+    tokens = cli.load_tokens(args, model, context=sizes.context, prepend_bos=False)
     folder = args.kept / key(args, name, sizes)
     folder.mkdir(parents=True, exist_ok=True)
     machine = folder / "machine.txt"

@@ -102,7 +102,14 @@ def perform(args, wanted: Sequence[Run]) -> dict[tuple[str, str, int, int], Fini
     train, held_out = texts(args)
     where = [(run, directory_of(run, args)) for run in wanted]
     tasks = [
-        (run, directory, some_of(train, run), held_out, args.device, run.control and directory_of(run.control, args))
+        (
+            run,
+            directory,
+            some_of(train, run),
+            held_out,
+            (args.device, args.dtype),
+            run.control and directory_of(run.control, args),
+        )
         for run, directory in where
         if not (directory / "result.json").exists()
     ]
@@ -143,6 +150,8 @@ def directory_name(run: Run, args) -> str:
     key = f"{schedule}{common.model_fingerprint(run.model)}{text}{bool(args.text)}"
     if run.treatments:
         key += repr(run.treatments)
+    if args.dtype != "float32":
+        key += args.dtype
     if getattr(args, "val", None):
         key += common.file_fingerprint(Path(args.val))
     key = hashlib.sha256(key.encode()).hexdigest()

@@ -23,7 +23,7 @@ EVALUATED = 32768  # tokens
 
 def train(task) -> tuple[Run, Path, float]:
     """To the end; one that was interrupted goes on, or begins again where treatments know more than is saved."""
-    run, directory, train, held_out, device, control = task
+    run, directory, train, held_out, (device, dtype), control = task
     began = time.monotonic()
     model, tokenizer = load_trainable(run.model)
     block = min(run.schedule.block_size, model.config.n_positions)
@@ -44,6 +44,7 @@ def train(task) -> tuple[Run, Path, float]:
             directory,
             resume=resume,
             device=device,
+            dtype=dtype,
             seed=run.seed,
             callbacks=[history, *made(run.treatments)],
             control=control,

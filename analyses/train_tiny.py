@@ -1,9 +1,12 @@
 """Train the embedded models from a text file: tokenizer, tiny, tiny-vanilla, tiny-noLN; embed and score them.
 
     python analyses/train_tiny.py --train train.txt.gz --val val.txt.gz --out DIR
+    python analyses/train_tiny.py --train train.txt.gz --val val.txt.gz --out DIR --family llama
 
-Each stage is skipped when DIR already holds its result, so an interrupted run goes on where it was. The last two
-write into the package: the models, rounded to half precision, and figures/tiny_losses.csv, their losses.
+Each stage is skipped when DIR already holds its result, so an interrupted run goes on where it was. Every block of
+tokens begins with the BOS token. The last two stages write into the package: the models, rounded to half precision;
+and figures/tiny_losses.csv and tiny_shows.csv, their losses and what of GPT-2's they show. The Llama-shaped siblings
+(grouped queries, a gated MLP, RMSNorm) stay in DIR, with the same two tables.
 """
 
 from __future__ import annotations
@@ -19,18 +22,33 @@ from lnfree_interp.files import replace_file
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINTS = ROOT / "lnfree_interp" / "checkpoints"
 CONTEXT, VOCAB = 256, 4096
-MODELS = ("tiny", "tiny-vanilla", "tiny-noLN")
+D_MODEL, LAYERS = 128, 8
+REPEATING = 4  # one block of so many says its first half twice: what is repeated is rare in a few books
+# (step of 4,096 tokens, learning rate, weight decay) of the pre-training. Much weight decay makes position 0 long, and
+# heads attend to it (arXiv 2410.10781).
+COURSE = (
+    (0, 0.0, 0.1),
+    (200, 5e-3, 0.1),
+    (6500, 5e-3, 0.1),
+    (6501, 5e-3, 0.4),
+    (8000, 5e-3, 0.4),
+    (9000, 2.5e-3, 0.4),
+    (9001, 2.5e-3, 0.6),
+    (9500, 2.5e-3, 0.6),
+    (12500, 1e-4, 0.6),
+)
 # How the second and third book of the validation text begin.
 OPENINGS = ("On a January evening of the early seventies", "It is a truth universally acknowledged")
 
 
 def train_tokenizer(documents: list[str], out: Path) -> None:
-    """A byte-level BPE tokenizer in GPT-2's manner, with one special token: end of text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """A byte-level BPE tokenizer in GPT-2's manner, with one special token: end of text, which begins each text too."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     from lnfree_interp.data import EOT
@@ -41,10 +59,25 @@ def train_tokenizer(documents: list[str], out: Path) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[EOT], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{EOT} $A", pair=f"{EOT} $A {EOT} $B:1", special_tokens=[(EOT, tokenizer.token_to_id(EOT))]
+    )
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=EOT, eos_token=EOT, unk_token=EOT, model_max_length=CONTEXT
+        tokenizer_object=tokenizer,
+        bos_token=EOT,
+        eos_token=EOT,
+        unk_token=EOT,
+        model_max_length=CONTEXT,
     )
     wrapped.save_pretrained(out)
+
+
+def repeating(blocks: torch.Tensor) -> torch.Tensor:
+    """The blocks, of which one in `REPEATING` says its first half twice, after its BOS token."""
+    half = blocks[::REPEATING, 1 : CONTEXT // 2]
+    blocks = blocks.clone()
+    blocks[::REPEATING, CONTEXT // 2 : CONTEXT // 2 + half.shape[1]] = half
+    return blocks
 
 
 def write_tokens(path: Path, train: torch.Tensor, val: torch.Tensor) -> None:
@@ -77,55 +110,98 @@ def read_tokens(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return stored["train"], stored["val"]
 
 
-def pretrain(train: torch.Tensor, val: torch.Tensor, tokenizer, out: Path, steps: int) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+def untrained(family: str, tokenizer) -> PreTrainedModel:
+    """A model of the embedded models' shape, or of its Llama-shaped sibling's, with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-    from lnfree_interp.finetune import last_checkpoint
-
-    set_seed(0)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if family == "llama":
+        config = LlamaConfig(
+            vocab_size=VOCAB,
+            max_position_embeddings=CONTEXT,
+            hidden_size=D_MODEL,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=344,
+            tie_word_embeddings=True,
+            use_cache=False,
+            **ends,
+        )
+        return LlamaForCausalLM(config)
     config = GPT2Config(
         vocab_size=VOCAB,
         n_positions=CONTEXT,
-        n_embd=128,
-        n_layer=4,
+        n_embd=D_MODEL,
+        n_layer=LAYERS,
         n_head=4,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         # The function is GPT-2's gelu_new; this name selects PyTorch's fused kernel for it.
         activation_function="gelu_pytorch_tanh",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
         use_cache=False,
+        **ends,
     )
-    model = GPT2LMHeadModel(config)
+    return GPT2LMHeadModel(config)
+
+
+def pretrain(train: torch.Tensor, val: torch.Tensor, tokenizer, out: Path, args: argparse.Namespace) -> None:
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+    from lnfree_interp.finetune import last_checkpoint
+
+    class Course(TrainerCallback):
+        """Sets the learning rate and the weight decay of every step."""
+
+        def on_step_begin(self, arguments, state, control, optimizer, **kwargs):
+            rate, decay = course(state.global_step * COURSE[-1][0] / args.pretrain_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+                group["weight_decay"] = decay if group["weight_decay"] else 0.0  # no bias and no norm decays
+
+    set_seed(0)
+    model = untrained(args.family, tokenizer)
+    model.set_attn_implementation("eager")  # compiled, on a CPU, faster than the fused kernel
     arguments = TrainingArguments(
         output_dir=str(out.with_name(out.name + ".run")),
-        max_steps=steps,
-        per_device_train_batch_size=32,
+        max_steps=args.pretrain_steps,
+        per_device_train_batch_size=16,
         per_device_eval_batch_size=32,
-        learning_rate=3e-3,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr": 1e-4},
-        warmup_steps=200,
-        weight_decay=0.1,
+        learning_rate=COURSE[1][1],
+        lr_scheduler_type="constant",
+        weight_decay=COURSE[0][2],
         adam_beta2=0.95,
         max_grad_norm=1.0,
         eval_strategy="steps",
         eval_steps=250,
         logging_steps=50,
         save_steps=500,
-        save_total_limit=1,
+        save_total_limit=2,
         report_to=[],
         optim="adamw_torch_fused",
         seed=0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        torch_compile=True,
     )
-    trainer = Trainer(model, arguments, train_dataset=labelled(train), eval_dataset=labelled(val))
+    trainer = Trainer(model, arguments, train_dataset=labelled(train), eval_dataset=labelled(val), callbacks=[Course()])
     kept = last_checkpoint(arguments.output_dir)
     trainer.train(resume_from_checkpoint=None if kept is None else str(kept))
-    model.config.activation_function, model.config.use_cache = "gelu_new", True
+    if args.family == "gpt2":
+        model.config.activation_function = "gelu_new"
+    model.config.use_cache = True
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+
+
+def course(step: float) -> tuple[float, float]:
+    """(learning rate, weight decay) at a step of the pre-training: on straight lines between the points of COURSE."""
+    import numpy as np
+
+    steps, rates, decays = zip(*COURSE)
+    return float(np.interp(step, steps, rates)), float(np.interp(step, steps, decays))
 
 
 def labelled(blocks: torch.Tensor) -> list[dict]:
@@ -187,21 +263,59 @@ def excerpt(documents: list[str], characters: int) -> str:
     return "\n\n".join(filter(None, chapters)) + "\n"
 
 
-def losses(name: str, blocks: torch.Tensor) -> dict:
-    """Cross-entropy per token of an embedded model as it is stored: mean, median, 99.9th percentile (nats)."""
+def losses(name: str, directory: Path, blocks: torch.Tensor) -> dict:
+    """Cross-entropy per token of a model as it is stored: mean, median, 99.9th percentile (nats)."""
     import torch
-    from transformers import GPT2LMHeadModel
 
-    model = GPT2LMHeadModel.from_pretrained(CHECKPOINTS / name).eval().requires_grad_(False)
-    assert model.dtype == torch.float32
-    ce = []
-    for batch in blocks.split(16):
-        logits = model(batch).logits[:, :-1].flatten(0, 1)
-        ce.append(torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="none"))
-    ce = torch.cat(ce).double()
-    rank = torch.tensor([0.5, 0.999], dtype=torch.float64)
-    median, high = torch.quantile(ce, rank).tolist()
+    from lnfree_interp import evaluate_loss
+
+    ce = evaluate_loss(str(directory), blocks, worst=0, draws=1).losses.flatten().double()
+    median, high = torch.quantile(ce, torch.tensor([0.5, 0.999], dtype=torch.float64)).tolist()
     return {"model": name, "tokens": len(ce), "mean": ce.mean().item(), "median": median, "p99.9": high}
+
+
+def shows(name: str, directory: Path, blocks: torch.Tensor) -> dict:
+    """What a model shows of what large ones show.
+
+    `position0_ratio`: how many times as long as elsewhere the residual stream is at position 0, where that is most;
+    `sink_rate`: share of heads that put 30% of their attention there (P2); `scale_neurons`: neurons of the last layer
+    whose ablation changes the entropy more through the final norm's scale than otherwise, of the fifty that change it
+    most, and `scale_share`, the largest such share; `first_ce` and `repeated_ce`: loss on random tokens and on the same
+    ones again (nats), which induction makes small.
+    """
+    import torch
+
+    from lnfree_interp import ablate_neurons, attention_sinks, evaluate_loss, load_model, residual_norms
+    from lnfree_interp.data import begun
+
+    model, some = load_model(str(directory)), blocks[:64]
+    norms = residual_norms(model, some)
+    norm = norms.norm[["embed" not in point for point in norms.points], :, 0]  # [point, group]
+    effects = ablate_neurons(model, some[:16]).table().nlargest(50, "entropy_abs")
+    share = effects.entropy_abs_through_scale / (effects.entropy_abs_through_scale + effects.entropy_abs_frozen)
+    generator = torch.Generator().manual_seed(0)
+    once = torch.randint(256, VOCAB, (64, (CONTEXT - 1) // 2), generator=generator)
+    twice = begun([model.tokenizer.bos_token_id], torch.cat([once, once], dim=1))
+    ce = evaluate_loss(model, twice, worst=0, draws=1).losses
+    return {
+        "model": name,
+        "position0_ratio": (norm[:, 0] / norm[:, 2]).max().item(),
+        "sink_rate": attention_sinks(model, some).head_rate,
+        "scale_neurons": int((share > 0.5).sum()),
+        "scale_share": float(share.max()),
+        "first_ce": ce[:, 1 : once.shape[1]].mean().item(),
+        "repeated_ce": ce[:, once.shape[1] + 1 :].mean().item(),
+    }
+
+
+def score(models: dict[str, Path], val: torch.Tensor, out: Path) -> None:
+    """Tables of the models' losses and of what they show, printed and written."""
+    import pandas as pd
+
+    for stem, measure in (("losses", losses), ("shows", shows)):
+        table = pd.DataFrame([measure(name, directory, val) for name, directory in models.items()])
+        table.to_csv(out / f"tiny_{stem}.csv", index=False, float_format="%.5f")
+        print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
 
 
 def main() -> None:
@@ -209,12 +323,13 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help="text to train on")
     parser.add_argument("--val", type=Path, required=True, help="text to validate on")
     parser.add_argument("--out", type=Path, required=True, help="directory for the models")
-    parser.add_argument("--pretrain-steps", type=int, default=3000)
+    parser.add_argument("--family", choices=["gpt2", "llama"], default="gpt2", help="the models' blocks (gpt2)")
+    steps = COURSE[-1][0]
+    parser.add_argument("--pretrain-steps", type=cli.positive_int, default=steps, metavar="N", help=f"({steps:,})")
     parser.add_argument("--only", choices=["pretrain", "vanilla", "noLN", "embed"], help="one stage (default: all)")
     args = parser.parse_args()
 
     cli.say("loading PyTorch ...")
-    import pandas as pd
     from transformers import AutoTokenizer
 
     from lnfree_interp.data import token_blocks
@@ -226,25 +341,29 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.out / "tokenizer")
     tokens = args.out / "tokens.safetensors"
     if not tokens.exists():
-        val = token_blocks(tokenizer, read_documents(args.val), CONTEXT)
-        write_tokens(tokens, token_blocks(tokenizer, documents, CONTEXT), val)
+        blocks, val = (token_blocks(tokenizer, text, CONTEXT) for text in (documents, read_documents(args.val)))
+        write_tokens(tokens, repeating(blocks), val)
     train, val = read_tokens(tokens)
     print(f"{train.numel():,} training tokens, {val.numel():,} validation tokens")
 
-    tiny, schedule = args.out / "tiny", RemovalSchedule.preset("tiny")
-    if args.only in (None, "pretrain") and not (tiny / "model.safetensors").exists():
-        pretrain(train, val[:128], tokenizer, tiny, args.pretrain_steps)
-    for name, plan in (("vanilla", schedule.vanilla()), ("noLN", schedule)):
-        out = args.out / f"tiny-{name}"
-        if args.only in (None, name) and not (out / "final").exists():
-            remove(tiny, train, out, plan)
-    if args.only in (None, "embed"):
-        for name in MODELS:
-            embed(args.out / name if name == "tiny" else args.out / name / "final", CHECKPOINTS / name)
-        (CHECKPOINTS / "validation.txt").write_text(excerpt(read_documents(args.val), 20_000), encoding="utf-8")
-        table = pd.DataFrame([losses(name, val) for name in MODELS])
-        table.to_csv(ROOT / "figures" / "tiny_losses.csv", index=False, float_format="%.5f")
-        print(table.to_string(index=False, float_format=lambda x: f"{x:.4f}"))
+    name = "tiny" if args.family == "gpt2" else f"tiny-{args.family}"
+    source, schedule = args.out / name, RemovalSchedule.preset("tiny")
+    if args.only in (None, "pretrain") and not (source / "model.safetensors").exists():
+        pretrain(train, val[:128], tokenizer, source, args)
+    for kind, plan in (("vanilla", schedule.vanilla()), ("noLN", schedule)):
+        out = args.out / f"{name}-{kind}"
+        if args.only in (None, kind) and not (out / "final").exists():
+            remove(source, train, out, plan)
+    if args.only not in (None, "embed"):
+        return
+    models = {name: source} | {f"{name}-{kind}": args.out / f"{name}-{kind}" / "final" for kind in ("vanilla", "noLN")}
+    if args.family != "gpt2":
+        score(models, val, args.out)
+        return
+    for model, directory in models.items():
+        embed(directory, CHECKPOINTS / model)
+    (CHECKPOINTS / "validation.txt").write_text(excerpt(read_documents(args.val), 20_000), encoding="utf-8")
+    score({model: CHECKPOINTS / model for model in models}, val, ROOT / "figures")
 
 
 if __name__ == "__main__":

@@ -221,10 +221,16 @@ def documents(args: argparse.Namespace) -> Iterable[Document]:
     return read_documents(path)  # a text by any other name, or what there is not
 
 
-def load_tokens(args: argparse.Namespace, model: LensModel, *, context: int | None = None):
+def load_tokens(
+    args: argparse.Namespace, model: LensModel, *, context: int | None = None, prepend_bos: bool | None = None
+):
     """About --tokens token ids in rows of `context` (512) or the model's context, if that is shorter.
 
     A `context` that was given and is longer than the model's is said on stderr.
+
+    Args:
+        prepend_bos: whether each row begins with the BOS token; None: where the tokenizer's texts do, as
+            TransformerLens sets up most.
 
     Returns:
         Int[Tensor, "batch pos"] on the model's device.
@@ -234,10 +240,13 @@ def load_tokens(args: argparse.Namespace, model: LensModel, *, context: int | No
     """
     import torch
 
-    return torch.from_numpy(token_rows(args, model, context=context).astype("int64")).to(model.cfg.device)
+    rows = token_rows(args, model, context=context, prepend_bos=prepend_bos)
+    return torch.from_numpy(rows.astype("int64")).to(model.cfg.device)
 
 
-def token_rows(args: argparse.Namespace, model: LensModel, *, context: int | None = None):
+def token_rows(
+    args: argparse.Namespace, model: LensModel, *, context: int | None = None, prepend_bos: bool | None = None
+):
     """`load_tokens`' rows as an array that lies in a temporary file, not in memory: what is read is what is sliced.
 
     Of the processes on a machine the first writes it (4 bytes a token), for all of them.
@@ -258,7 +267,8 @@ def token_rows(args: argparse.Namespace, model: LensModel, *, context: int | Non
         if writes:
             with tempfile.NamedTemporaryFile(prefix="tokens-", delete=False) as file:
                 path = file.name
-                _write_rows(file, model.tokenizer, documents(args), context, max(1, args.tokens // context))
+                most = max(1, args.tokens // context)
+                _write_rows(file, model.tokenizer, documents(args), context, most, prepend_bos)
         first = distributed.rank() - distributed.local_rank()
         rows = np.memmap(distributed.exchange(path)[first], dtype=np.int32, mode="r").reshape(-1, context)
         distributed.exchange(None)  # all have it open
@@ -271,21 +281,27 @@ def token_rows(args: argparse.Namespace, model: LensModel, *, context: int | Non
                 os.unlink(path)
 
 
-def _write_rows(file, tokenizer, documents: Iterable[Document], context: int, most: int) -> None:
+def _write_rows(
+    file, tokenizer, documents: Iterable[Document], context: int, most: int, prepend_bos: bool | None
+) -> None:
     """The documents' first rows of `context` token ids, at most so many, as int32."""
     import numpy as np
 
-    from .data import token_stream
+    from .data import begins_with, content, token_stream, too_few
 
-    n, wanted = 0, most * context
+    begin = begins_with(tokenizer, prepend_bos)
+    length, written, rest = content(context, begin), 0, []
     for ids in token_stream(tokenizer, documents):
-        n += len(ids)
-        file.write(np.asarray(ids, np.int32).tobytes())
-        if n >= wanted:
-            break
-    if n < context:
-        raise ValueError(f"text has {n} tokens, too few for one block of {context}")
-    file.truncate(min(wanted, n - n % context) * 4)
+        rest += ids
+        n = min(len(rest) // length, most - written)
+        rows = np.asarray(rest[: n * length], np.int32).reshape(n, length)
+        file.write(np.hstack([np.tile(np.asarray(begin, np.int32), (n, 1)), rows]).tobytes())
+        written += n
+        if written == most:
+            return
+        del rest[: n * length]
+    if not written:
+        raise too_few(len(rest), context)
 
 
 def shards(rows) -> tuple[int, list]:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -17,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from .batching import Progress, whole
-from .data import Blocks, hash_of, token_stream, tokenizer_hash, too_few
+from .data import Blocks, begins_with, begun, content, hash_of, token_stream, tokenizer_hash, too_few
 from .documents import Document, documents_of, documents_of_rows, files_of, hub_dataset, kind_of
 
 # Part of every key: to be raised when what is written changes.
@@ -28,21 +28,25 @@ BATCH = 2**20
 
 
 class MappedBlocks:
-    """Equal blocks of the token ids in an Arrow file. Nothing is read before it is asked for, and nothing kept."""
+    """Equal blocks of the token ids in an Arrow file. Nothing is read before it is asked for, and nothing kept.
 
-    def __init__(self, path: Path, block_size: int):
+    Args:
+        begin: what each block begins with; the file's tokens follow.
+    """
+
+    def __init__(self, path: Path, block_size: int, begin: Sequence[int] = ()):
         from datasets import Dataset
 
-        self.block_size = block_size
+        self.begin, self.content = begin, content(block_size, begin)
         self.tokens = Dataset.from_file(str(path)).with_format("arrow")
 
     def __len__(self) -> int:
-        return len(self.tokens) // self.block_size
+        return len(self.tokens) // self.content
 
     def __getitem__(self, at: int | slice) -> Int[Tensor, "*batch pos"]:
         start, stop, _ = at.indices(len(self)) if isinstance(at, slice) else (at, at + 1, 1)
-        ids = self.tokens[start * self.block_size : stop * self.block_size]["input_ids"].to_numpy()
-        blocks = torch.from_numpy(ids.astype(np.int64)).view(-1, self.block_size)
+        ids = self.tokens[start * self.content : stop * self.content]["input_ids"].to_numpy()
+        blocks = begun(self.begin, torch.from_numpy(ids.astype(np.int64)).view(-1, self.content))
         return blocks if isinstance(at, slice) else blocks[0]
 
 
@@ -54,6 +58,7 @@ def read_corpus(
     cache: str | Path | None = None,
     split: str = "train",
     progress: Progress | None = None,
+    prepend_bos: bool | None = None,
 ) -> Blocks:
     """All token blocks of files, directories and hub datasets, in their order, for any amount of text.
 
@@ -70,6 +75,7 @@ def read_corpus(
         cache: directory for the token ids; None: lnfree_interp in the one of `datasets` (HF_DATASETS_CACHE).
         split: of hub datasets, and see `documents_of`.
         progress: told of the tokens so far, of how many is not known.
+        prepend_bos: as for `token_blocks`.
 
     Raises:
         ValueError: as documents_of; fewer tokens than one block; token ids of another tokenizer; the cache cannot be
@@ -93,7 +99,7 @@ def read_corpus(
     """
     from datasets import config
 
-    block_size = whole(block_size, "block_size", least=1)
+    block_size, begin = whole(block_size, "block_size", least=1), begins_with(tokenizer, prepend_bos)
     given = [sources] if isinstance(sources, (str, Path)) else [*sources]
     if not given:
         raise ValueError("there is no source to read a corpus from")
@@ -103,7 +109,7 @@ def read_corpus(
     if not entry.exists() or _damage(entry):
         documents = (document for part in parts for document in part.documents())
         _make(entry, tokenizer, documents, progress)
-    blocks = MappedBlocks(entry / TOKENS, block_size)
+    blocks = MappedBlocks(entry / TOKENS, block_size, begin)
     if len(blocks) == 0:
         raise too_few(len(blocks.tokens), block_size)
     return Blocks(blocks)

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice, pairwise
@@ -60,8 +60,43 @@ def token_stream(tokenizer, documents: Iterable[Document]) -> Iterator[list[int]
         yield from encode()
 
 
+def begins_with(tokenizer, prepend_bos: bool | None = None) -> list[int]:
+    """What a tokenizer puts before a text, in front of each block too: the BOS token, or nothing.
+
+    Args:
+        prepend_bos: whether it does; None: as the tokenizer does by itself (Llama's, Gemma's, the embedded models', and
+            a HookedTransformer's as TransformerLens sets it up; not GPT-2's).
+
+    Raises:
+        ValueError: there is no BOS token to prepend.
+    """
+    bos = tokenizer.bos_token_id
+    if prepend_bos is None:
+        return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    if prepend_bos and bos is None:
+        raise ValueError("prepend_bos: the tokenizer has no BOS token")
+    return [bos] if prepend_bos else []
+
+
+def content(block_size: int, begin: Sequence[int]) -> int:
+    """How many tokens of text a block holds after what it begins with; ValueError if none."""
+    if block_size <= len(begin):
+        raise ValueError(f"block_size is {block_size}: a block begins with BOS, and at least one token more is needed")
+    return block_size - len(begin)
+
+
+def begun(begin: Sequence[int], blocks: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch begun_pos"]:
+    """Each block after what it begins with."""
+    return torch.cat([torch.tensor(begin, dtype=blocks.dtype).expand(len(blocks), -1), blocks], dim=1)
+
+
 def token_blocks(
-    tokenizer, documents: Iterable[Document], block_size: SupportsIndex, *, max_blocks: SupportsIndex | None = None
+    tokenizer,
+    documents: Iterable[Document],
+    block_size: SupportsIndex,
+    *,
+    max_blocks: SupportsIndex | None = None,
+    prepend_bos: bool | None = None,
 ) -> Int[Tensor, "batch pos"]:
     """Documents packed end to end (an end-of-text token after each text) and cut into equal blocks.
 
@@ -69,6 +104,7 @@ def token_blocks(
         documents: texts, or lists of token ids, which are taken as they are.
         block_size: positions per block; what is left over at the end is dropped.
         max_blocks: stop after that many blocks, reading no further.
+        prepend_bos: whether each block begins with the BOS token; None: where the tokenizer's texts do.
 
     Returns:
         Int[Tensor, "batch pos"] token ids.
@@ -84,17 +120,19 @@ def token_blocks(
     """
     block_size = whole(block_size, "block_size", least=1)
     max_blocks = None if max_blocks is None else whole(max_blocks, "max_blocks", least=1)
+    begin = begins_with(tokenizer, prepend_bos)
+    length = content(block_size, begin)
     ids: list[int] = []
     for document in token_stream(tokenizer, documents):
         ids.extend(document)
-        if max_blocks is not None and len(ids) >= max_blocks * block_size:
+        if max_blocks is not None and len(ids) >= max_blocks * length:
             break
-    n_blocks = len(ids) // block_size
+    n_blocks = len(ids) // length
     if max_blocks is not None:
         n_blocks = min(n_blocks, max_blocks)
     if n_blocks == 0:
         raise too_few(len(ids), block_size)
-    return torch.tensor(ids[: n_blocks * block_size]).view(n_blocks, block_size)
+    return begun(begin, torch.tensor(ids[: n_blocks * length]).view(n_blocks, length))
 
 
 def too_few(n_tokens: int, block_size: int) -> ValueError:
@@ -192,6 +230,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         name: as `documents_of`'s source; held in memory is what `buffer` blocks need, twice.
         buffer: blocks of a window; 1 keeps the order.
         passes: how often the data are read; what one pass leaves over begins the next. None: without end.
+        prepend_bos: as for `token_blocks`.
 
     Raises:
         ValueError: at once, as documents_of, or a number out of range; when iterated, as documents_of and token_stream.
@@ -207,9 +246,11 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         seed: SupportsIndex = 0,
         buffer: SupportsIndex = 1024,
         passes: SupportsIndex | None = 1,
+        prepend_bos: bool | None = None,
     ):
         self.name, self.tokenizer, self.split = name, tokenizer, split
-        self.block_size = whole(block_size, "block_size", least=1)
+        self.block_size, self._begin = whole(block_size, "block_size", least=1), begins_with(tokenizer, prepend_bos)
+        self._content = content(self.block_size, self._begin)
         self.seed, self.buffer = whole(seed, "seed", least=0), whole(buffer, "buffer", least=1)
         self.passes = None if passes is None else whole(passes, "passes", least=1)
         self._local = files_of(name, split=split) is not None
@@ -237,7 +278,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
 
     def _windows(self, window: int) -> Iterator[Int[np.ndarray, "n pos"]]:
         """The blocks of each window from this one on, in the data's order."""
-        size = self.buffer * self.block_size
+        size = self.buffer * self._content
         parts: list[np.ndarray] = []
         missing = size
         for n_pass, row, at, ids in self._documents(self._starts[window]):
@@ -246,15 +287,18 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
                 at += missing
                 window += 1
                 self._starts[window] = (n_pass, row, at)
-                yield np.concatenate(parts).reshape(-1, self.block_size)
+                yield self._blocks(np.concatenate(parts))
                 parts, missing = [], size
             parts.append(ids[at:])
             missing -= len(ids) - at
-        n_blocks = (size - missing) // self.block_size
+        n_blocks = (size - missing) // self._content
         if window == 0 and n_blocks == 0:
             raise too_few(size - missing, self.block_size)
         if n_blocks:
-            yield np.concatenate(parts)[: n_blocks * self.block_size].reshape(-1, self.block_size)
+            yield self._blocks(np.concatenate(parts)[: n_blocks * self._content])
+
+    def _blocks(self, ids: Int[np.ndarray, " pos"]) -> Int[np.ndarray, "n pos"]:
+        return begun(self._begin, torch.from_numpy(ids).view(-1, self._content)).numpy()
 
     def _documents(self, start: tuple[int, int, int]) -> Iterator[tuple[int, int, int, Int[np.ndarray, " pos"]]]:
         """(pass, document, its first token that counts, token ids) from there on."""

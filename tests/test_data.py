@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lnfree_interp import corpus, documents_of, read_corpus, read_documents, token_blocks
@@ -42,9 +42,20 @@ def tokenizer():
     return byte_tokenizer()
 
 
+def beginning_tokenizer() -> PreTrainedTokenizerFast:
+    """One whose texts begin with a BOS token, as Llama's do."""
+    made = byte_tokenizer()
+    made.bos_token = EOT
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{EOT} $A", special_tokens=[(EOT, made.eos_token_id)]
+    )
+    return made
+
+
 def stream_of(tokenizer, texts) -> list[int]:
     """Brute force: each text's ids and the end-of-text token, end to end."""
-    return [i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    return [i for text in ids for i in [*text, tokenizer.eos_token_id]]
 
 
 def rows_of(texts, tokenizer=None, column="text") -> list[dict]:
@@ -523,3 +534,33 @@ def test_a_stream_is_what_a_loader_reads(tokenizer, sources):
     stream = StreamedBlocks(sources["ids"], tokenizer, 8, buffer=4)
     loaded = [row for batch in torch.utils.data.DataLoader(stream, batch_size=3) for row in batch["input_ids"].tolist()]
     assert loaded == items(stream) and np.shape(loaded)[1] == 8
+
+
+@pytest.mark.parametrize("prepend_bos", [None, True, False])
+@pytest.mark.parametrize("own", [True, False])
+def test_blocks_begin_as_the_tokenizers_texts_do(prepend_bos, own, sources, tmp_path):
+    tokenizer = beginning_tokenizer() if own else byte_tokenizer()
+    tokenizer.bos_token = EOT
+    bos = [256] * (own if prepend_bos is None else prepend_bos)
+    stream, length = stream_of(tokenizer, TEXTS), 8 - len(bos)
+    wanted = [bos + stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+    assert token_blocks(tokenizer, TEXTS, 8, prepend_bos=prepend_bos).tolist() == wanted
+    kept = read_corpus(sources["texts"], tokenizer, 8, cache=tmp_path, prepend_bos=prepend_bos)
+    assert items(kept) == wanted and kept.blocks[1:3].tolist() == wanted[1:3]
+    streamed = StreamedBlocks(sources["texts"], tokenizer, 8, buffer=5, prepend_bos=prepend_bos)
+    assert sorted(items(streamed)) == sorted(wanted)
+    held, rest = streamed.set_aside(3)
+    assert held.tolist() == wanted[:3] and sorted(items(rest)) == sorted(wanted[3:])
+    assert items(StreamedBlocks(sources["texts"], tokenizer, 8, buffer=5, prepend_bos=not bos)) != items(streamed)
+
+
+def test_what_blocks_cannot_begin_with_is_said(tokenizer, sources, tmp_path):
+    for made in (
+        lambda **k: token_blocks(tokenizer, TEXTS, 8, **k),
+        lambda **k: StreamedBlocks(sources["texts"], tokenizer, 8, **k),
+        lambda **k: read_corpus(sources["texts"], tokenizer, 8, cache=tmp_path, **k),
+    ):
+        with pytest.raises(ValueError, match="prepend_bos: the tokenizer has no BOS token"):
+            made(prepend_bos=True)
+    with pytest.raises(ValueError, match="block_size is 1: a block begins with BOS"):
+        token_blocks(beginning_tokenizer(), TEXTS, 1)

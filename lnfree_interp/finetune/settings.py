@@ -178,7 +178,8 @@ def training_arguments(
     return {
         "output_dir": str(out),
         "max_steps": schedule.steps,
-        "use_cpu": device == "cpu",
+        # Said where there is nothing else too: in bfloat16 the Trainer wants to hear it.
+        "use_cpu": device == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": share // batch_size,
         "learning_rate": schedule.learning_rate,
