@@ -116,7 +116,7 @@ def token_blocks(
         >>> from lnfree_interp import load_model, token_blocks
         >>> tokenizer = load_model("tiny").tokenizer
         >>> token_blocks(tokenizer, ["It was the best of times,", "it was the worst of times."], block_size=5).shape
-        torch.Size([3, 5])
+        torch.Size([4, 5])
     """
     block_size = whole(block_size, "block_size", least=1)
     max_blocks = None if max_blocks is None else whole(max_blocks, "max_blocks", least=1)

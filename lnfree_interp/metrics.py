@@ -142,7 +142,7 @@ class Metric:
         >>> right = Metric("right_logit", lambda logits: logits[:, -1, 0])  # of the two answers' logits
         >>> model = load_model("tiny-noLN")
         >>> activation_patching(model, induction_pairs(model, 2, length=8), metric=right).values.shape
-        torch.Size([2, 4, 8])
+        torch.Size([2, 8, 8])
     """
 
     name: str

@@ -128,7 +128,7 @@ def load_model(
         >>> from lnfree_interp import load_model
         >>> model = load_model("tiny-noLN")
         >>> print(model.cfg.normalization_type, model.cfg.n_layers)
-        None 4
+        None 8
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     path = locate_checkpoint(name_or_path, revision)

@@ -80,8 +80,8 @@ def composition_scores(model: ModelOrName, kind: str) -> Float[Tensor, "layer he
         >>> from lnfree_interp import composition_scores
         >>> scores = composition_scores("tiny-noLN", "K")
         >>> layer, head = divmod(int(scores[0].amax((1, 2)).argmax()), 4)
-        >>> scores.shape, bool(scores[0].max() < 1), bool((scores[3] == 0).all())
-        (torch.Size([4, 4, 4, 4]), True, True)
+        >>> scores.shape, bool(scores[0].max() < 1), bool((scores[7] == 0).all())
+        (torch.Size([8, 4, 8, 4]), True, True)
     """
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} is unknown; allowed are {', '.join(KINDS)}")

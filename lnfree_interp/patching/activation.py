@@ -94,7 +94,7 @@ def activation_patching(
         >>> model = load_model("tiny-noLN")
         >>> effect = activation_patching(model, induction_pairs(model, 2, length=8), site="z")
         >>> effect.values.shape, effect.axes
-        (torch.Size([2, 4, 4]), ('prompt', 'layer', 'head'))
+        (torch.Size([2, 8, 4]), ('prompt', 'layer', 'head'))
     """
     model = as_model(model)
     pairs = as_pairs(pairs, model).to("cpu")

@@ -62,7 +62,7 @@ def attribution_patching(
         >>> model = load_model("tiny-noLN")
         >>> effect = attribution_patching(model, induction_pairs(model, 2, length=8), method="second_order")
         >>> effect.values.shape, effect.reliability.shape
-        (torch.Size([2, 4, 8]), torch.Size([2, 4, 8]))
+        (torch.Size([2, 8, 8]), torch.Size([2, 8, 8]))
     """
     estimate = estimate_of(method, options)
     model = as_model(model)

@@ -294,7 +294,7 @@ def patching_error(
         >>> exact = activation_patching(model, pairs)
         >>> error = patching_error(attribution_patching(model, pairs), exact, draws=50)
         >>> error.n_prompts + error.left_out, len(error.per_layer)
-        (8, 4)
+        (8, 8)
     """
     draws, seed = whole(draws, "draws", least=1), whole(seed, "seed", least=0)
     pair = compared(approximate, exact, normalize=normalize, least=least)

@@ -184,7 +184,7 @@ def screen(
         >>> pairs = induction_pairs(model, 4, length=8)
         >>> found = screen(model, pairs, method="gradient", against="integrated", budget=2)
         >>> found.spent <= 2, found.fixed.shape
-        (True, torch.Size([4, 4, 8]))
+        (True, torch.Size([4, 8, 8]))
     """
     estimate, other = estimate_of(method, options), None if against is None else estimate_of(against, {})
     model = as_model(model)

@@ -72,7 +72,7 @@ def edge_attribution(
         >>> model = load_model("tiny-noLN")
         >>> effect = edge_attribution(model, induction_pairs(model, 2, length=8))
         >>> effect.values.shape, int(effect.edges.sum())
-        (torch.Size([2, 21, 53]), 479)
+        (torch.Size([2, 41, 105]), 1997)
         >>> effect.table(3).columns.tolist()
         ['sender', 'receiver', 'effect', 'low', 'high']
     """

@@ -63,7 +63,7 @@ def screen_edges(
         >>> model = load_model("tiny-noLN")
         >>> found = screen_edges(model, induction_pairs(model, 4, length=8), budget=3)
         >>> found.spent <= 3, found.fixed.shape
-        (True, torch.Size([4, 21, 53]))
+        (True, torch.Size([4, 41, 105]))
     """
     model = as_model(model)
     pairs = as_pairs(pairs, model)

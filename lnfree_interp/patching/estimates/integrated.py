@@ -33,7 +33,7 @@ class Integrated(Estimate):
         >>> from lnfree_interp import attribution_patching, induction_pairs, load_model
         >>> model = load_model("tiny-noLN")
         >>> attribution_patching(model, induction_pairs(model, 2, length=8), method=Integrated(steps=2)).values.shape
-        torch.Size([2, 4, 8])
+        torch.Size([2, 8, 8])
     """
 
     steps: int = 5
