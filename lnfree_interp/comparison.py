@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .arguments import shown
 from .lens import LensModel, ModelOrName
 from .models import as_model
 from .results import Result, drawing
@@ -125,7 +126,7 @@ def _function(measure: Callable[..., Any] | str) -> Callable[..., Any]:
         package: Any = importlib.import_module(__package__)
         found = getattr(package, measure, None) if measure in package.__all__ else None
     if not callable(found) or isinstance(found, type):
-        raise ValueError(f"measure must be a function of a model, or the name of a public one, not {measure!r}")
+        raise ValueError(f"measure must be a function of a model, or the name of a public one, not {shown(measure)}")
     return found
 
 

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .batching import Progress, whole
-from .data import Blocks, hash_of, token_stream, tokenizer_hash, too_few
+from .arguments import as_path, as_text, listener, whole
+from .batching import Progress
+from .data import Blocks, check_tokenizer, hash_of, token_stream, tokenizer_hash, too_few
 from .documents import Document, documents_of, documents_of_rows, files_of, hub_dataset, kind_of
 
 # Part of every key: to be raised when what is written changes.
@@ -94,11 +95,15 @@ def read_corpus(
     from datasets import config
 
     block_size = whole(block_size, "block_size", least=1)
-    given = [sources] if isinstance(sources, (str, Path)) else [*sources]
+    several = [sources] if isinstance(sources, str) or not isinstance(sources, Iterable) else sources
+    given = [as_path(source, "sources") for source in several]
+    as_text(split, "split")
+    listener(progress)
+    check_tokenizer(tokenizer)
     if not given:
         raise ValueError("there is no source to read a corpus from")
     parts = [_Source(source, split) for source in given]
-    folder = Path(config.HF_DATASETS_CACHE) / "lnfree_interp" if cache is None else Path(cache)
+    folder = Path(config.HF_DATASETS_CACHE) / "lnfree_interp" if cache is None else Path(as_path(cache, "cache"))
     entry = folder / hash_of(FORMAT, tokenizer_hash(tokenizer), [part.content for part in parts])
     if not entry.exists() or _damage(entry):
         documents = (document for part in parts for document in part.documents())

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice, pairwise
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .batching import whole
+from .arguments import kind, whole
 from .documents import Document, documents_of, files_of
 
 EOT = "<|endoftext|>"
@@ -82,6 +82,9 @@ def token_blocks(
         >>> token_blocks(tokenizer, ["It was the best of times,", "it was the worst of times."], block_size=5).shape
         torch.Size([3, 5])
     """
+    check_tokenizer(tokenizer)
+    if not isinstance(documents, Iterable) or isinstance(documents, (Mapping, Tensor)):
+        raise ValueError(f"documents must be texts, or lists of token ids, not {kind(documents)}")
     block_size = whole(block_size, "block_size", least=1)
     max_blocks = None if max_blocks is None else whole(max_blocks, "max_blocks", least=1)
     ids: list[int] = []
@@ -95,6 +98,12 @@ def token_blocks(
     if n_blocks == 0:
         raise too_few(len(ids), block_size)
     return torch.tensor(ids[: n_blocks * block_size]).view(n_blocks, block_size)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise ValueError unless this is a tokenizer of Hugging Face's."""
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise ValueError(f"tokenizer must be one of Hugging Face's transformers, not {kind(tokenizer)}")
 
 
 def too_few(n_tokens: int, block_size: int) -> ValueError:

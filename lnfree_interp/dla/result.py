@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import text_or_none, whole
 from ..batching import indices
 from ..results import Picture, Prompts, Result, by, counted, drawing
 
@@ -104,7 +105,7 @@ class LogitAttribution(Result):
         with drawing():
             from ..figures.dla import attribution_figure
 
-        return attribution_figure(self, kind, prompt, position, top)
+        return attribution_figure(self, text_or_none(kind, "kind"), prompt, position, whole(top, "top", least=1))
 
     def text(self, component: str | None = None, *, prompt: int = 0) -> Picture:
         """The prompt as running text, each token on a background by what a component contributes there.
@@ -119,7 +120,7 @@ class LogitAttribution(Result):
         """
         from ..figures.pictures import logits_as_text
 
-        return Picture(logits_as_text(self, component, prompt))
+        return Picture(logits_as_text(self, text_or_none(component, "component"), prompt))
 
     def table(self):
         """One row per component: mean, mean absolute value and standard deviation in logits, largest first."""
@@ -222,7 +223,7 @@ class ReaderAttribution(Result):
         with drawing():
             from ..figures.dla import readers_figure
 
-        return readers_figure(self, self._reader(reader), prompt, position, top)
+        return readers_figure(self, self._reader(reader), prompt, position, whole(top, "top", least=1))
 
     def text(
         self, reader: int | str = 0, *, component: str | None = None, prompt: int = 0, position: int = -1
@@ -245,7 +246,9 @@ class ReaderAttribution(Result):
         """
         from ..figures.pictures import sources_as_text
 
-        return Picture(sources_as_text(self, self._reader(reader), component, prompt, position))
+        return Picture(
+            sources_as_text(self, self._reader(reader), text_or_none(component, "component"), prompt, position)
+        )
 
     def _reader(self, reader: int | str) -> int:
         if isinstance(reader, str):

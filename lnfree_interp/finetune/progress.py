@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import Any
 
+from ..arguments import number, one_of, whole
 from ..schedule import TREATMENTS, Event, RemovalSchedule, RemovalState
 
 
@@ -57,14 +59,14 @@ class Guard:
     rollbacks: int = 3
 
     def __post_init__(self):
-        if not self.multiple > 1:
-            raise ValueError(f"multiple is {self.multiple}, not above 1")
+        number(self.multiple, "multiple", above=1)
         for name, least in (("patience", 0), ("wait", 1), ("rollbacks", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, not at least {least}")
+            whole(getattr(self, name), name, least=least)
 
     def is_good(self, loss: float, baseline: float) -> bool:
         """Whether a loss (nats) is finite and not suspect."""
+        for name, value in (("loss", loss), ("baseline", baseline)):
+            one_of(value, name, Real, "a number")
         return math.isfinite(loss) and loss <= self.multiple * baseline
 
 

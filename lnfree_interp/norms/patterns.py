@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import text_or_none, whole
 from ..batching import Places, Tokens, check_tokens, indices
 from ..forward import run
 from ..lens import ModelOrName
@@ -59,7 +60,7 @@ class AttentionPatterns(Result):
         with drawing():
             from ..figures.views import patterns_figure
 
-        return patterns_figure(self, head, prompt)
+        return patterns_figure(self, text_or_none(head, "head"), prompt)
 
     def circuitsvis(self, layer: int = 0, *, prompt: int = 0) -> Any:
         """A layer's heads as the package circuitsvis shows them in a notebook.
@@ -68,6 +69,7 @@ class AttentionPatterns(Result):
             ValueError: a layer none of whose heads is here, a prompt that is not there.
             ImportError: there is no circuitsvis.
         """
+        layer = whole(layer, "layer", least=0)
         try:
             from circuitsvis.attention import attention_heads  # type: ignore[import-not-found]
         except ModuleNotFoundError as error:

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..batching import Places, indices, whole
+from ..arguments import whole
+from ..batching import Places, indices
 from ..lens import LensModel, ModelOrName
 from ..results import Prompts
 
