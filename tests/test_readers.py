@@ -566,3 +566,23 @@ def test_what_a_model_does_not_have(model_of):
         attribution_to(pythia, tokens, Reader.direction(0, DIRECTION, "resid_mid"))
     with pytest.raises(ValueError, match="caps its logits"):
         attribution_to(make_model("LNPre", output_logits_soft_cap=30.0), tokens, Reader.logits())
+
+
+@pytest.mark.parametrize("more", [{}, {"by": "source"}, {"top": 3}, {"by": "source", "top": 3}], ids=str)
+def test_cells_hold_every_number_with_its_names(random_model, more):
+    model = random_model("LNPre")
+    tokens = random_tokens(model, batch=2, pos=5)
+    result = attribution_to(model, tokens, Reader.query(1, 0), positions=[4, 1], **more)
+    cells = result.cells()
+    assert len(cells) == result.values.numel() + result.bias.numel() and not cells.isna().any().any()
+    of_one = cells[(cells.reader == result.readers[2]) & (cells.prompt == 1) & (cells.position == 1)]
+    values = result.values[2, :, 1, 1].double()
+    assert of_one.value.sum() == pytest.approx(float(values.sum() + result.bias[2, 1, 1]))
+    assert set(of_one.token) == {str(int(tokens[1, 1]))} and of_one.component.iloc[-1] == "bias"
+    if "top" in more:
+        names = [result.labels[i] for i in result.senders[2, :, 1, 1].tolist()]
+        assert of_one.component.tolist() == [*names, "bias"]
+        where = [] if result.sources is None else [*result.sources[2, :, 1, 1].tolist(), 1]
+    else:
+        where = [*range(5)] * len(result.labels) + [1] if "by" in more else []
+    assert (of_one.source.tolist() if where else []) == where

@@ -270,6 +270,39 @@ class ReaderAttribution(Result):
         table = pd.DataFrame(rows)
         return table.sort_values("mean_abs", ascending=False, ignore_index=True)
 
+    def cells(self):
+        """One row per number: reader, component, prompt, position, token, by source source and source_token, value.
+
+        Each reader's bias is a component of its own, the last; its source is its own position.
+        """
+        import numpy as np
+        import pandas as pd
+
+        n = self.bias.shape  # [reader, batch, pos]
+        reader, component, prompt, at, *source = np.indices(tuple(self.values.shape)).reshape(self.values.ndim, -1)
+        if self.senders is not None:
+            component = self.senders.flatten().cpu().numpy()
+        if self.sources is not None:
+            source = [self.sources.flatten().cpu().numpy()]
+        position = np.asarray(self.positions, dtype=int)
+        bias = np.indices(tuple(n)).reshape(3, -1)
+        reader, prompt, at = (np.concatenate(both) for both in zip((reader, prompt, at), bias))
+        names = np.array([*self.labels, "bias"])
+        columns = {
+            "reader": np.array(self.readers)[reader],
+            "component": names[np.concatenate([component, np.full(n.numel(), len(self.labels))])],
+            "prompt": prompt,
+            "position": position[at],
+        }
+        places = {"token": columns["position"]}
+        if source:
+            places["source_token"] = columns["source"] = np.concatenate([source[0], position[bias[2]]])
+        if self.prompts is not None:
+            words = np.array(self.prompts.strings, dtype=object)
+            columns |= {name: words[prompt, where] for name, where in places.items()}
+        values = torch.cat([self.values.flatten(), self.bias.flatten()]).cpu().double().numpy()
+        return pd.DataFrame(columns | {"value": values})
+
     def _rows(self) -> dict:
         values = self.values.sum(-1) if self.by_source else self.values
         flat = values.flatten(2)

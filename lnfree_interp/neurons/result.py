@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from ..arguments import whole
+from ..arguments import as_text, whole
 from ..batching import indices
 from ..results import Picture, Prompts, Result, by, counted, drawing
 
