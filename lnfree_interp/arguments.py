@@ -45,8 +45,9 @@ def number(
     Raises:
         ValueError: no number, nan, or one that is not from `least` (or above `above`) to `most` (or below `below`).
     """
-    ends = {" from {} up": least, " above {}": above, " to {}": most, " below {}": below}
-    wanted = f"{what} must be a number" + ",".join(end.format(x) for end, x in ends.items() if x is not None)
+    ends = {"of at least": least, "above": above, "at most": most, "below": below}
+    wanted = f"{what} must be a number " + " and ".join(f"{end} {x}" for end, x in ends.items() if x is not None)
+    wanted = wanted.rstrip()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{wanted}, not {kind(value)}")
     x = float(value)
@@ -63,7 +64,7 @@ def switch(value: object, what: str) -> bool:
     Raises:
         ValueError: something else.
     """
-    if not (isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")):  # numpy's too
+    if not (isinstance(value, bool) or type(value).__name__ in ("bool", "bool_")):  # numpy's too
         raise ValueError(f"{what} must be True or False, not {shown(value)}")
     return bool(value)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex, TypeGuard
 
 import numpy as np
@@ -250,8 +250,7 @@ def target_ids(model: LensModel, targets: Targets, n_batch: int, what: str = "ta
 
 def check_places(which: object, what: str) -> None:
     """Raise ValueError unless this may name places: of how many is not asked."""
-    n = len(which) if isinstance(which, Sized) and not isinstance(which, str) else 0  # a mask's
-    _places(which, n, f"{what} must be an integer, a slice, a list of integers or a mask")
+    _places(which, None, f"{what} must be an integer, a slice, a list of integers or a mask")
 
 
 def check_rows(rows: object, what: str) -> None:
@@ -261,13 +260,17 @@ def check_rows(rows: object, what: str) -> None:
     check_places(rows, what)
 
 
-def _places(which: object, n: int, wanted: str) -> np.ndarray:
-    """The places as they are named, masks resolved."""
+def _places(which: object, n: int | None, wanted: str) -> np.ndarray:
+    """The places as they are named, masks resolved; n None: of any number."""
     try:
-        array = np.arange(n)[which] if isinstance(which, slice) else np.atleast_1d(_array(which))
+        array = np.arange(n or 0)[which] if isinstance(which, slice) else np.atleast_1d(_array(which))
     except (ValueError, TypeError):  # lists of unequal lengths, slices that are none
         raise ValueError(f"{wanted}, not such a {type(which).__name__}") from None
-    if array.dtype == bool and array.shape == (n,) and not isinstance(which, (bool, np.bool_)):
+    if (
+        array.dtype == bool
+        and array.shape == (array.size if n is None else n,)
+        and not isinstance(which, (bool, np.bool_))
+    ):
         array = array.nonzero()[0]
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise ValueError(f"{wanted}, not {type(which).__name__} of {array.dtype} {list(array.shape)}")

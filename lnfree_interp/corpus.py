@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -95,7 +95,7 @@ def read_corpus(
     from datasets import config
 
     block_size = whole(block_size, "block_size", least=1)
-    several = [sources] if isinstance(sources, str) or not isinstance(sources, Iterable) else sources
+    several = [sources] if isinstance(sources, (str, Mapping)) or not isinstance(sources, Iterable) else sources
     given = [as_path(source, "sources") for source in several]
     as_text(split, "split")
     listener(progress)

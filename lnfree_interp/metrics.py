@@ -31,7 +31,7 @@ def _logits(value: Any, what: str = "logits", n_axes: int | None = None) -> Tens
     if not isinstance(value, Tensor) or not value.is_floating_point():
         given = value.dtype if isinstance(value, Tensor) else kind(value)
         raise ValueError(f"{what} must be a tensor of fractions {wanted}, not {given}")
-    if value.ndim == 0 or 0 in value.shape[1:] or n_axes not in (None, value.ndim):
+    if value.ndim == 0 or n_axes not in (None, value.ndim) or 0 in value.shape[-2 if n_axes else -1 :]:
         raise ValueError(f"{what} have shape {list(value.shape)}, wanted is {wanted}")
     return value
 
@@ -180,7 +180,7 @@ class Metric:
             raise ValueError(f"metric {self.name}: context must be a tuple of tensors, not {kind(self.context)}")
         if self.positions is not None:
             several = self.positions if isinstance(self.positions, (tuple, list)) else (self.positions,)
-            object.__setattr__(self, "positions", tuple(whole(p, "one of positions") for p in several))
+            object.__setattr__(self, "positions", tuple(whole(p, "a position") for p in several))
 
     def __call__(self, logits: Float[Tensor, "prompt pos d_vocab"], pairs) -> Float[Tensor, " prompt"]:
         """The metric of full logits.

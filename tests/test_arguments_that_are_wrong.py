@@ -271,7 +271,7 @@ ANYTHING = {
 ALSO_CALLED = {
     "prompt": "tokens", "name_or_path": "model", "n": "units|neuron", "head": "units|head", "rows": "pair",
     "prompts": "prompt", "documents": "document", "reader": "reader", "logits_a": "logits", "logits_b": "logits",
-    "other": "logits", "queries": "query", "only": "mask",
+    "other": "logits", "queries": "query", "only": "mask", "dataset": "text",
 }  # fmt: skip
 
 

@@ -507,7 +507,7 @@ BAD = [
     ((Reader.query, 1, 0, [1.0, 2.0]), {}, "the direction has 2 numbers, d_head is 8"),
     ((Reader.direction, 1, torch.ones(3, 23)), {}, "the direction has 23 numbers, d_model is 24"),
     ((Reader.neuron, 0), {"positions": 7}, "position 7 is out of range: the tokens reach from 0 to 6"),
-    ((Reader.neuron, 0), {"by": "layer"}, "by='layer' is unknown; allowed are component, head, neuron, source"),
+    ((Reader.neuron, 0), {"by": "layer"}, "unknown by 'layer'; allowed are component, head, neuron, source"),
     ((Reader.neuron, 0), {"top": 0}, "top is 0"),
     ((Reader.neuron, 0), {"senders": []}, "senders name no component"),
     ((Reader.neuron, 0, 17), {"senders": ["L0.mlp"]}, "sender L0.mlp comes after its reader L0N17; .* L0.attn"),
@@ -534,7 +534,7 @@ def test_bad_input_is_one_line_that_names_it(random_model, function, reader, arg
     [
         (
             lambda: Reader.direction(1, DIRECTION, "resid_post"),
-            "'resid_post' is unknown; allowed are resid_pre, resid_mid",
+            "unknown site 'resid_post'; allowed are resid_pre, resid_mid",
         ),
         (lambda: Reader.direction(None, DIRECTION), "site='resid_pre' wants a layer"),
         (lambda: Reader.direction(1, DIRECTION, "final"), "site='final' has no layer: give None"),

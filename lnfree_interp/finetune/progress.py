@@ -59,9 +59,11 @@ class Guard:
     rollbacks: int = 3
 
     def __post_init__(self):
-        number(self.multiple, "multiple", above=1)
+        if not number(self.multiple, "multiple") > 1:
+            raise ValueError(f"multiple is {self.multiple}, not above 1")
         for name, least in (("patience", 0), ("wait", 1), ("rollbacks", 0)):
-            whole(getattr(self, name), name, least=least)
+            if whole(getattr(self, name), name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, not at least {least}")
 
     def is_good(self, loss: float, baseline: float) -> bool:
         """Whether a loss (nats) is finite and not suspect."""

@@ -306,7 +306,8 @@ def remove_layernorm(
     check_saved(model, "model")
     check_saved(tokenizer, "tokenizer")
     one_of(schedule, "schedule", RemovalSchedule, "a RemovalSchedule")
-    if not hasattr(dataset, "__getitem__") or isinstance(dataset, (str, Mapping, Tensor)) or not len(dataset):
+    read = hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")
+    if not read or isinstance(dataset, (str, Mapping, Tensor)):
         raise ValueError(f"dataset must be blocks of token ids, such as data.Blocks, not {kind(dataset)}")
     out, seed, resume = Path(as_path(out, "out")), whole(seed, "seed", least=0), switch(resume, "resume")
     guard = Guard() if guard is None else one_of(guard, "guard", Guard, "a Guard")
@@ -315,7 +316,7 @@ def remove_layernorm(
     if note is not None:
         one_of(note, "note", dict, "a dict")
     if held_out is not None and not isinstance(held_out, Tensor):
-        held_out = whole(held_out, "held_out", least=1)
+        held_out = whole(held_out, "held_out", least=0)
     elif held_out is not None:
         as_ids(held_out, "held_out")
     if control is not None:
