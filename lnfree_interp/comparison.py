@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .arguments import shown
+from .arguments import as_text, shown
 from .lens import LensModel, ModelOrName
 from .models import as_model
 from .results import Result, drawing
@@ -30,7 +30,7 @@ class Comparison(Result):
     measure: str
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.results:
+        if as_text(name, "name") not in self.results:
             raise KeyError(f"there is no model {name!r}; there are {', '.join(self.results)}")
         return self.results[name]
 

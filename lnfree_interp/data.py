@@ -26,12 +26,18 @@ EOT = "<|endoftext|>"
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 2**20
 
 
+DOCUMENTS = "documents must be texts, or lists of token ids"
+
+
 def token_stream(tokenizer, documents: Iterable[Document]) -> Iterator[list[int]]:
     """Token ids of each document (a text by itself is one): a text's, then the end-of-text token, or those given.
 
     Raises:
         ValueError: ids that are not the tokenizer's; a text, and the tokenizer has no end-of-text token.
     """
+    if not isinstance(documents, Iterable) or isinstance(documents, (Mapping, Tensor)):
+        raise ValueError(f"{DOCUMENTS}, not {kind(documents)}")
+    check_tokenizer(tokenizer)
     eot, n_vocab = tokenizer.eos_token_id, len(tokenizer)
     chunk: list[str] = []
     characters = 0
@@ -43,6 +49,8 @@ def token_stream(tokenizer, documents: Iterable[Document]) -> Iterator[list[int]
         return ([*document, eot] for document in ids)
 
     for document in [documents] if isinstance(documents, str) else documents:
+        if not isinstance(document, (str, list)):
+            raise ValueError(f"{DOCUMENTS}, not {kind(document)}")
         ready = chunk and (isinstance(document, list) or characters + len(document) > BATCH_CHARACTERS)
         if ready or len(chunk) == BATCH_DOCUMENTS:
             yield from encode()
@@ -82,9 +90,6 @@ def token_blocks(
         >>> token_blocks(tokenizer, ["It was the best of times,", "it was the worst of times."], block_size=5).shape
         torch.Size([3, 5])
     """
-    check_tokenizer(tokenizer)
-    if not isinstance(documents, Iterable) or isinstance(documents, (Mapping, Tensor)):
-        raise ValueError(f"documents must be texts, or lists of token ids, not {kind(documents)}")
     block_size = whole(block_size, "block_size", least=1)
     max_blocks = None if max_blocks is None else whole(max_blocks, "max_blocks", least=1)
     ids: list[int] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..arguments import as_path, one_of, switch
+from ..arguments import as_path, as_text, one_of, switch
 from ..batching import check_next_token, encode, one_token
 from ..documents import read_json_lines, read_text
 from ..lens import LensModel, ModelOrName
@@ -47,7 +47,8 @@ def pairs_from_text(
     bos = bos_of(model) if switch(prepend_bos, "prepend_bos") else []
     if isinstance(rows, str) or not isinstance(rows, Iterable):
         raise ValueError(f"rows must be pairs of four texts each, not {type(rows).__name__}")
-    one_of(places, "places", (list, tuple), "a list of texts")
+    for place in one_of(places, "places", (list, tuple), "a list of texts"):
+        as_text(place, "each of places")
     groups: dict[int, list[tuple[list[int], list[int], list[int]]]] = {}
     for i, row in enumerate(rows):
         try:

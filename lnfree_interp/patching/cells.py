@@ -179,7 +179,7 @@ def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layer
         "neuron": cfg.d_mlp,
     }[row.unit] or cfg.n_heads
     if units is not None and row.positional:
-        raise ValueError(f"site {site!r} has positions, neither heads nor neurons to choose from")
+        raise ValueError(f"units: site {site!r} has positions, neither heads nor neurons to choose from")
     units = _named("units", units, available, row.unit, f"a layer's {row.unit}s")
     # What hooks of a user's do is not known: they may mix positions.
     causal = getattr(cfg, "attention_dir", "causal") == "causal" and not own_hooks(model)

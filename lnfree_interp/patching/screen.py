@@ -114,6 +114,7 @@ class Screening(Result):
         """The effects, and below them the estimates, as a figure of plotly."""
         both = (self.effect, self.estimate)
         name = "" if self.prompts is None else self.prompts.model
+        title = text_or_none(title, "title")
         with drawing():
             from ..figures.edges import edge_heatmaps
             from ..figures.patching import patching_heatmaps
@@ -123,7 +124,7 @@ class Screening(Result):
             panels = {(e.method, name): e for e in both if isinstance(e, EdgeEffect)}
             return edge_heatmaps(panels, unit=unit_of(self.effect.metric), title=told)
         cells = {(e.method, name): e for e in both if isinstance(e, PatchingEffect)}
-        return patching_heatmaps(cells, title=text_or_none(title, "title"))
+        return patching_heatmaps(cells, title=title)
 
 
 def screen(

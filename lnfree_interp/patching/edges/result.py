@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...arguments import sampling, whole
+from ...arguments import sampling, text_or_none, whole
 from ...batching import check_rows
 from ...pairs import PairedPrompts
 from ...results import Result, counted, drawing
@@ -123,5 +123,6 @@ class EdgeEffect(Result):
             from ...figures.edges import edge_heatmaps
 
         name = "" if self.prompts is None else self.prompts.model
+        text_or_none(title, "title")
         told = f"{self.metric} with an edge patched, {self.direction}" if title is None else title
         return edge_heatmaps({(self.method, name): self}, unit=unit_of(self.metric), title=told)
