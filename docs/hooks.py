@@ -210,7 +210,9 @@ def shown_output(output: Mapping) -> str:
         return f'<img alt="" src="data:image/png;base64,{"".join(data["image/png"].split())}">'
     if "text/markdown" in data:
         return data["text/markdown"]
-    if "text/html" in data and "<iframe" not in data["text/html"]:
+    if "text/html" in data and "<iframe" in data["text/html"]:
+        return "*Here the notebook shows a page to hover and click: see [attribution graphs](../graphs.md).*"
+    if "text/html" in data:
         return plain_block(data["text/html"], "output")
     return fenced(data["text/plain"], "text") if "text/plain" in data else ""
 
@@ -224,7 +226,7 @@ def executed(path: Path):
 
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as empty:
-        NotebookClient(notebook, timeout=900, resources={"metadata": {"path": empty}}).execute()
+        NotebookClient(notebook, timeout=900, coalesce_streams=True, resources={"metadata": {"path": empty}}).execute()
     return notebook
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,7 +14,7 @@ from ..batching import Places, Tokens, check_tokens, indices
 from ..forward import run
 from ..lens import ModelOrName
 from ..models import as_model
-from ..results import Prompts, Result, by, counted, drawing
+from ..results import Picture, Prompts, Result, by, counted, drawing
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,8 +61,10 @@ class AttentionPatterns(Result):
 
         return patterns_figure(self, text_or_none(head, "head"), prompt)
 
-    def circuitsvis(self, layer: int = 0, *, prompt: int = 0) -> Any:
-        """A layer's heads as the package circuitsvis shows them in a notebook.
+    def circuitsvis(self, layer: int = 0, *, prompt: int = 0) -> Picture:
+        """A layer's heads as the package circuitsvis (1.43) shows them in a notebook, with its script in the page.
+
+        By itself that package asks a host whether there is a network, and then takes its script from a CDN.
 
         Raises:
             ValueError: a layer none of whose heads is here, a prompt that is not there.
@@ -83,7 +84,8 @@ class AttentionPatterns(Result):
         at = indices(prompt, n, "prompt", range(n), "the prompts")[0]
         names = [self.labels[i] for i in chosen]
         tokens = list(self.prompts.strings[at])
-        return attention_heads(attention=self.values[chosen, at], tokens=tokens, attention_head_names=names)
+        shown = attention_heads(attention=self.values[chosen, at], tokens=tokens, attention_head_names=names)
+        return Picture(shown.local_src)
 
     def table(self):
         """One row per head, prompt, query and key from the first to the query: head, prompt, query, key, query_token,
