@@ -267,6 +267,7 @@ ANYTHING = {
     ("Guard.is_good", "baseline"): "the run's own",
     ("Metric", "tokens"): "token ids of any make, held against the pairs when it is used",
     ("save_checkpoint", "state"): "what JSON holds",
+    ("PromptPairs.to", "device"): "any device of torch's, which says in a line what it has",
     ("as_pairs", "model"): "read where pairs are texts",
     ("as_pairs", "pairs"): "what it is asked to tell; tests of pairs have its errors",
     ("PromptPairs", "tokenizer"): "anything that decodes; asked only when texts are shown",
@@ -275,7 +276,7 @@ ANYTHING = {
 ALSO_CALLED = {
     "prompt": "tokens", "name_or_path": "model", "n": "units|neuron", "head": "units|head", "rows": "pair",
     "prompts": "prompt", "documents": "document", "reader": "reader", "logits_a": "logits", "logits_b": "logits",
-    "other": "logits", "queries": "query", "only": "mask", "dataset": "text",
+    "other": "logits", "queries": "query", "only": "mask", "dataset": "text", "name": "preset",
 }  # fmt: skip
 
 
