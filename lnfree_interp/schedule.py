@@ -147,8 +147,8 @@ class RemovalSchedule:
             raise ValueError(f"{self.tokens_per_step} tokens per step are no multiple of {self.block_size}")
         if not 0 <= self.min_learning_rate <= self.learning_rate or not self.learning_rate > 0:
             raise ValueError(
-                f"learning rate {self.learning_rate:g} -> {self.min_learning_rate:g} is none: learning_rate must be above "
-                "0, min_learning_rate from 0 to that"
+                f"learning rate {self.learning_rate:g} -> {self.min_learning_rate:g} is none: learning_rate must be "
+                "above 0, min_learning_rate from 0 to that"
             )
 
     @classmethod
