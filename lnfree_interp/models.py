@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import lens
+from .arguments import one_of
 from .checkpoints import Checkpoint, open_checkpoint
 from .families import GPT2
 from .folding import fold
@@ -79,7 +80,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device)
+        device = torch.device(one_of(device, "device", (str, torch.device), "cpu, cuda, cuda:N or mps"))
     except RuntimeError:
         raise ValueError(f"unknown device {device!r}; allowed are cpu, cuda, cuda:N, mps") from None
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...arguments import listener
 from ...batching import Progress
 from ...lens import ModelOrName
 from ...metrics import logit_diff
@@ -33,7 +34,7 @@ def edge_attribution(
     metric: MetricLike = logit_diff,
     method: Estimate | str = "gradient",
     direction: str = "denoising",
-    max_memory: int | None = None,
+    max_memory: float | int | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> EdgeEffect:
@@ -76,7 +77,7 @@ def edge_attribution(
         >>> effect.table(3).columns.tolist()
         ['sender', 'receiver', 'effect', 'low', 'high']
     """
-    estimate = _estimate(method, options)
+    estimate, progress = _estimate(method, options), listener(progress)
     model = as_model(model)
     pairs = as_pairs(pairs, model).to("cpu")
     prompts = PairedPrompts.of_pairs(pairs, model)
