@@ -164,7 +164,9 @@ def draw(table: pd.DataFrame) -> go.Figure:
 
     kinds, names, methods = (list(table[c].unique()) for c in ("pairs", "model", "method"))
     counts = table.groupby("pairs").prompts.first()
-    titles = [t for k in kinds for t in (f"{k} ({counts[k]} prompts): gradient, by layer", f"{k}: all layers, by method")]
+    titles = [
+        t for k in kinds for t in (f"{k} ({counts[k]} prompts): gradient, by layer", f"{k}: all layers, by method")
+    ]
     fig = make_subplots(
         rows=len(kinds),
         cols=2,

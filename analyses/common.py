@@ -300,7 +300,7 @@ def read_table(path: Path):
 
 
 def save_figures(figures: Mapping[Path, object]) -> None:
-    """path without suffix -> figure: each as .html, and if there is a browser .png and, for narrow pages, -narrow.png."""
+    """path without suffix -> figure: each as .html; where there is a browser, also .png and -narrow.png."""
     import plotly.graph_objects as go
 
     from lnfree_interp.figures.style import WIDTH

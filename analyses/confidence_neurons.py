@@ -111,7 +111,9 @@ def draw(table: pd.DataFrame) -> go.Figure:
     nats = "mean |change of loss| (nats)"
     shown = table.loss_abs[table.kind.isin(["single", "scan"])]
     fig.update_yaxes(title_text=nats, **log_axis(shown), row=1, col=1)
-    fig.update_xaxes(tickangle=0 if len(names) <= 3 and max(map(len, names)) <= 12 else -90, automargin=True, row=1, col=1)
+    fig.update_xaxes(
+        tickangle=0 if len(names) <= 3 and max(map(len, names)) <= 12 else -90, automargin=True, row=1, col=1
+    )
     fig.update_yaxes(title_text=nats, rangemode="tozero", title_standoff=4, row=1, col=2)
     fig.update_yaxes(title_text="change of entropy (%)", tickformat="~g", title_standoff=4, row=1, col=3)
     fig.update_xaxes(title_text="neurons ablated", dtick=max(1, len(top) // 8), row=1, col=3)

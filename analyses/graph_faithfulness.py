@@ -287,8 +287,8 @@ def draw(table: pd.DataFrame) -> go.Figure:
     from lnfree_interp.figures.style import colour, line, styled
 
     names, table = list(table.model.unique()), table.assign(what=table.what.astype(str))
-    titles = (*(f"effects on the logit{', ' + r if r != READOUTS[0] else ''}" for r in READOUTS), "")
-    titles = (*titles[:2], "a graph's nodes alone<br>(dotted: as many at random)")
+    titles = ("effects on the logit", "effects on it less the runner-up's")
+    titles += ("a graph's nodes alone<br>(dotted: as many at random)",)
     fig = make_subplots(cols=3, column_widths=[0.35, 0.35, 0.3], horizontal_spacing=0.1, subplot_titles=titles)
     for i, name in enumerate(names):
         part = table[table.model == name]
@@ -301,7 +301,7 @@ def draw(table: pd.DataFrame) -> go.Figure:
             fig.add_bar(**bar, error_y=bars, **look, row=1, col=col)
         for measure, dash in (("same", {}), ("same_random", {"dash": "dot"})):
             rows = part[(part.measure == measure) & (part.readout == READOUTS[0])]
-            x = [100 * float(what) + 0.6 * i for what in rows.what]  # side by side
+            x = [n + 0.13 * (i - (len(names) - 1) / 2) for n in range(len(rows))]  # side by side
             bars = common.bars(rows.value, rows.low, rows.high) | {"thickness": 1, "width": 2}
             hover = "%{text:.0%} of the influence: same prediction on %{y:.0%} of prompts<extra>"
             hover += name + ", as many at random" * bool(dash) + "</extra>"
@@ -314,7 +314,9 @@ def draw(table: pd.DataFrame) -> go.Figure:
         fig.update_yaxes(title_text="sum |effect - real| / sum |real|", title_standoff=4, row=1, col=col)
     fig.update_yaxes(title_text="same prediction (prompts)", title_standoff=4, row=1, col=3)
     fig.update_yaxes(tickformat=".0%", range=[0, 1.02], row=1, col=3)
-    fig.update_xaxes(title_text="share of the influence (%)", row=1, col=3)
+    shares = [f"{100 * float(what):g}%" for what in table.what[table.measure == "same"].unique()]
+    ticks = {"tickvals": list(range(len(shares))), "ticktext": shares, "zeroline": False}
+    fig.update_xaxes(title_text="share of the influence kept", **ticks, row=1, col=3)
     title = "Effects in attribution graphs against real interventions [95% over prompts]"
     return styled(fig, title=title, height=420)
 

@@ -65,7 +65,9 @@ def draw(table: pd.DataFrame) -> go.Figure:
         if row.gap == row.gap:
             gap, hover = np.array([row.gap]), "%{y}: %{x:+.4f} nats per token<extra></extra>"
             bars = common.bars(gap, row.gap_low, row.gap_high)
-            fig.add_scatter(x=gap, y=[row.model], error_x=bars, marker=marker, hovertemplate=hover, **look, row=1, col=2)
+            fig.add_scatter(
+                x=gap, y=[row.model], error_x=bars, marker=marker, hovertemplate=hover, **look, row=1, col=2
+            )
             rows.append(row.model)
     sizes, marker = [f"GPT-2 {size}" for size in PAPER], {"color": "#777777", "size": 10, "symbol": "diamond-open"}
     hover = "%{y}, published: %{x:+.4f} nats per token<extra></extra>"

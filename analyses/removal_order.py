@@ -134,7 +134,10 @@ def draw(table: pd.DataFrame, curves: pd.DataFrame) -> go.Figure:
         name, (colour, _) = row["order"], looks[row["order"]]
         ends = [row[column] for column in table.columns if re.fullmatch(r"seed\d+", column)]
         look = {"mode": "markers", "showlegend": False, "legendgroup": name}
-        marker, hover = {"color": colour, "size": 8, "opacity": 0.6}, "%{y}: %{x:.4f} nats per token<extra>%{text}</extra>"
+        marker, hover = (
+            {"color": colour, "size": 8, "opacity": 0.6},
+            "%{y}: %{x:.4f} nats per token<extra>%{text}</extra>",
+        )
         seeds = [f"seed {i}" for i in range(len(ends))]
         fig.add_scatter(
             x=ends, y=[name] * len(ends), text=seeds, marker=marker, hovertemplate=hover, **look, row=1, col=2

@@ -165,13 +165,9 @@ def run(args) -> common.Output:
     )
     marks = marks.groupby("step").removed.agg(", ".join).reset_index()
     table = curve.merge(marks, on="step", how="outer").assign(removed=lambda t: t.removed.fillna(""))
-    caption = f"{cli.display_name(name)}. Vertical lines: a LayerNorm's std is frozen, or a treatment ends. Loss on each training batch."
-    return common.Output(
-        table,
-        None,
-        claims(curve, events),
-        caption,
-    )
+    caption = f"{cli.display_name(name)}; loss on each training batch. "
+    caption += "Vertical lines: a LayerNorm's std is frozen, or a treatment ends."
+    return common.Output(table, None, claims(curve, events), caption)
 
 
 ANALYSIS = common.Analysis(run, tokens=1, flags=flags, trains=True, draw=draw)

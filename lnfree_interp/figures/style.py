@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 # Okabe and Ito's palette: told apart with any colour vision.
-COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SYMBOLS = ("circle-open", "square-open", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 DIVERGING = "RdBu_r"
 # What marks a value without being one: a threshold, a diagonal, where two would be the same.
@@ -21,6 +21,7 @@ WIDTH = 800
 TITLE_LINE, PANEL_LINE = 20, 17
 # Below the panels: one row, or as many as the page's width makes of it.
 LEGEND = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "xref": "container", "x": 0}
+LEGEND |= {"tracegroupgap": 0}
 
 
 def colour(i: int) -> str:

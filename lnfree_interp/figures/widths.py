@@ -7,6 +7,7 @@ import json
 import re
 import textwrap
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -15,8 +16,8 @@ from .style import PANEL_LINE, TITLE_LINE, WIDTH, legend_height, panel_titles, t
 
 # Pixels of a page that is narrow, and up to which a page is one.
 NARROW, UP_TO = 400, 600
-# Characters of a title, of one above a panel and of a note, on a page that is narrow.
-TITLE, PANEL = 46, 50
+# Characters of a title on a page that is narrow.
+TITLE = 46
 # Pixels up to which a panel keeps its height where many follow each other.
 LOW = 220
 _MARGIN = {"l": 60, "r": 15}
@@ -81,7 +82,11 @@ def narrow_layout(figure: go.Figure) -> dict[str, Any]:
     lines = textwrap.wrap(title, TITLE) or [""]
     height, margin = figure.layout.height or 450, layout.get("margin", {})
     top, bottom = margin.get("t", 80), margin.get("b", 80)
-    found: dict[str, Any] = {"title.text": "<br>".join(lines), "title.font.size": 15, "title.pad.t": title_pad(len(lines))}
+    found: dict[str, Any] = {
+        "title.text": "<br>".join(lines),
+        "title.font.size": 15,
+        "title.pad.t": title_pad(len(lines)),
+    }
     before = max(1, title_lines(figure))
     panels = _panels(layout)
     if len(panels) < 2:
@@ -93,9 +98,10 @@ def narrow_layout(figure: go.Figure) -> dict[str, Any]:
     titles = panel_titles(figure)
     annotations = copy.deepcopy(layout["annotations"]) if titles else []
     order = _order(panels, layout)
+    chars = int((NARROW - 20 - _left(figure)) / 6.6)  # above a panel
     boxes = []  # (pixels above, of, below) each panel
     for x, y in order:
-        texts = [textwrap.wrap(_plain(t.text), PANEL) for t in titles if _above(t, layout, x, y)]
+        texts = [textwrap.wrap(_plain(t.text), chars) for t in titles if _above(t, layout, x, y)]
         above = PANEL_LINE * sum(map(len, texts)) + (6 if texts else 4)
         own = _span(layout, y) * inside
         boxes.append((above, max(min(own, LOW), 0.8 * own), _below(figure, layout, x)))
@@ -104,11 +110,13 @@ def narrow_layout(figure: go.Figure) -> dict[str, Any]:
     for (x, y), (above, own, below) in zip(order, boxes):
         at -= above
         found[f"{x}.domain"] = [0, 1]
+        if _crowded(figure, layout, x):
+            found[f"{x}.tickangle"] = -90
         found[f"{y}.domain"] = [max(0.0, (at - own) / whole), at / whole]
         for index, annotation in enumerate(annotations):
             title_of = next((t for t in titles if t.to_plotly_json() == layout["annotations"][index]), None)
             if title_of is not None and _above(title_of, layout, x, y):
-                text = "<br>".join(textwrap.wrap(_plain(title_of.text), PANEL))
+                text = "<br>".join(textwrap.wrap(_plain(title_of.text), chars))
                 annotation |= {"x": 0.5, "y": at / whole, "text": text}
         at -= own + below
         found |= _own_ticks(layout, panels, x, y)
@@ -171,18 +179,41 @@ def _above(title: Any, layout: dict, x: str, y: str) -> bool:
 
 def _below(figure: go.Figure, layout: dict, x: str) -> float:
     """Pixels that ticks and title take below a panel."""
-    axis = layout.get(x, {})
-    labels = [str(text) for text in axis.get("ticktext") or ()]
-    if not labels:
-        of = x.replace("xaxis", "x")
-        for trace in figure.data:
-            own = getattr(trace, "xaxis", None) or "x"
-            if own == of and trace.x is not None and any(isinstance(value, str) for value in trace.x):
-                labels += [value for value in trace.x if isinstance(value, str)]
-    longest = max((max(map(len, re.split("<br>|\n", label))) for label in labels), default=1)
-    upright = axis.get("tickangle") in (-90, 90)
-    ticks = min(150, 7 * longest) if upright else 18 * (1 + max((x.count("<br>") for x in labels), default=0))
-    return ticks + 34
+    labels = _labels(figure, layout, x)
+    if layout.get(x, {}).get("tickangle") in (-90, 90) or _crowded(figure, layout, x):
+        return min(150, 7 * _longest(labels)) + 34
+    return 18 * (1 + max((label.count("<br>") for label in labels), default=0)) + 34
+
+
+def _labels(figure: go.Figure, layout: dict, x: str) -> list[str]:
+    """The texts along an axis, if they are texts."""
+    if texts := layout.get(x, {}).get("ticktext"):
+        return [str(text) for text in texts]
+    of, found = x.replace("xaxis", "x"), dict[str, None]()
+    for trace in figure.data:
+        own = getattr(trace, "x", None)
+        if (getattr(trace, "xaxis", None) or "x") == of and own is not None:
+            found |= dict.fromkeys(value for value in own if isinstance(value, str))
+    return list(found)
+
+
+def _longest(labels: Sequence[str]) -> int:
+    return max((len(part) for label in labels for part in label.split("<br>")), default=1)
+
+
+def _crowded(figure: go.Figure, layout: dict, x: str) -> bool:
+    """Whether the labels of an axis do not lie beside each other on a narrow page, so that they must stand."""
+    labels = _labels(figure, layout, x)
+    return len(labels) * (7 * _longest(labels) + 8) > NARROW - 20 - _left(figure)
+
+
+def _left(figure: go.Figure) -> int:
+    """About how many pixels labels take to the left of the panels."""
+    texts = [str(text) for axis in figure.select_yaxes() for text in axis.ticktext or ()]
+    for trace in figure.data:
+        y = trace.y if getattr(trace, "y", None) is not None else ()
+        texts += [value for value in y if isinstance(value, str)]
+    return max(60, 7 * max((len(part) for text in texts for part in text.split("<br>")), default=0))
 
 
 def _own_ticks(layout: dict, panels: list[tuple[str, str]], x: str, y: str) -> dict[str, Any]:
