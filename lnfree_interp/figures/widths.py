@@ -89,10 +89,13 @@ def narrow_layout(figure: go.Figure) -> dict[str, Any]:
     }
     before = max(1, title_lines(figure))
     panels = _panels(layout)
+    found |= {f"{x}.tickangle": -90 for x, _ in panels if _crowded(figure, layout, x)}
     if len(panels) < 2:
         more = TITLE_LINE * (len(lines) - before)
+        below = max([bottom, *(_below(figure, layout, x) for x, _ in panels)])
+        found["margin"] = {**margin, **_MARGIN, "b": below, "t": top + more}
         legend = legend_height(figure, NARROW) - legend_height(figure, WIDTH)
-        found |= {"height": height + more + legend, "margin": {**margin, **_MARGIN, "b": bottom, "t": top + more}}
+        found["height"] = round(height + more + legend + below - bottom)
         return found
     inside = height - top - bottom - legend_height(figure, WIDTH)
     titles = panel_titles(figure)
@@ -110,8 +113,6 @@ def narrow_layout(figure: go.Figure) -> dict[str, Any]:
     for (x, y), (above, own, below) in zip(order, boxes):
         at -= above
         found[f"{x}.domain"] = [0, 1]
-        if _crowded(figure, layout, x):
-            found[f"{x}.tickangle"] = -90
         found[f"{y}.domain"] = [max(0.0, (at - own) / whole), at / whole]
         for index, annotation in enumerate(annotations):
             title_of = next((t for t in titles if t.to_plotly_json() == layout["annotations"][index]), None)
@@ -122,7 +123,7 @@ def narrow_layout(figure: go.Figure) -> dict[str, Any]:
         found |= _own_ticks(layout, panels, x, y)
     if annotations:
         found["annotations"] = annotations
-    head = 24 + TITLE_LINE * len(lines)
+    head, bottom = 24 + TITLE_LINE * len(lines), max(bottom, boxes[-1][2])
     found["margin"] = {**_MARGIN, "t": head, "b": bottom}
     found["height"] = round(whole + head + bottom + legend_height(figure, NARROW))
     return found
