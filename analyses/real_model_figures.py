@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-SHARES = {"less than 10%": "#bbbbbb", "10% to 50%": "#E69F00", "more": "#D55E00"}
+SHARES = {"less than 10%": "#bbbbbb", "10% to 50%": "#E69F00", "more than 50%": "#D55E00"}
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 
@@ -164,12 +164,12 @@ def neurons(table: pd.DataFrame) -> go.Figure:
     fig = make_subplots(cols=2, column_widths=[0.48, 0.52], horizontal_spacing=0.13, subplot_titles=titles)
     scan, single = table[table.kind == "scan"], table[table.kind == "single"]
     share = (scan.loss_abs_through_scale / scan.loss_abs.where(scan.loss_abs > 0)).fillna(0)
-    parts = {"less than 10%": share < 0.1, "10% to 50%": share.between(0.1, 0.5), "more": share > 0.5}
+    parts = {"less than 10%": share < 0.1, "10% to 50%": share.between(0.1, 0.5), "more than 50%": share > 0.5}
     for name, there in parts.items():
         part, kind = scan[there], f"{name} through the scale"
         hover = "neuron %{text}: %{y:.2g} nats, score %{x:.3g}, %{customdata:.0%} through the scale<extra></extra>"
         dots = {"x": part.score, "y": part.loss_abs, "text": part.neuron, "customdata": share[there]}
-        marker = {"color": SHARES[name], "size": 5 if name != "more" else 8, "opacity": 0.7}
+        marker = {"color": SHARES[name], "size": 5 if "more" not in name else 8, "opacity": 0.7}
         fig.add_scatter(**dots, mode="markers", marker=marker, name=kind, hovertemplate=hover, row=1, col=1)
     shown = {"loss_abs": "in all", "loss_abs_through_scale": "through the scale", "loss_abs_frozen": "scale frozen"}
     for i, (column, name) in enumerate(shown.items()):

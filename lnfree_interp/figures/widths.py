@@ -155,12 +155,12 @@ def _panels(layout: dict) -> list[tuple[str, str]]:
     return [(x, y) for x, y in found if y in layout] or found[:1]
 
 
-def _ends(layout: dict, axis: str) -> tuple[float, float]:
+def _ends(layout: dict, axis: str) -> tuple[float | int, float | int]:
     low, high = layout.get(axis, {}).get("domain") or (0.0, 1.0)
     return low, high
 
 
-def _span(layout: dict, axis: str) -> float:
+def _span(layout: dict, axis: str) -> float | int:
     low, high = _ends(layout, axis)
     return high - low
 
@@ -178,7 +178,7 @@ def _above(title: Any, layout: dict, x: str, y: str) -> bool:
     return abs(title.x - (left + right) / 2) < 0.01 and abs(title.y - _ends(layout, y)[1]) < 0.01
 
 
-def _below(figure: go.Figure, layout: dict, x: str) -> float:
+def _below(figure: go.Figure, layout: dict, x: str) -> int:
     """Pixels that ticks and title take below a panel."""
     labels = _labels(figure, layout, x)
     if layout.get(x, {}).get("tickangle") in (-90, 90) or _crowded(figure, layout, x):
