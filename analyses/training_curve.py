@@ -6,7 +6,6 @@ python analyses/training_curve.py --run DIR [DIR]      (runs of python -m lnfree
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ import runs
 from common import Claim
 from runs import CONTROL, PAPERS
 
-from lnfree_interp import RemovalSchedule, cli
+from lnfree_interp import cli
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,14 +123,14 @@ def draw(table: pd.DataFrame) -> go.Figure:
 def from_directory(directory: Path) -> tuple[dict[int, float], list, str]:
     """Step -> training cross-entropy, events and name of a run of lnfree_interp.finetune."""
     from lnfree_interp.finetune import last_checkpoint
+    from lnfree_interp.finetune.saving import state_in
 
-    if not (directory / "run.json").is_file() or (checkpoint := last_checkpoint(directory)) is None:
-        raise ValueError(f"--run {directory} holds no run: run.json or a checkpoint is missing")
-    settings = json.loads((directory / "run.json").read_text())
-    logs = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    config = json.loads((checkpoint / "config.json").read_text())
-    schedule = RemovalSchedule(**settings["schedule"])
-    return ({log["step"]: log["ce"] for log in logs if "ce" in log}, schedule.events(config["n_layer"]), directory.name)
+    found = directory / "final" if (directory / "final").is_dir() else last_checkpoint(directory)
+    state = {} if found is None else state_in(found)
+    if not state.get("ce"):
+        raise ValueError(f"--run {directory} holds no run: a checkpoint with removal.json is missing")
+    events = [tuple(event) for event in state["progress"]["happened"]]
+    return dict(enumerate(state["ce"], 1)), events, directory.name
 
 
 def flags(parser) -> None:

@@ -373,7 +373,7 @@ def _preset(steps, tokens, lr, min_lr, warmup, aux, start, ln_2, qk, v) -> Remov
     )
 
 
-_TINY = RemovalSchedule(  # 4 layers of d_model 128, trained on a few books: many small steps instead of few large
+_TINY = RemovalSchedule(  # 8 layers of d_model 128, trained on a few books: many small steps instead of few large
     steps=600,
     start=40,
     gaps={"ln_2": 8, "qk": 8, "v": 12, "ln_f": 10},

@@ -336,6 +336,11 @@ def test_runs_are_kept_and_order_is_compared(tmp_path, monkeypatch):
     curve = pd.read_csv(tmp_path / "out" / "training_curve.csv")
     assert curve.removal.notna().sum() == curve.control.notna().sum() == 14
     assert curve.removed.fillna("").str.contains("ln_2 0").sum() == 1
+    # And those that are there already.
+    made = {json.loads(path.read_text())["variant"]: str(path.parent) for path in kept}
+    there = [made[runs.PAPERS], made[runs.CONTROL]]
+    assert training_curve.main(["--run", *there, "--out", str(tmp_path / "out")]) == 0
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "training_curve.csv"), curve, rtol=1e-3)
 
 
 def llama_directory(path):
