@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ class Asked:
 
     Attributes:
         command: its name.
-        what: what it measures, in a line.
+        what: what it measures: the first sentence of its help.
         line: the command line.
         settings: all of them, in the order of --help.
         given: those that stand in the command line.
@@ -81,7 +82,8 @@ class Asked:
     @property
     def title(self) -> str:
         """The run in a line, for people."""
-        told = [shown(value) if name in self.named else f"{name} {shown(value)}" for name, value in self.distinguishing]
+        settings = [(name, textwrap.shorten(shown(value), 60)) for name, value in self.distinguishing]
+        told = [value if name in self.named else f"{name} {value}" for name, value in settings]
         return f"{self.command}: {', '.join(self.models)}" + f" ({', '.join(told)})" * bool(told)
 
     @property
@@ -100,7 +102,7 @@ def parsed(
     args = parser.parse_args(argv)
     settings = vars(args).copy()
     changed = {name for name, value in settings.items() if value != parser.get_default(name)}
-    what = (parser.description or "").partition("\n")[0]
+    what = re.split(r"\.\s|\n", parser.description or "", maxsplit=1)[0]
     line = shlex.join([*parser.prog.split(), *argv])
     given = _given(parser, argv)
     args.asked = Asked(command, what, line, settings, given, frozenset(changed), tuple(named))

@@ -21,8 +21,8 @@ _MARK, _WITHIN = '<meta name="lnfree-settings" content="{}">', 2000
 def tidied(table):
     """The DataFrame without columns in which nothing stands, and without rows that say nothing.
 
-    A row is about what stands in columns of words and whole numbers that are full; it says something if in another
-    column, of floats or with gaps, something stands.
+    A row is about what stands in columns of words and whole numbers that are full; it says something if anything stands
+    in the others, of floats or with gaps, or if words of it are a number: "4.39 (+0.01)".
 
     Example:
         >>> import pandas as pd
@@ -35,7 +35,14 @@ def tidied(table):
     table = table.dropna(axis=1, how="all")
     there = table.notna()
     saying = [name for name in table.columns if table[name].dtype.kind == "f" or not there[name].all()]
-    return table[there[saying].any(axis=1)] if saying else table
+    if not saying:
+        return table
+    rows = zip(there[saying].any(axis=1), table.itertuples(index=False, name=None))
+    return table[[says or any(map(_is_number_in_words, row)) for says, row in rows]]
+
+
+def _is_number_in_words(value: Any) -> bool:
+    return isinstance(value, str) and value.lstrip("+-([")[:1].isdigit()
 
 
 def show(table, title: str | None = None) -> None:
@@ -102,7 +109,7 @@ def report(
         page = page.replace('<meta charset="utf-8">', f'<meta charset="utf-8">\n{head}', 1)
     text = page
     # The page first: it says whose the others are.
-    replace_file(out / f"{stem}.html", lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(out / f"{stem}.html", lambda path: path.write_text(text, encoding="utf-8", errors="replace"))
     for suffix, table in tidy.items():
         _write_table(table, out / (stem + suffix))
     for suffix, write in others.items():

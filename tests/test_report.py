@@ -107,7 +107,7 @@ def test_what_was_given_and_what_is_the_default():
     parser.add_argument("--n", type=int, default=3)
     assert parsed(parser, ["--n", "4"], "p").asked.given == {"n"}
     assert parser.parse_args([]) == argparse.Namespace(model=["tiny"], n=3)
-    assert parsed(parser, [], "p").asked.what == "A line."
+    assert parsed(parser, [], "p").asked.what == "A line"
 
 
 def test_the_fingerprint_is_of_what_decides(tmp_path, monkeypatch):
@@ -209,6 +209,10 @@ def test_rows_and_columns_that_say_nothing_are_left_out():
     )
     tidy = tidied(table)
     assert list(tidy.columns) == ["model", "layer", "loss", "event"] and list(tidy.model) == ["a", "c", "d"]
+    in_words = pd.DataFrame({"model": ["a", "b", "c"], "loss": ["4.39", "-", "[+4.1]"], "gap": [nan, nan, 0.1]})
+    assert list(tidied(in_words).model) == ["a", "c"]
+    parts = pd.concat([table, table])  # rows of the same index
+    assert len(tidied(parts)) == 6
     words = table[["model", "layer"]]
     pd.testing.assert_frame_equal(tidied(words), words)
     empty = pd.DataFrame({"a": [], "b": []})

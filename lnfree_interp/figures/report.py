@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import html
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ ROWS = 100  # of a table, at most; all are in its .csv
 STYLE = """
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #222; background: #fff; max-width: 1200px;
-  margin: 0 auto; padding: 1em 1.2em 3em; overflow-wrap: anywhere; }
+  margin: 0 auto; padding: 1em 1.2em 3em; overflow-wrap: break-word; }
 h1 { font-size: 1.45em; line-height: 1.25; margin: .4em 0; }
 h2 { font-size: 1.1em; margin: 2em 0 .4em; }
 code, pre { background: #f4f4f4; font-size: .92em; }
@@ -30,7 +30,7 @@ code { padding: .1em .3em; } pre { padding: .6em .8em; white-space: pre-wrap; }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1em 1em; margin: .8em 0; }
 dt { color: #666; } dd { margin: 0; }
 table { border-collapse: collapse; font-size: 13px; line-height: 1.35; }
-th, td { text-align: left; vertical-align: top; padding: .2em .6em; border-bottom: 1px solid #e4e4e4; }
+th, td { text-align: left; vertical-align: top; padding: .2em .5em; border-bottom: 1px solid #e4e4e4; }
 th { vertical-align: bottom; border-bottom: 1px solid #888; font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .wide { overflow-x: auto; } .small { color: #666; font-size: .87em; }
@@ -117,6 +117,8 @@ def report_page(
 
 def versions() -> str:
     """Of this package and of those that compute."""
+    from importlib.metadata import version
+
     packages = {"TransformerLens": "transformer_lens", "PyTorch": "torch"}
     others = [f"{title} {version(package)}" for title, package in packages.items()]
     return ", ".join([f"lnfree_interp {__version__}", *others])
@@ -133,7 +135,7 @@ def table_element(table, most: int = ROWS) -> str:
     columns = list(map(list, zip(*table.head(most).itertuples(index=False, name=None)))) or [[] for _ in table.columns]
     numeric = [bool(column) and all(_is_number(x) for x in column if not _is_missing(x)) for column in columns]
     kinds = [" class='number'" * number for number in numeric]
-    names = [html.escape(str(name)).replace("_", "_<wbr>") for name in table.columns]
+    names = [re.sub("[_:]", r"\g<0><wbr>", html.escape(str(name))) for name in table.columns]
     head = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(names, kinds))
     rows = ["".join(f"<td{kind}>{_cell(x)}</td>" for x, kind in zip(row, kinds)) for row in zip(*columns)]
     rest = len(table) - most

@@ -14,6 +14,8 @@ from .rank import rank_confidence_neurons
 def run(args) -> None:
     rankings, singles, cumulative, scans = {}, {}, {}, {}
     neurons = args.neurons
+    if neurons is not None:
+        cli.unused(args, "top", "--neurons")
     common = {"layer": args.layer, "ablation": args.ablation}
     for name, model in cli.models(args):
         ranking = rank_confidence_neurons(model, args.layer)
