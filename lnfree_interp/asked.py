@@ -91,7 +91,7 @@ class Asked:
         """A hash of the settings that decide what is written; files count by their places."""
         deciding = {name: _placed(value) for name, value in self.settings.items() if name not in ELSEWHERE}
         text = json.dumps([self.command, deciding], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def parsed(

@@ -33,12 +33,12 @@ def tidied(table):
     if table.empty:
         return table
     table = table.dropna(axis=1, how="all")
-    there = table.notna()
-    saying = [name for name in table.columns if table[name].dtype.kind == "f" or not there[name].all()]
-    if not saying:
+    there = table.notna().to_numpy()
+    saying = [dtype.kind == "f" or not full for dtype, full in zip(table.dtypes, there.all(0))]
+    if not any(saying):
         return table
-    rows = zip(there[saying].any(axis=1), table.itertuples(index=False, name=None))
-    return table[[says or any(map(_is_number_in_words, row)) for says, row in rows]]
+    rows = zip(there[:, saying].any(1), table.itertuples(index=False, name=None))
+    return table[[bool(says) or any(map(_is_number_in_words, row)) for says, row in rows]]
 
 
 def _is_number_in_words(value: Any) -> bool:

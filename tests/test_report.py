@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lnfree_interp import asked as asking
@@ -80,6 +80,7 @@ def test_texts_in_names(tmp_path):
     assert arguments_of("evaluate", "--model", "tiny", "--prompt", "?!").asked.stem == "evaluate-tiny-prompt"
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_is_a_safe_word(text):
     said = word(f"{text} ")
@@ -88,6 +89,7 @@ def test_any_text_is_a_safe_word(text):
     assert not said.endswith((".", "-"))
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=6), st.text(max_size=60))
 def test_any_name_fits(models, text):
     stem = made(models=models, prompt=text, target=text, versus=text, named=("prompt",)).stem
@@ -213,6 +215,8 @@ def test_rows_and_columns_that_say_nothing_are_left_out():
     assert list(tidied(in_words).model) == ["a", "c"]
     parts = pd.concat([table, table])  # rows of the same index
     assert len(tidied(parts)) == 6
+    of_one_name = pd.DataFrame([["a", 1.0, nan], ["b", nan, nan]], columns=["model", "final", "final"])
+    assert tidied(of_one_name).to_numpy().tolist() == [["a", 1.0]]
     words = table[["model", "layer"]]
     pd.testing.assert_frame_equal(tidied(words), words)
     empty = pd.DataFrame({"a": [], "b": []})
