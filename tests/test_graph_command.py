@@ -21,7 +21,7 @@ def test_graphs_of_a_prompt(tmp_path, capsys):
     flags = ["--model", "tiny-noLN", "tiny", "--nodes", "mlp", "--share", "0.6", "--target", " hat", "--versus", " bed"]
     assert run(tmp_path, *flags, "--prompt", prompt, "--top", "3") == 0
     printed = capsys.readouterr().out
-    stem = "graph-tiny-noLN+tiny-She-put-on-her-target=hat-versus=bed-nodes=mlp-share=0.6-top=3"
+    stem = "graph-tiny-noLN+tiny-She-put-on-her-top=3-target=hat-versus=bed-nodes=mlp-share=0.6"
     files = {f"{stem}.{rest}" for rest in ("html", "csv", "nodes.csv", "tiny-noLN.json", "tiny.json")}
     assert {path.name for path in tmp_path.iterdir()} == files
     assert all(f"{tmp_path / name}" in printed for name in files)
@@ -62,7 +62,7 @@ def test_edges_on_pairs(tmp_path, capsys):
     flags = ["--edges", "--model", "tiny", "tiny-noLN", "--n-pairs", "3", "--length", "8", "--exact", "4"]
     assert run(tmp_path, *flags, "--method", "gradient", "relp", "--top", "5") == 0
     printed = capsys.readouterr().out
-    stem = "edges-tiny+tiny-noLN-induction-gradient+relp-n_pairs=3-length=8-exact=4-top=5"
+    stem = "edges-tiny+tiny-noLN-induction-gradient+relp-top=5-n_pairs=3-length=8-exact=4"
     assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.csv", f"{stem}.html", "plotly.min.js"}
     assert "clean higher on" in printed and "tiny-noLN: edges with the largest effects on logit_diff, relp" in printed
     table = pd.read_csv(tmp_path / f"{stem}.csv")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lnfree_interp import asked as asking
@@ -80,7 +80,7 @@ def test_texts_in_names(tmp_path):
     assert arguments_of("evaluate", "--model", "tiny", "--prompt", "?!").asked.stem == "evaluate-tiny-prompt"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(max_size=60))
 def test_any_text_is_a_safe_word(text):
     said = word(f"{text} ")
@@ -89,7 +89,7 @@ def test_any_text_is_a_safe_word(text):
     assert not said.endswith((".", "-"))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=6), st.text(max_size=60))
 def test_any_name_fits(models, text):
     stem = made(models=models, prompt=text, target=text, versus=text, named=("prompt",)).stem
@@ -400,5 +400,5 @@ def test_a_report_fits_and_draws_without_a_network(command, flags, n_figures, n_
         assert content <= width and (figures, drawn) == (n_figures, n_figures) and traces >= n_traces, (width, found)
         assert sideways <= 0 or width < 800, (width, found)
     assert "CONSOLE" not in said, said
-    for link in re.findall(r"<a href='([^']+)'", whole.read_text()):
+    for link in re.findall(r"<li><a href='([^']+)'", whole.read_text()):
         assert (out / link).is_file(), link

@@ -51,15 +51,15 @@ def run(args) -> None:
     if not first:
         return
     title = "Direct logit attribution against direct effect, attention heads (pooled NMAE)"
-    parts = [Part(title, table=pd.DataFrame(errors))]
+    shown = [Part(title, table=pd.DataFrame(errors))]
     for name, target, table in prompts:
-        parts.append(Part(f"{name}: {args.prompt!r} -> {target!r}, components of the logit", table=table))
+        shown.append(Part(f"{name}: {args.prompt!r} -> {target!r}, components of the logit", table=table))
     figure = head_heatmaps(
         panels["attribution"] | panels["direct effect"] | panels["difference"],
         title="Mean attribution of each head to the next token's logit",
         columns=len(args.model),
     )
-    cli.report(args, [*parts, Part("Heads", figure=figure)], {"": pd.concat(components)})
+    cli.report(args, [*shown, Part("Heads", figure=figure)], {"": pd.concat(components)})
 
 
 def _summed(model: LensModel, rows, to_next: bool, at_last: bool, name: str) -> ErrorSums | None:

@@ -42,10 +42,10 @@ def run(args) -> None:
         }
         for name, s in sinks.items()
     ]
-    of_sinks = f"Attention on position 0 (sink: at least {args.threshold:g})"
-    parts = [
+    title = f"Attention on position 0 (sink: at least {args.threshold:g})"
+    shown = [
         Part("Mean norm of the residual stream", table=means, figure=norms_figure(norms)),
-        Part(of_sinks, table=pd.DataFrame(rates), figure=sinks_figure(sinks)),
+        Part(title, table=pd.DataFrame(rates), figure=sinks_figure(sinks)),
     ]
     tables = {"": table[["model", *table.columns[:-1]]], "sinks": heads[["model", *heads.columns[:-1]]]}
-    cli.report(args, parts, tables)
+    cli.report(args, shown, tables)
