@@ -274,9 +274,9 @@ def test_sets_alone_are_all_others_taken_out(tiny, graph, faithfulness):
 
 @pytest.mark.slow
 def test_the_analysis_runs_and_its_claims_hold(faithfulness, tmp_path, monkeypatch):
-    import common
+    import browser
 
-    monkeypatch.setattr(common, "BROWSERS", ())
+    monkeypatch.setattr(browser, "BROWSERS", ())
     argv = ["--tokens", "768", "--length", "6", "--nodes", "8", "--max-neurons", "50", "--draws", "50"]
     assert faithfulness.main([*argv, "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "graph_faithfulness.json").read_text())

@@ -15,7 +15,7 @@ from removable_models import EOT, KINDS, exact, make_plain, make_tokens, measure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "analyses"))
 
-import common
+import browser
 import less_data
 import runs
 import train_run
@@ -297,7 +297,7 @@ def test_markdown_is_a_table():
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A minute model in a directory, with text to train and evaluate on."""
-    monkeypatch.setattr(common, "BROWSERS", ())
+    monkeypatch.setattr(browser, "BROWSERS", ())
     monkeypatch.setattr(train_run, "EVALUATED", 512)
     minute_gpt2().save_pretrained(tmp_path / "minute")
     byte_tokenizer().save_pretrained(tmp_path / "minute")
