@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from numbers import Real
+from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar
 
 T = TypeVar("T")
@@ -103,8 +104,9 @@ def text_or_none(value: Any, what: str) -> str | None:
     return None if value is None else as_text(value, what)
 
 
-def as_path(value: Any, what: str) -> str | os.PathLike:
-    return one_of(value, what, (str, os.PathLike), "a path, a text or a Path")
+def as_path(value: Any, what: str) -> str | Path:
+    one_of(value, what, (str, os.PathLike), "a path, a text or a Path")
+    return value if isinstance(value, str) else Path(value)
 
 
 def sampling(draws: object, seed: object) -> dict[str, int]:

@@ -324,7 +324,7 @@ def callables() -> Iterator[tuple[str, Callable]]:
 def parameters(function: Callable) -> list[inspect.Parameter]:
     of_several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     found = inspect.signature(inspect.unwrap(function)).parameters.values()
-    return [p for p in found if p.kind not in of_several and p.name != "self"]
+    return [p for p in found if p.kind not in of_several and p.name not in ("self", "cls")]
 
 
 CASES = [

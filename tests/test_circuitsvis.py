@@ -17,6 +17,7 @@ def patterns():
 
 
 def test_what_it_is_given(patterns, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # its own checks, not the tests'
     given = {}
     attention = ModuleType("circuitsvis.attention")
     attention.attention_heads = lambda **arguments: given.update(arguments) or SimpleNamespace(local_src="<div></div>")

@@ -120,7 +120,7 @@ def test_wrong_shapes_are_one_line(logits, pairs, monkeypatch):
             r"logits have shapes \[3, 5, 11\] and \[1, 5, 11\]: they must be the same",
         ),
         (js_divergence, (logits, logits[..., :1]), r"\[3, 5, 11\] and \[3, 5, 1\]"),
-        (kl_divergence, (logits[0, 0, 0], logits[0, 0, 0]), r"logits have shapes \[\] and \[\]"),
+        (kl_divergence, (logits[0, 0, 0], logits[0, 0, 0]), r"logits have shape \[\], wanted is \[\.\.\., d_vocab\]"),
         (cross_entropy, (logits[0], tokens[0]), r"logits have shape \[5, 11\], wanted is \[batch, pos, d_vocab\]"),
         (cross_entropy, (logits[0], logits[0].long()), r"logits have shape \[5, 11\]"),
         (logit_diff, (logits[0], pairs), r"logits have shape \[5, 11\], these pairs want \[3, 5, d_vocab\]"),

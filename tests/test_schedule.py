@@ -200,7 +200,8 @@ def test_a_schedule_comes_back_from_its_file(tmp_path_factory, name, pace, steps
     assert [p.name for p in path.parent.iterdir()] == ["schedule.json"]
 
 
-def test_a_wrong_field_is_named(tmp_path):
+def test_a_wrong_field_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)  # the schedule's own checks, not the tests'
     path = tmp_path / "schedule.json"
     whole = asdict(RemovalSchedule.preset("small"))
     for changes, message in (
