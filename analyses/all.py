@@ -2,10 +2,12 @@
 
     python analyses/all.py
     python analyses/all.py --train train.txt.gz --jobs 2
+    python analyses/all.py --redraw
     python analyses/all.py --model gpt2 gpt2-vanilla gpt2-noLN --data Skylion007/openwebtext --out figures-gpt2
 
 An analysis is up to date if its script, its arguments, the models' files and the text are those its figure was made
-with. Those that train need --train FILE; without it what they wrote last is kept.
+with. Those that train need --train FILE; without it what they wrote last is kept. --redraw measures nothing: every
+figure, those of real_model.py and screening.py too, is drawn anew from the tables that are there.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     p = cli.OneLineParser(prog="python analyses/all.py", description=__doc__.splitlines()[0])
     add = p.add_argument
     add("--only", nargs="+", choices=SCRIPTS, metavar="NAME", help=f"some of them: {', '.join(SCRIPTS)}")
+    add("--redraw", action="store_true", help="only draw the figures anew, from the tables of the last run")
     add("--force", action="store_true", help="run also what is up to date")
     add("--model", nargs="+", metavar="NAME", help="models (default: the embedded ones)")
     source = p.add_mutually_exclusive_group()
@@ -94,8 +97,27 @@ def status(analysis: common.Analysis, args: argparse.Namespace) -> str:
     return "up to date" if same and not args.force else "to run"
 
 
+def redraw(chosen: Sequence[str], out: Path) -> None:
+    """Every figure whose tables are in `out`, through one browser."""
+    import real_model_page
+    import screening_page
+
+    every, figures = analyses(), {}
+    for name in chosen:
+        if recorded(out, name) and every[name].draw is not None:
+            figures[out / name] = every[name].redrawn(out)
+    for name, page in (("real_model", real_model_page), ("screening", screening_page)):
+        if set(chosen) == set(SCRIPTS) and (out / name).is_dir():
+            figures |= {out / name / stem: figure for stem, figure in page.figures_of(out / name).items()}
+    common.save_figures(figures)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if args.redraw:
+        redraw(args.only or SCRIPTS, args.out)
+        write_index(args.out)
+        return 0
     every = analyses()
     chosen = {name: every[name] for name in args.only or SCRIPTS}
     failed = []
@@ -115,10 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"[{i}/{len(chosen)}] {name}: failed ({code})", file=sys.stderr, flush=True)
         elif what == "to run":
             print(f"[{i}/{len(chosen)}] {name}: done in {time.monotonic() - began:.0f} s", flush=True)
-    records = [r for name in SCRIPTS if (r := recorded(args.out, name))]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "index.html").write_text(index(records, args.out))
-    print(f"wrote {args.out / 'index.html'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    write_index(args.out)
+    if failed:
+        print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
@@ -129,13 +150,23 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 960px;
        margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2.4em; }
-table { border-collapse: collapse; width: 100%; font-size: 0.9em; margin: 1em 0; }
+table { border-collapse: collapse; width: 100%; font-size: 0.9em; margin: 1em 0; overflow-wrap: anywhere; }
 th, td { text-align: left; vertical-align: top; padding: 0.4em 0.7em; border-bottom: 1px solid #ddd; }
-img { max-width: 100%; } code { background: #f3f3f3; padding: 0.1em 0.3em; font-size: 0.9em; }
+img { max-width: 100%; }
+@media (max-width: 600px) { th, td { display: block; border: 0; padding: 0.1em 0; } tr { display: block;
+  border-bottom: 1px solid #ddd; padding: 0.4em 0; } tr:first-child { display: none; } }
+ code { background: #f3f3f3; padding: 0.1em 0.3em; font-size: 0.9em; }
 .caption { color: #555; font-size: 0.9em; } .why { color: #555; }
 .yes, .no, .partly, .other { font-weight: 600; color: #555; }
 .yes { color: #00704a; } .no { color: #b34700; } .partly { color: #8a6d00; }
 """
+
+
+def write_index(out: Path) -> None:
+    records = [r for name in SCRIPTS if (r := recorded(out, name))]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "index.html").write_text(index(records, out), encoding="utf-8")
+    print(f"wrote {out / 'index.html'}")
 
 
 def index(records: Sequence[dict], out: Path) -> str:
@@ -164,7 +195,9 @@ def section(record: dict, out: Path) -> str:
         f"<td class='{c['agrees'] if c['agrees'] in ('yes', 'no', 'partly') else 'other'}'>{c['agrees']}</td></tr>"
         for c in record["claims"]
     )
-    image = f"<a href='{name}.html'><img src='{name}.png' alt='{e(record['title'])}'></a>"
+    narrow = f"<source media='(max-width: 600px)' srcset='{name}-narrow.png'>"
+    shown = f"<picture>{narrow}<img src='{name}.png' alt='{e(record['title'])}'></picture>"
+    image = f"<a href='{name}.html'>{shown}</a>"
     return (
         f"<h2 id='{name}'>{e(record['title'])}</h2><p><code>{e(record['command'])}</code></p>"
         f"<table><tr><th>claim</th><th>paper</th><th>ours</th><th>agrees</th></tr>{rows}</table>"

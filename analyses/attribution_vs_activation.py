@@ -156,12 +156,13 @@ def gains(family: Family, kind: str, errors: dict, seed: int) -> dict:
     }
 
 
-def figure(table: pd.DataFrame, names: list[str], site: str) -> go.Figure:
+def draw(table: pd.DataFrame) -> go.Figure:
+    """A row per kind of prompts: the gradient's error layer by layer, every method's error over all of them."""
     from plotly.subplots import make_subplots
 
-    from lnfree_interp.figures.style import colour, line, styled
+    from lnfree_interp.figures.style import colour, line, log_axis, styled, symbol
 
-    kinds = list(table.pairs.unique())
+    kinds, names, methods = (list(table[c].unique()) for c in ("pairs", "model", "method"))
     counts = table.groupby("pairs").prompts.first()
     titles = [
         t for k in kinds for t in (f"{k} ({counts[k]} prompts): gradient, by layer", f"{k}: all layers, by method")
@@ -170,47 +171,54 @@ def figure(table: pd.DataFrame, names: list[str], site: str) -> go.Figure:
         rows=len(kinds),
         cols=2,
         column_widths=[0.42, 0.58],
-        horizontal_spacing=0.1,
+        horizontal_spacing=0.11,
         vertical_spacing=0.3 / len(kinds),
         subplot_titles=titles,
     )
+    whole = table[table.measure == "relative"]
     for row, kind in enumerate(kinds, 1):
         for i, name in enumerate(names):
             part = table[(table.pairs == kind) & (table.model == name)]
             by_layer = part[(part.method == "gradient") & part.measure.str.startswith("error L")]
             layers = [int(m.removeprefix("error L")) for m in by_layer.measure]
-            bars = common.bars(by_layer.value, by_layer.low, by_layer.high)
+            look = {"name": name, "legendgroup": name}
             fig.add_scatter(
                 x=layers,
                 y=by_layer.value,
-                error_y=bars,
-                name=name,
-                legendgroup=name,
+                error_y=common.bars(by_layer.value, by_layer.low, by_layer.high),
                 line=line(i),
                 showlegend=row == 1,
                 mode="lines+markers",
+                hovertemplate=f"layer %{{x}}: error %{{y:.3f}} of the total effect<extra>{name}, {kind}</extra>",
+                **look,
                 row=row,
                 col=1,
             )
             relative = part[part.measure == "relative"]
-            bars = common.bars(relative.value, relative.low, relative.high)
-            fig.add_bar(
-                x=relative.method,
+            fig.add_scatter(
+                x=[methods.index(m) + 0.2 * (i - (len(names) - 1) / 2) for m in relative.method],
                 y=relative.value,
-                error_y=bars,
-                name=name,
-                legendgroup=name,
-                marker_color=colour(i),
+                text=relative.method,
+                error_y=common.bars(relative.value, relative.low, relative.high),
+                mode="markers",
+                marker={"color": colour(i), "size": 8, "symbol": symbol(i)},
                 showlegend=False,
+                hovertemplate=f"%{{text}}: error %{{y:.3f}} of all effects<extra>{name}, {kind}</extra>",
+                **look,
                 row=row,
                 col=2,
             )
-        fig.update_xaxes(title_text="layer", dtick=1 if len(layers) <= 12 else None, row=row, col=1)
+        last = max(layers)
+        fig.update_xaxes(title_text="layer", tick0=0, dtick=max(1, last // 8), range=[-0.3, last + 0.3], row=row, col=1)
         fig.update_yaxes(title_text="error / total effect", rangemode="tozero", row=row, col=1)
-        fig.update_yaxes(title_text="sum |error| / sum |effect|", rangemode="tozero", row=row, col=2)
-    fig = styled(fig, title=f"Attribution against activation patching, {site}", height=170 + 300 * len(kinds))
-    legend = {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0}
-    return fig.update_layout(legend=legend, margin={"b": 130})
+        shown = whole[whole.pairs == kind]
+        of = log_axis([*shown.low, *shown.high])
+        fig.update_yaxes(title_text="sum |error| / sum |effect|", title_standoff=4, **of, row=row, col=2)
+    texts = [m.replace(" ", "<br>", 1) for m in methods]
+    ticks = {"tickvals": list(range(len(methods))), "ticktext": texts, "tickangle": 0}
+    fig.update_xaxes(**ticks, range=[-0.5, len(methods) - 0.5], showgrid=False, zeroline=False, col=2)
+    title = f"Attribution patching against activation patching, {table.site.iloc[0]} [95% over prompts]"
+    return styled(fig, title=title, height=110 + 290 * len(kinds))
 
 
 def flags(parser) -> None:
@@ -253,10 +261,10 @@ def run(args) -> common.Output:
     )
     front = ["pairs", "model", "site", "method", "measure"]
     table = table[[*front, *[c for c in table.columns if c not in front]]]
-    return common.Output(table, figure(table, list(models), args.site), said, caption)
+    return common.Output(table, None, said, caption)
 
 
-ANALYSIS = common.Analysis(run, tokens=1, flags=flags)
+ANALYSIS = common.Analysis(run, tokens=1, flags=flags, draw=draw)
 main = ANALYSIS.main
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+FEWEST = 20  # predictions of a bin: fewer say little about how often they are right
+
 
 def claims(family: Family, table: pd.DataFrame) -> list[Claim]:
     t = table.set_index("model")
@@ -48,75 +50,73 @@ def claims(family: Family, table: pd.DataFrame) -> list[Claim]:
     ]
 
 
-def figure(result) -> go.Figure:
+def bins(result) -> pd.DataFrame:
+    """How many predictions each bin of each model holds, their mean confidence and how many are right."""
+    import pandas as pd
+
+    rows = []
+    for i, name in enumerate(result.names):
+        columns = zip(*(x[i].tolist() for x in (result.bin_count, result.bin_confidence, result.bin_accuracy)))
+        for k, (count, confidence, accuracy) in enumerate(columns):
+            row = {"model": name, "bin": k, "predictions": int(count)}
+            rows.append(row | {"confidence": confidence, "accuracy": accuracy})
+    return pd.DataFrame(rows)
+
+
+def draw(table: pd.DataFrame, bins: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
-    from lnfree_interp.figures.style import DIVERGING, colour, line, styled
+    from lnfree_interp.figures.style import MARK, colour, line, styled
 
+    names = list(table.model)
     fig = make_subplots(
         rows=2,
         cols=2,
-        row_heights=[0.75, 0.25],
-        column_widths=[0.56, 0.44],
-        vertical_spacing=0.06,
-        horizontal_spacing=0.16,
+        row_heights=[0.72, 0.28],
+        column_widths=[0.54, 0.46],
+        vertical_spacing=0.08,
+        horizontal_spacing=0.19,
         specs=[[{}, {"rowspan": 2}], [{}, None]],
-        subplot_titles=("reliability", "Jensen-Shannon divergence (nats)", ""),
+        subplot_titles=("how often the top token is right", "Jensen-Shannon divergence (nats)", ""),
         shared_xaxes="columns",
     )
-    fig.add_scatter(
-        x=[0, 1], y=[0, 1], mode="lines", line={"dash": "dot", "color": "#999999"}, showlegend=False, row=1, col=1
-    )
-    n_bins = result.bin_count.shape[1]
-    for i, name in enumerate(result.names):
-        there = result.bin_count[i] >= 20  # fewer predictions say little about how often they are right
-        label = f"{name} (ECE {result.calibration_error[i].item():.4f})"
-        fig.add_scatter(
-            x=result.bin_confidence[i][there].tolist(),
-            y=result.bin_accuracy[i][there].tolist(),
-            name=label,
-            line=line(i),
-            mode="lines+markers",
-            marker={"size": 5},
-            legendgroup=name,
-            row=1,
-            col=1,
-        )
-        share = (result.bin_count[i] / result.bin_count[i].sum()).tolist()
-        fig.add_bar(
-            x=[(k + 0.5) / n_bins for k in range(n_bins)],
-            y=share,
-            marker_color=colour(i),
-            showlegend=False,
-            row=2,
-            col=1,
-        )
-    values = result.divergence
-    most = values.max().item()
-    names = list(result.names)
+    fig.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=MARK, showlegend=False, hoverinfo="skip", row=1, col=1)
+    n_bins = int(bins.bin.max()) + 1
+    for i, name in enumerate(names):
+        of = bins[bins.model == name]
+        there = of[of.predictions >= FEWEST]
+        label = f"{name} (calibration error {table.ece[i]:.4f})"
+        curve = {"x": there.confidence, "y": there.accuracy, "line": line(i), "mode": "lines+markers"}
+        hover = "probability %{x:.3f}: right %{y:.1%}<extra>" + name + "</extra>"
+        look = {"marker": {"size": 5}, "legendgroup": name, "hovertemplate": hover}
+        fig.add_scatter(**curve, **look, name=label, row=1, col=1)
+        share = of.predictions / of.predictions.sum()
+        hover = "probability %{x:.2f}: %{y:.2%} of the predictions<extra>" + name + "</extra>"
+        bar = {"x": (of.bin + 0.5) / n_bins, "y": share, "marker_color": colour(i), "hovertemplate": hover}
+        fig.add_bar(**bar, name=name, showlegend=False, row=2, col=1)
+    values = table[[f"jsd:{name}" for name in names]].to_numpy()
     fig.add_heatmap(
-        z=values.tolist(),
+        z=values,
         x=names,
         y=names,
-        text=[[f"{v:.4f}" for v in row] for row in values.tolist()],
+        text=[[f"{v:.4f}" if v else "0" for v in row] for row in values],
         texttemplate="%{text}",
-        colorscale=DIVERGING,
-        zmid=0,
-        zmin=-1.6 * most,
-        zmax=1.6 * most,
+        colorscale="Blues",
+        zmin=0,
+        zmax=1.6 * values.max(),
         showscale=False,
         xgap=2,
         ygap=2,
+        hovertemplate="%{y} and %{x}: %{z:.5f} nats<extra></extra>",
         row=1,
         col=2,
     )
     fig.update_yaxes(title_text="share right", range=[0, 1], row=1, col=1)
-    fig.update_yaxes(title_text="share", type="log", tickformat="~p", dtick=1, row=2, col=1)
-    fig.update_yaxes(autorange="reversed", row=1, col=2)
+    fig.update_yaxes(title_text="predictions", tickformat=".0%", rangemode="tozero", nticks=4, row=2, col=1)
+    fig.update_yaxes(autorange="reversed", automargin=True, row=1, col=2)
     fig.update_xaxes(range=[0, 1], row=1, col=1)
     fig.update_xaxes(title_text="probability of the top token", range=[0, 1], row=2, col=1)
-    fig.update_layout(legend={"x": 0.02, "y": 0.98, "bgcolor": "rgba(255,255,255,0.7)"})
-    return styled(fig, title="Calibration and divergence", height=520)
+    return styled(fig, title="Calibration of the models' predictions, and their divergence from each other", height=480)
 
 
 def flags(parser) -> None:
@@ -132,11 +132,11 @@ def run(args) -> common.Output:
         result = compare_models(models, tokens, n_bins=args.bins, seed=args.seed, progress=progress)
     said = [c for f in common.families(common.ln_free(models)) for c in claims(f, result.table())]
     caption = f"{tokens.numel():,} tokens of {common.source(args)}; {args.bins} bins, "
-    caption += "those with at least 20 predictions drawn."
-    return common.Output(result.table(), figure(result), said, caption)
+    caption += f"those with at least {FEWEST} predictions drawn."
+    return common.Output(result.table(), None, said, caption, {"bins": bins(result)})
 
 
-ANALYSIS = common.Analysis(run, tokens=65536, flags=flags)
+ANALYSIS = common.Analysis(run, tokens=65536, flags=flags, draw=draw, more=("bins",))
 main = ANALYSIS.main
 
 if __name__ == "__main__":

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import html
 import inspect
 import json
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+
+import browser
 
 from lnfree_interp import cli
 from lnfree_interp.files import replace_file
 from lnfree_interp.names import EMBEDDED, locate_checkpoint
 
 FIGURES = Path(__file__).resolve().parent.parent / "figures"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 AGREES = ("yes", "partly", "no", "not tested", "open question")
 SHOWN = 24  # rows of a table that are printed
 # Arguments that do not change what is written.
@@ -44,12 +43,21 @@ class Claim:
 
 @dataclass(frozen=True)
 class Output:
-    """What an analysis hands back: a DataFrame, a plotly Figure, its claims, and a sentence about the figure."""
+    """What an analysis hands back.
+
+    Attributes:
+        table: a DataFrame.
+        figure: of plotly; None where the analysis draws from its tables.
+        claims: what papers say, and what came out.
+        caption: a sentence about the figure.
+        more: name -> another DataFrame that the figure is drawn from.
+    """
 
     table: object
     figure: object
     claims: Sequence[Claim]
     caption: str
+    more: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,12 +106,17 @@ class Analysis:
         flags: adds flags to the parser.
         tokens: the default of --tokens.
         trains: --text is training text, and the results are kept by all.py when none is given.
+        draw: (table, name=another table, ...) -> the figure, from what is written alone; so that it can be drawn anew
+            without measuring anything.
+        more: the names of the other tables that it is drawn from, each in a file of its own.
     """
 
     run: Callable[[argparse.Namespace], Output]
     tokens: int
     flags: Callable[[argparse.ArgumentParser], None] | None = None
     trains: bool = False
+    draw: Callable[..., object] | None = None
+    more: Sequence[str] = ()
 
     @property
     def file(self) -> Path:
@@ -138,9 +151,13 @@ class Analysis:
         cli.show(output.table.head(SHOWN), self.title)
         if len(output.table) > SHOWN:
             print(f"... {len(output.table) - SHOWN} more rows in {self.name}.csv")
-        cli.save(args.out, self.name, rounded(output.table), output.figure)
-        if picture(output.figure, args.out / f"{self.name}.png"):
-            print(f"wrote {args.out / self.name}.png")
+        tables = {"": output.table, **output.more}
+        for more, table in tables.items():
+            cli.save(args.out, self._stem(more), rounded(table))
+        if self.draw is None:
+            save_figures({args.out / self.name: output.figure})
+        else:
+            save_figures({args.out / self.name: self.redrawn(args.out)})
         for claim in output.claims:
             print(f"\n{claim.statement}\n  paper: {claim.paper}\n  ours:  {claim.ours}\n  agrees: {claim.agrees}")
             if claim.why:
@@ -155,6 +172,20 @@ class Analysis:
         }
         text = json.dumps(record, indent=1, ensure_ascii=False) + "\n"
         replace_file(args.out / f"{self.name}.json", lambda path: path.write_text(text))
+
+    def _stem(self, more: str) -> str:
+        return f"{self.name}_{more}" if more else self.name
+
+    def redrawn(self, out: Path):
+        """The figure, drawn from the tables in `out`.
+
+        Raises:
+            ValueError: the analysis does not draw from its tables alone, or one of them is not there.
+        """
+        if self.draw is None:
+            raise ValueError(f"{self.name} draws only what it has just measured")
+        table, *more = (read_table(out / f"{self._stem(name)}.csv") for name in ("", *self.more))
+        return self.draw(table, **dict(zip(self.more, more)))
 
     def settings(self, args: argparse.Namespace) -> dict:
         """The arguments that decide what is written."""
@@ -251,44 +282,42 @@ def is_embedded(args: argparse.Namespace) -> bool:
 
 def bars(value, low, high) -> dict:
     """plotly error bars from value to low and high."""
-    return {"type": "data", "symmetric": False, "array": high - value, "arrayminus": value - low, "width": 3}
+    ends = {"array": high - value, "arrayminus": value - low}
+    return {"type": "data", "symmetric": False, **ends, "width": 3, "thickness": 1.3}
 
 
-def picture(figure, path: Path) -> bool:
-    """Write the figure as a .png through a browser that is installed; False, and no file, without one."""
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    if browser is None:
-        return False
-    with tempfile.TemporaryDirectory() as folder:
-        page, shot = Path(folder) / "figure.html", Path(folder) / "figure.png"
-        body = figure.to_html(include_plotlyjs=True, full_html=False, config={"displayModeBar": False})
-        page.write_text(f"<meta charset='utf-8'><body style='margin:0;background:white'>{body}</body>")
-        size = f"{figure.layout.width or 900},{figure.layout.height or 450}"
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--hide-scrollbars",
-            "--virtual-time-budget=5000",
-        ]
-        command = [
-            browser,
-            *flags,
-            f"--user-data-dir={folder}/profile",
-            f"--window-size={size}",
-            f"--screenshot={shot}",
-            page.as_uri(),
-        ]
-        try:
-            subprocess.run(command, capture_output=True, timeout=120, check=False)
-        except subprocess.TimeoutExpired:
-            return False
-        if not shot.is_file():
-            return False
-        replace_file(path, lambda beside: shutil.copyfile(shot, beside))
-    return True
+def read_table(path: Path):
+    """A table that was written as .csv, with its empty texts.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: run the analysis first")
+    return pd.read_csv(path, keep_default_na=False, na_values=["", "nan"])
+
+
+def save_figures(figures: Mapping[Path, object]) -> None:
+    """path without suffix -> figure: each as .html; where there is a browser, also .png and -narrow.png."""
+    import plotly.graph_objects as go
+
+    from lnfree_interp.figures.style import WIDTH
+    from lnfree_interp.figures.widths import narrow_figure, page_script
+
+    drawn, written = {}, []
+    for path, figure in figures.items():
+        # The plotting library is linked, not embedded: 4 MB less per file.
+        page = figure.to_html(include_plotlyjs="cdn", post_script=page_script(figure))
+        title = html.escape(" ".join(html.unescape(figure.layout.title.text or path.name).split("<br>")))
+        page = page.replace("<head>", f"<head><title>{title}</title>", 1)
+        written.append(path.with_name(f"{path.name}.html"))
+        replace_file(written[-1], lambda beside, page=page: beside.write_text(page, encoding="utf-8"))
+        drawn[path.with_name(f"{path.name}.png")] = go.Figure(figure).update_layout(width=WIDTH)
+        drawn[path.with_name(f"{path.name}-narrow.png")] = narrow_figure(figure)
+    made = browser.pictures(list(drawn.values()))
+    for path, data in zip(drawn, made or ()):
+        replace_file(path, lambda beside, data=data: beside.write_bytes(data))
+        written.append(path)
+    print("wrote " + ", ".join(map(str, written)))

@@ -79,37 +79,46 @@ def measure(name: str, model, tokens, top: list[int], scanned: int) -> pd.DataFr
     return table[[*first, *[c for c in table.columns if c not in first]]]
 
 
-def figure(table: pd.DataFrame, names: list[str], top: list[int]) -> go.Figure:
+def draw(table: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
-    from lnfree_interp.figures.style import colour, line, styled
+    from lnfree_interp.figures.style import colour, line, log_axis, styled
 
-    titles = ("all neurons (boxes), the top ones (dots)", f"neuron {top[0]}", f"top {len(top)}, one by one")
-    fig = make_subplots(cols=3, horizontal_spacing=0.11, column_widths=[0.4, 0.3, 0.3], subplot_titles=titles)
+    names = list(table.model.unique())
+    top = table[(table.model == names[0]) & (table.kind == "single")].neuron.tolist()
+    several = f"the top {len(top)}, " + "one on top of the other" * (len(top) > 1)
+    titles = ("each neuron of the layer (boxes)<br>and the top ones (dots)", f"neuron {top[0]}", several)
+    fig = make_subplots(cols=3, horizontal_spacing=0.11, column_widths=[0.36, 0.32, 0.32], subplot_titles=titles)
     for i, name in enumerate(names):
         part = table[table.model == name]
         of = {kind: part[part.kind == kind] for kind in ("single", "cumulative", "scan")}
-        hover = "neuron %{text}: %{y:.5f}<extra>" + name + "</extra>"
         scan = {"y": of["scan"].loss_abs, "x": [name] * len(of["scan"]), "boxpoints": False, "line": {"width": 1.5}}
-        fig.add_box(**scan, name=name, marker_color=colour(i), showlegend=False, row=1, col=1)
+        hover = {"hovertemplate": "%{y:.3g} nats<extra>" + name + "</extra>"}
+        fig.add_box(**scan, **hover, name=name, marker_color=colour(i), showlegend=False, row=1, col=1)
         dots = {"x": [name] * len(top), "y": of["single"].loss_abs, "text": of["single"].neuron, "mode": "markers"}
         dots["marker"] = {"color": colour(i), "size": 9, "line": {"color": "white", "width": 1}}
+        hover = "neuron %{text}: %{y:.3g} nats<extra>" + name + "</extra>"
         fig.add_scatter(**dots, hovertemplate=hover, name=name, showlegend=False, row=1, col=1)
         row = of["single"].iloc[0]
         y = [row.loss_abs, row.loss_abs_through_scale, row.loss_abs_frozen]
         x = ["in all", "through<br>the scale", "scale<br>frozen"]
-        fig.add_bar(x=x, y=y, marker_color=colour(i), name=name, showlegend=False, row=1, col=2)
-        curve = {"x": list(range(len(top) + 1)), "y": [0, *of["cumulative"].entropy_share], "mode": "lines+markers"}
-        hover = "neuron %{text}: %{y:+.2%}<extra>" + name + "</extra>"
-        text = ["none", *map(str, top)]
-        fig.add_scatter(**curve, text=text, hovertemplate=hover, name=name, line=line(i), row=1, col=3)
+        hover = f"neuron {top[0]}, %{{x}}: %{{y:.3g}} nats<extra>{name}</extra>"
+        fig.add_bar(x=x, y=y, marker_color=colour(i), name=name, hovertemplate=hover, row=1, col=2)
+        shares = [0, *(100 * of["cumulative"].entropy_share)]
+        curve = {"x": list(range(len(top) + 1)), "y": shares, "mode": "lines+markers", "text": ["none", *map(str, top)]}
+        hover = "with neuron %{text}: %{y:+.3g}% of the entropy<extra>" + name + "</extra>"
+        fig.add_scatter(**curve, hovertemplate=hover, name=name, line=line(i), showlegend=False, row=1, col=3)
     nats = "mean |change of loss| (nats)"
-    fig.update_yaxes(title_text=nats, type="log", dtick="D2", tickformat="~g", row=1, col=1)
+    shown = table.loss_abs[table.kind.isin(["single", "scan"])]
+    fig.update_yaxes(title_text=nats, **log_axis(shown), row=1, col=1)
+    fig.update_xaxes(
+        tickangle=0 if len(names) <= 3 and max(map(len, names)) <= 12 else -90, automargin=True, row=1, col=1
+    )
     fig.update_yaxes(title_text=nats, rangemode="tozero", title_standoff=4, row=1, col=2)
-    fig.update_yaxes(title_text="change of entropy", tickformat="+.2%", title_standoff=4, row=1, col=3)
-    fig.update_xaxes(title_text="neurons ablated", dtick=1, row=1, col=3)
-    fig.update_layout(legend={"orientation": "h", "y": -0.2, "x": 0}, barmode="group")
-    return styled(fig, title="Confidence neurons of the last MLP, set to their mean", height=440)
+    fig.update_yaxes(title_text="change of entropy (%)", tickformat="~g", title_standoff=4, row=1, col=3)
+    fig.update_xaxes(title_text="neurons ablated", dtick=max(1, len(top) // 8), row=1, col=3)
+    fig.update_layout(barmode="group")
+    return styled(fig, title="Confidence neurons of the last MLP, set to their mean", height=410)
 
 
 def flags(parser) -> None:
@@ -135,10 +144,10 @@ def run(args) -> common.Output:
     caption = f"{tokens.numel():,} tokens of {common.source(args)}; neurons {', '.join(map(str, top))}"
     caption += "." if args.neurons else f": the highest |w_out| / LogitVar of {next(iter(free))}."
     # Neurons are one family's own.
-    return common.Output(table, figure(table, list(free), top), claims(found[0], table, top) if found else [], caption)
+    return common.Output(table, None, claims(found[0], table, top) if found else [], caption)
 
 
-ANALYSIS = common.Analysis(run, tokens=8192, flags=flags)
+ANALYSIS = common.Analysis(run, tokens=8192, flags=flags, draw=draw)
 main = ANALYSIS.main
 
 if __name__ == "__main__":

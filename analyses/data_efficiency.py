@@ -6,6 +6,7 @@ python analyses/data_efficiency.py --model small-model medium-model --text train
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import common
@@ -110,75 +111,58 @@ def claims(table: pd.DataFrame, needed: pd.DataFrame) -> list[Claim]:
     return said
 
 
-def figure(table: pd.DataFrame, needed: pd.DataFrame) -> go.Figure:
+def needed_of(table: pd.DataFrame) -> pd.DataFrame:
+    """model, parameters, the tokens it takes to come within GAP, and whether the shortest runs did so already."""
+    import pandas as pd
+
+    rows = []
+    for name, part in table.groupby("model", sort=False):
+        tokens = tokens_needed(part.tokens, part.gap)
+        row = {"model": name, "parameters": part.parameters.iloc[0], "tokens": tokens}
+        rows.append(row | {"at_most": tokens == part.tokens.min()})
+    return pd.DataFrame(rows)
+
+
+def draw(table: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
-    from lnfree_interp.figures.style import colour, styled
+    from lnfree_interp.figures.style import MARK, colour, log_axis, styled
 
-    fig = make_subplots(
-        cols=2,
-        horizontal_spacing=0.13,
-        subplot_titles=("gap against fine-tuning tokens, mean and sd over seeds", "tokens against parameters"),
-    )
+    needed, paper = needed_of(table), published()
+    titles = ("gap after fine-tuning, mean and sd over seeds", f"tokens to a gap of {GAP} nats, and the published")
+    fig = make_subplots(cols=2, horizontal_spacing=0.14, subplot_titles=titles)
     for i, (name, part) in enumerate(table.groupby("model", sort=False)):
-        bars = {"type": "data", "array": part.sd.fillna(0)}
-        fig.add_scatter(
-            x=part.tokens,
-            y=part.gap,
-            error_y=bars,
-            mode="lines+markers",
-            name=name,
-            line={"color": colour(i + 2), "width": 2},
-            row=1,
-            col=1,
-        )
-    fig.add_hline(y=GAP, line={"dash": "dot", "color": "#999999"}, row=1, col=1)
-    fig.add_annotation(
-        x=1, xref="x domain", y=np.log10(GAP), yanchor="top", text=f"{GAP} nats", showarrow=False, row=1, col=1
-    )
-    paper = published()
+        bars, hover = {"type": "data", "array": part.sd.fillna(0)}, "%{x:,.3s} tokens: %{y:+.4f} nats<extra>" + name
+        curve = {"x": part.tokens, "y": part.gap, "error_y": bars, "mode": "lines+markers", "name": name}
+        look = {"line": {"color": colour(i + 2), "width": 2}, "hovertemplate": hover + "</extra>", "legendgroup": name}
+        fig.add_scatter(**curve, **look, row=1, col=1)
+    fig.add_hline(y=GAP, line=MARK, row=1, col=1)
+    text = {"text": f"{GAP} nats", "showarrow": False, "font_size": 11}
+    fig.add_annotation(x=1, xref="x domain", xanchor="right", y=math.log10(GAP), yanchor="bottom", **text, row=1, col=1)
     slope = exponent(paper.parameters, paper.tokens)
     ends = np.array([needed.parameters.min(), paper.parameters.max()])
     scale = np.exp(np.log(paper.tokens).mean() - slope * np.log(paper.parameters).mean())
-    fig.add_scatter(
-        x=ends,
-        y=scale * ends**slope,
-        mode="lines",
-        line={"dash": "dot", "color": "#999999"},
-        name=f"parameters^{slope:.2f}",
-        row=1,
-        col=2,
-    )
-    fig.add_scatter(
-        x=paper.parameters,
-        y=paper.tokens,
-        text=paper.model,
-        mode="markers+text",
-        textposition=["bottom right", "top left", "bottom right", "top left"],
-        marker={"color": "#555555", "size": 9, "symbol": "diamond"},
-        name="published (P2)",
-        row=1,
-        col=2,
-    )
+    name = f"parameters<sup>{slope:.2f}</sup>"
+    fig.add_scatter(x=ends, y=scale * ends**slope, mode="lines", line=MARK, name=name, hoverinfo="skip", row=1, col=2)
+    hover = "%{text}: %{x:,.3s} parameters, %{y:,.3s} tokens<extra>published</extra>"
+    dots = {"x": paper.parameters, "y": paper.tokens, "text": paper.model, "hovertemplate": hover}
+    marker = {"color": "#555555", "size": 9, "symbol": "diamond-open"}
+    fig.add_scatter(**dots, mode="markers", marker=marker, name="published GPT-2 sizes", row=1, col=2)
     for i, row in enumerate(needed.itertuples()):
         if row.tokens == row.tokens:
-            fig.add_scatter(
-                x=[row.parameters],
-                y=[row.tokens],
-                text=[f"{row.model}, {'at most, ' if row.at_most else ''}to {GAP} nats"],
-                mode="markers+text",
-                textposition="middle right",
-                marker={"color": colour(i + 2), "size": 10},
-                showlegend=False,
-                row=1,
-                col=2,
-            )
-    fig.update_xaxes(title_text="fine-tuning tokens", type="log", row=1, col=1)
-    fig.update_yaxes(title_text="LN-free minus control (nats per token)", type="log", dtick="D2", row=1, col=1)
-    fig.update_xaxes(title_text="parameters", type="log", dtick=1, range=[np.log10(ends[0]) - 0.3, 10], row=1, col=2)
-    fig.update_yaxes(title_text="fine-tuning tokens", type="log", dtick=1, row=1, col=2)
-    fig.update_layout(legend={"orientation": "h", "y": -0.2, "x": 0})
-    return styled(fig, title="Data needed to remove LayerNorm", height=460)
+            most = "at most " * row.at_most
+            hover = f"{row.model}: %{{x:,.3s}} parameters, {most}%{{y:,.3s}} tokens to {GAP} nats<extra></extra>"
+            marker = {"color": colour(i + 2), "size": 10, "symbol": "triangle-down" if row.at_most else "circle"}
+            dot = {"x": [row.parameters], "y": [row.tokens], "mode": "markers", "marker": marker}
+            name = f"{row.model}{' (at most)' if row.at_most else ''}"
+            fig.add_scatter(**dot, name=name, hovertemplate=hover, row=1, col=2)
+    gaps = [*(table.gap - table.sd.fillna(0)), *(table.gap + table.sd.fillna(0)), GAP]
+    fig.update_xaxes(title_text="fine-tuning tokens", **log_axis(table.tokens), row=1, col=1)
+    fig.update_yaxes(title_text="LN-free minus control (nats per token)", **log_axis(gaps), row=1, col=1)
+    every = [*paper.tokens, *needed.tokens.dropna()]
+    fig.update_xaxes(title_text="parameters", **log_axis(ends), row=1, col=2)
+    fig.update_yaxes(title_text="fine-tuning tokens", title_standoff=4, **log_axis(every), row=1, col=2)
+    return styled(fig, title="Data needed to remove LayerNorm", height=420)
 
 
 def flags(parser) -> None:
@@ -210,6 +194,7 @@ def run(args) -> common.Output:
     finished = list(runs.perform(args, wanted(args)).values())
     rows = []
     for name in args.model:
+        parameters = load_trainable(name)[0].num_parameters()
         for steps in sorted(args.steps):
             of = [f for f in finished if f.run.model == name and f.run.schedule.steps == steps]
             free = np.array([f.loss for f in of if f.events])
@@ -220,6 +205,7 @@ def run(args) -> common.Output:
             rows.append(
                 {
                     "model": cli.display_name(name),
+                    "parameters": parameters,
                     "steps": steps,
                     "tokens": tokens,
                     "ln_free": free.mean(),
@@ -229,28 +215,16 @@ def run(args) -> common.Output:
                     "seeds": len(gap),
                 }
             )
-    table, needed = pd.DataFrame(rows), []
-    for name in args.model:
-        part = table[table.model == cli.display_name(name)]
-        parameters = load_trainable(name)[0].num_parameters()
-        tokens = tokens_needed(part.tokens, part.gap)
-        needed.append(
-            {
-                "model": cli.display_name(name),
-                "parameters": parameters,
-                "tokens": tokens,
-                "at_most": tokens == part.tokens.min(),  # near enough in the shortest runs already
-            }
-        )
-    needed = pd.DataFrame(needed)
+    table = pd.DataFrame(rows)
+    needed = needed_of(table)
     caption = (
         f"{args.seeds} seeds per length; each run is a whole schedule, shorter or longer, against the control of "
         "the same length and data; held-out text."
     )
-    return common.Output(table, figure(table, needed), claims(table, needed), caption)
+    return common.Output(table, None, claims(table, needed), caption)
 
 
-ANALYSIS = common.Analysis(run, tokens=1, flags=flags, trains=True)
+ANALYSIS = common.Analysis(run, tokens=1, flags=flags, trains=True, draw=draw)
 main = ANALYSIS.main
 
 if __name__ == "__main__":

@@ -49,14 +49,14 @@ def claims(family: Family, table: pd.DataFrame, checked: dict[str, float]) -> li
     ]
 
 
-def measure(name: str, model, tokens, args) -> tuple[pd.DataFrame, list]:
-    """Errors of every head and pooled, for both targets; and each head's mean attribution and direct effect."""
+def measure(name: str, model, tokens, args) -> pd.DataFrame:
+    """Errors of every head and pooled, for both targets; of the next token each head's mean attribution and effect."""
     import pandas as pd
 
     from lnfree_interp import attribution_error, direct_effect, direct_logit_attribution
     from lnfree_interp.dla import HEADS
 
-    errors, means = [], []
+    errors = []
     for target in TARGETS:
         parts, done = [], 0
         with cli.bar(f"{name}, {target}", "sequence") as progress:
@@ -67,12 +67,13 @@ def measure(name: str, model, tokens, args) -> tuple[pd.DataFrame, list]:
                 progress(done, len(tokens))
         linear, exact = (joined([p[i] for p in parts]) for i in (0, 1))
         error = attribution_error(linear, exact, components=HEADS, draws=args.draws, seed=args.seed)
-        errors.append(error.table().assign(model=name, target=target))
+        table = error.table().assign(model=name, target=target)
         if target == "next token":
-            means = [
-                result.table().set_index("component")["mean"].filter(regex=f"^{HEADS}$") for result in (linear, exact)
-            ]
-    return pd.concat(errors), means
+            for column, result in (("attribution", linear), ("direct_effect", exact)):
+                means = result.table().set_index("component")["mean"].filter(regex=f"^{HEADS}$")
+                table[column] = table.component.map(means)
+        errors.append(table)
+    return pd.concat(errors)
 
 
 def largest_difference(model, tokens) -> float:
@@ -106,35 +107,34 @@ def joined(parts: list):
     return type(parts[0])(values, parts[0].labels, torch.cat([p.bias.cpu() for p in parts]), parts[0].positions)
 
 
-def figure(table: pd.DataFrame, means: dict[str, list]) -> go.Figure:
+def draw(table: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
-    from lnfree_interp.figures.style import colour, styled
+    from lnfree_interp.figures.style import MARK, colour, styled, symbol
 
     titles = ("each head, mean over tokens", "pooled error of the heads")
-    fig = make_subplots(cols=2, column_widths=[0.55, 0.45], horizontal_spacing=0.13, subplot_titles=titles)
-    most = 1.08 * max(values.abs().max() for pair in means.values() for values in pair)
-    diagonal = {"x": [-most, most], "y": [-most, most], "line": {"color": "#bbbbbb", "dash": "dot"}}
-    fig.add_scatter(**diagonal, mode="lines", showlegend=False, row=1, col=1)
-    pooled = table[table.component == "pooled"]
-    for i, (name, (linear, exact)) in enumerate(means.items()):
-        symbol = ("circle-open", "square-open", "diamond")[i % 3]
-        marker = {"color": colour(i), "size": 8, "symbol": symbol, "line": {"width": 2 if i % 3 < 2 else 0}}
-        hover = "%{text}: attribution %{y:.3f}, direct effect %{x:.3f}<extra>" + name + "</extra>"
-        dots = {"x": exact[linear.index], "y": linear, "text": list(linear.index), "mode": "markers", "marker": marker}
-        fig.add_scatter(**dots, name=name, hovertemplate=hover, row=1, col=1)
-        rows = pooled[pooled.model == name]
-        text = {"text": [f"{x:.1%}" for x in rows.nmae], "insidetextanchor": "start"}
+    fig = make_subplots(cols=2, column_widths=[0.52, 0.48], horizontal_spacing=0.13, subplot_titles=titles)
+    heads, pooled = table[table.attribution.notna()], table[table.component == "pooled"]
+    most = 1.08 * heads[["attribution", "direct_effect"]].abs().max().max()
+    fig.add_scatter(x=[-most, most], y=[-most, most], line=MARK, mode="lines", showlegend=False, row=1, col=1)
+    for i, name in enumerate(table.model.unique()):
+        part, rows = heads[heads.model == name], pooled[pooled.model == name]
+        marker = {"color": colour(i), "size": 8, "symbol": symbol(i), "line": {"width": 2 if i % 3 < 2 else 0}}
+        hover = "%{text}: attribution %{y:.3f} logits, direct effect %{x:.3f}<extra>" + name + "</extra>"
+        dots = {"x": part.direct_effect, "y": part.attribution, "text": part.component, "mode": "markers"}
+        fig.add_scatter(**dots, marker=marker, name=name, hovertemplate=hover, row=1, col=1)
+        hover = f"logit of the %{{x}}: error %{{y:.2%}}<extra>{name}</extra>"
+        bar = {"x": rows.target, "y": rows.nmae, "error_y": common.bars(rows.nmae, rows.low, rows.high)}
+        # Below the bar's end, where its interval does not run through it.
+        text = {"text": [f"{x:.1%}" if x else "0" for x in rows.nmae], "insidetextanchor": "start", "textangle": 0}
         text["textposition"] = ["inside" if x > 0.05 else "outside" for x in rows.nmae]
-        error = common.bars(rows.nmae, rows.low, rows.high)
-        bar = {"x": rows.target, "y": rows.nmae, "error_y": error, "marker_color": colour(i), "name": name}
-        fig.add_bar(**bar, **text, showlegend=False, row=1, col=2)
+        look = {"marker_color": colour(i), "name": name, "hovertemplate": hover, "showlegend": False}
+        fig.add_bar(**bar, **text, **look, cliponaxis=False, row=1, col=2)
     fig.update_xaxes(title_text="direct effect (logits)", row=1, col=1)
     fig.update_yaxes(title_text="attribution (logits)", title_standoff=4, row=1, col=1)
     fig.update_yaxes(title_text="mean |difference| / mean |effect|", tickformat=".0%", rangemode="tozero", row=1, col=2)
-    fig.update_xaxes(title_text="logit of", row=1, col=2)
-    fig.update_layout(legend={"orientation": "h", "y": -0.18, "x": 0})
-    return styled(fig, title="Direct logit attribution against direct effect, attention heads", height=460)
+    fig.update_xaxes(title_text="logit of the", row=1, col=2)
+    return styled(fig, title="Direct logit attribution against direct effect, attention heads", height=430)
 
 
 def flags(parser) -> None:
@@ -144,21 +144,21 @@ def flags(parser) -> None:
 def run(args) -> common.Output:
     import pandas as pd
 
-    tables, means, free, checked = [], {}, {}, {}
+    tables, free, checked = [], {}, {}
     for name, model in cli.models(args):
         tokens = cli.load_tokens(args, model)
-        table, means[name] = measure(name, model, tokens, args)
-        tables.append(table)
+        tables.append(measure(name, model, tokens, args))
         free[name] = model.cfg.normalization_type is None
         checked[name] = largest_difference(model, tokens[:1, :128])
-    table = pd.concat(tables, ignore_index=True)[["model", "target", "component", "nmae", "low", "high"]]
+    table = pd.concat(tables, ignore_index=True)
+    table = table[["model", "target", "component", "nmae", "low", "high", "attribution", "direct_effect"]]
     caption = f"{tokens.numel():,} tokens of {common.source(args)}, all positions; "
     caption += "95% intervals over heads and sequences."
     found = common.families(free)
-    return common.Output(table, figure(table, means), [c for f in found for c in claims(f, table, checked)], caption)
+    return common.Output(table, None, [c for f in found for c in claims(f, table, checked)], caption)
 
 
-ANALYSIS = common.Analysis(run, tokens=32768, flags=flags)
+ANALYSIS = common.Analysis(run, tokens=32768, flags=flags, draw=draw)
 main = ANALYSIS.main
 
 if __name__ == "__main__":

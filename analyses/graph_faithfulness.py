@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SHARES = (0.5, 0.8, 0.9, 0.95, 0.99)
 # What follows a removal: everything, or all but what stays as it was. The last leaves the norms alone to follow.
 RUNGS = {"everything": (False, False), "all but patterns": (True, False), "norms only": (True, True)}
+_RUNGS = {"all but patterns": "all but<br>patterns", "norms only": "norms<br>only"}  # what is too wide for a figure
 READOUTS = ("logit", "against the runner-up")
 
 
@@ -276,35 +277,44 @@ def claims(family: Family, table: pd.DataFrame) -> list[Claim]:
     ]
 
 
-def figure(table: pd.DataFrame, names: list[str]) -> go.Figure:
+def draw(table: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
     from lnfree_interp.figures.style import colour, line, styled
 
-    titles = (*(f"effects: {readout}" for readout in READOUTS), "a graph's nodes alone")
-    fig = make_subplots(cols=3, column_widths=[0.36, 0.36, 0.28], horizontal_spacing=0.09, subplot_titles=titles)
+    names, table = list(table.model.unique()), table.assign(what=table.what.astype(str))
+    titles = ("effects on the logit", "effects on it less the runner-up's")
+    titles += ("a graph's nodes alone<br>(dotted: as many at random)",)
+    fig = make_subplots(cols=3, column_widths=[0.35, 0.35, 0.3], horizontal_spacing=0.1, subplot_titles=titles)
     for i, name in enumerate(names):
         part = table[table.model == name]
         for col, readout in enumerate(READOUTS, 1):
             rows = part[(part.measure == "error") & (part.readout == readout)]
-            bar = {"x": rows.what, "y": rows.value, "error_y": common.bars(rows.value, rows.low, rows.high)}
-            fig.add_bar(**bar, marker_color=colour(i), name=name, showlegend=col == 1, row=1, col=col)
+            bar = {"x": [_RUNGS.get(w, w) for w in rows.what], "y": rows.value, "marker_color": colour(i), "name": name}
+            bars = common.bars(rows.value, rows.low, rows.high)
+            hover = f"%{{customdata}} follows: error %{{y:.1%}}<extra>{name}, {readout}</extra>"
+            look = {"customdata": rows.what, "hovertemplate": hover, "showlegend": col == 1, "legendgroup": name}
+            fig.add_bar(**bar, error_y=bars, **look, row=1, col=col)
         for measure, dash in (("same", {}), ("same_random", {"dash": "dot"})):
             rows = part[(part.measure == measure) & (part.readout == READOUTS[0])]
-            x = [float(what) + 0.006 * i for what in rows.what]  # side by side
+            x = [n + 0.13 * (i - (len(names) - 1) / 2) for n in range(len(rows))]  # side by side
             bars = common.bars(rows.value, rows.low, rows.high) | {"thickness": 1, "width": 2}
-            hover = "share %{x:.2f}: %{y:.0%}<extra>" + name + ", as many at random" * bool(dash) + "</extra>"
-            lines = {"mode": "lines+markers", "line": line(i) | dash, "hovertemplate": hover, "showlegend": False}
-            fig.add_scatter(x=x, y=rows.value, error_y=bars, **lines, row=1, col=3)
+            hover = "%{text:.0%} of the influence: same prediction on %{y:.0%} of prompts<extra>"
+            hover += name + ", as many at random" * bool(dash) + "</extra>"
+            look = {"mode": "lines+markers", "line": line(i) | dash, "hovertemplate": hover, "showlegend": False}
+            text = [float(what) for what in rows.what]
+            fig.add_scatter(x=x, y=rows.value, text=text, error_y=bars, **look, legendgroup=name, row=1, col=3)
     for col in (1, 2):
         fig.update_yaxes(tickformat=".0%", rangemode="tozero", row=1, col=col)
-        fig.update_xaxes(title_text="what follows the removal", tickangle=20, row=1, col=col)
-    fig.update_yaxes(title_text="sum |effect - real| / sum |real|", row=1, col=1)
-    fig.update_yaxes(title_text="prompts with the same prediction", tickformat=".0%", range=[0, 1.02], row=1, col=3)
-    fig.update_xaxes(title_text="share of the influence", row=1, col=3)
-    fig.update_layout(legend={"orientation": "h", "y": -0.32, "x": 0})
-    fig = styled(fig, title="Attribution graphs against real interventions", height=480)
-    return fig.update_layout(margin={"t": 90})
+        fig.update_xaxes(title_text="what follows the removal", tickangle=0, row=1, col=col)
+        fig.update_yaxes(title_text="sum |effect - real| / sum |real|", title_standoff=4, row=1, col=col)
+    fig.update_yaxes(title_text="same prediction (prompts)", title_standoff=4, row=1, col=3)
+    fig.update_yaxes(tickformat=".0%", range=[0, 1.02], row=1, col=3)
+    shares = [f"{100 * float(what):g}%" for what in table.what[table.measure == "same"].unique()]
+    ticks = {"tickvals": list(range(len(shares))), "ticktext": shares, "zeroline": False}
+    fig.update_xaxes(title_text="share of the influence kept", **ticks, row=1, col=3)
+    title = "Effects in attribution graphs against real interventions [95% over prompts]"
+    return styled(fig, title=title, height=420)
 
 
 def flags(parser) -> None:
@@ -337,10 +347,10 @@ def run(args) -> common.Output:
         "writes nothing (dotted: as many drawn at random from the same layers). 95% intervals over prompts."
     )
     found = common.families(free)
-    return common.Output(table, figure(table, list(free)), [c for f in found for c in claims(f, table)], caption)
+    return common.Output(table, None, [c for f in found for c in claims(f, table)], caption)
 
 
-ANALYSIS = common.Analysis(run, tokens=8192, flags=flags)
+ANALYSIS = common.Analysis(run, tokens=8192, flags=flags, draw=draw)
 main = ANALYSIS.main
 
 if __name__ == "__main__":

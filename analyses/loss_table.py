@@ -48,35 +48,35 @@ def claims(family: Family, table: pd.DataFrame) -> list[Claim]:
     ]
 
 
-def figure(table: pd.DataFrame, baselines: dict) -> go.Figure:
+def draw(table: pd.DataFrame) -> go.Figure:
+    """Mean losses with their intervals, not from 0; gaps with theirs, beside the published ones."""
     from plotly.subplots import make_subplots
 
-    from lnfree_interp.figures.style import colour, styled
+    from lnfree_interp.figures.style import MARK, colour, styled
 
-    fig = make_subplots(
-        cols=2,
-        horizontal_spacing=0.14,
-        column_widths=[0.42, 0.58],
-        subplot_titles=("mean loss", "LN-free minus fine-tuned control"),
-    )
-    left, right = {"row": 1, "col": 1, "showlegend": False}, {"row": 1, "col": 2, "showlegend": False}
-    for i, (_, row) in enumerate(table.iterrows()):
-        name, mean = row.model, np.array([row["mean"]])
-        text = {"text": [f"{mean[0]:.3f}"], "textposition": "inside", "insidetextanchor": "middle"}
-        bars = common.bars(mean, row.mean_low, row.mean_high)
-        fig.add_bar(x=[name], y=mean, error_y=bars, marker_color=colour(i), **text, **left)
-        if name in baselines:
-            gap = np.array([row.gap])
+    titles = ("mean loss [95% over sequences]", "LN-free minus control [95%, paired]")
+    fig = make_subplots(cols=2, horizontal_spacing=0.2, column_widths=[0.5, 0.5], subplot_titles=titles)
+    look, rows = {"mode": "markers", "showlegend": False}, []
+    for i, row in enumerate(table.itertuples()):
+        marker, mean = {"color": colour(i), "size": 10}, np.array([row.mean])
+        hover = "%{y}: %{x:.4f} nats per token<extra></extra>"
+        bars = common.bars(mean, table.mean_low[i], table.mean_high[i])
+        fig.add_scatter(x=mean, y=[row.model], error_x=bars, marker=marker, hovertemplate=hover, **look, row=1, col=1)
+        if row.gap == row.gap:
+            gap, hover = np.array([row.gap]), "%{y}: %{x:+.4f} nats per token<extra></extra>"
             bars = common.bars(gap, row.gap_low, row.gap_high)
-            text = {"text": [f"  {row.gap:+.4f}"], "textposition": "middle right", "mode": "markers+text"}
-            fig.add_scatter(x=[name], y=gap, error_y=bars, marker={"color": colour(i), "size": 10}, **text, **right)
-    sizes, gaps = [f"GPT-2<br>{size}" for size in PAPER], list(PAPER.values())
-    text = {"text": [f"{gap:+.4f}" for gap in gaps], "textposition": "top center", "mode": "markers+text"}
-    fig.add_scatter(x=sizes, y=gaps, marker={"color": "#999999", "size": 10, "symbol": "diamond"}, **text, **right)
-    fig.update_yaxes(title_text="nats per token", rangemode="tozero", title_standoff=8)
-    fig.update_xaxes(tickangle=0)
-    fig.update_xaxes(range=[-0.5, len(baselines) + len(PAPER) - 0.5], row=1, col=2)
-    return styled(fig, title="Loss, with 95% intervals over sequences", height=400)
+            fig.add_scatter(
+                x=gap, y=[row.model], error_x=bars, marker=marker, hovertemplate=hover, **look, row=1, col=2
+            )
+            rows.append(row.model)
+    sizes, marker = [f"GPT-2 {size}" for size in PAPER], {"color": "#777777", "size": 10, "symbol": "diamond-open"}
+    hover = "%{y}, published: %{x:+.4f} nats per token<extra></extra>"
+    fig.add_scatter(x=list(PAPER.values()), y=sizes, marker=marker, hovertemplate=hover, **look, row=1, col=2)
+    fig.add_vline(x=0, line=MARK, row=1, col=2)
+    fig.update_xaxes(title_text="nats per token", nticks=5)
+    fig.update_yaxes(autorange="reversed", automargin=True, type="category")
+    title = "Loss of models with LayerNorm and without (diamonds: published, on another text)"
+    return styled(fig, title=title, height=190 + 24 * max(len(table), len(rows) + len(PAPER)))
 
 
 def run(args) -> common.Output:
@@ -95,10 +95,10 @@ def run(args) -> common.Output:
     gaps = loss_table(results, baselines, seed=args.seed).table().drop(columns="loss")
     table = pd.concat([gaps, *[pd.concat([r.table() for r in results.values()], ignore_index=True)]], axis=1)
     caption = f"{tokens.numel():,} tokens of {common.source(args)}; grey diamonds: GPT-2, Pile-filtered (P2)."
-    return common.Output(table, figure(table, baselines), [c for f in found for c in claims(f, table)], caption)
+    return common.Output(table, None, [c for f in found for c in claims(f, table)], caption)
 
 
-ANALYSIS = common.Analysis(run, tokens=65536)
+ANALYSIS = common.Analysis(run, tokens=65536, draw=draw)
 main = ANALYSIS.main
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python analyses/norms_and_sinks.py --model gpt2 gpt2-vanilla gpt2-noLN --data Sk
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import common
@@ -49,35 +50,54 @@ def claims(family: Family, norms: pd.DataFrame, rates: dict[str, float]) -> list
     ]
 
 
-def figure(norms: pd.DataFrame, heads: pd.DataFrame, rates: dict[str, float], threshold: float) -> go.Figure:
+def draw(table: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
-    from lnfree_interp.figures.style import colour, line, styled
+    from lnfree_interp.figures.style import MARK, colour, line, log_axis, styled
 
-    titles = ("norm at position 0", "norm elsewhere", "attention on position 0, each head")
-    fig = make_subplots(cols=3, horizontal_spacing=0.09, column_widths=[0.3, 0.3, 0.4], subplot_titles=titles)
-    after = norms[norms.point.str.endswith(("L0.resid_pre", "resid_post"))]
-    for i, (name, rate) in enumerate(rates.items()):
-        label = f"{name} ({rate:.0%} of heads are sinks)"
-        for col, group in ((1, "position 0"), (2, "rest")):
-            part = after[(after.model == name) & (after.group == group)]
-            points = ["embed" if p == "L0.resid_pre" else p.removesuffix(".resid_post") for p in part.point]
-            curve = {"x": points, "y": part.norm_mean, "mode": "lines+markers", "marker": {"size": 5}, "line": line(i)}
-            fig.add_scatter(**curve, name=label, legendgroup=name, showlegend=col == 1, row=1, col=col)
+    norms, heads = table[table.point.notna()], table[table["head"].notna()]
+    threshold, names = float(heads.threshold.iloc[0]), list(dict.fromkeys(table.model))
+    most, last = heads.attention.max(), int(heads["head"].str.extract(r"L(\d+)H", expand=False).astype(int).max())
+    no_sinks = bool(most < threshold)
+    third = "attention on position 0, each head" + f"<br>(no head reaches {threshold:g}: no sinks)" * no_sinks
+    titles = ("norm at position 0", "norm elsewhere", third)
+    fig = make_subplots(cols=3, horizontal_spacing=0.1, column_widths=[0.29, 0.29, 0.42], subplot_titles=titles)
+    after = norms[norms.point.str.endswith(("L0.resid_pre", "resid_post")) & (norms.group != "EOT")]
+    for i, name in enumerate(names):
         part = heads[heads.model == name]
-        box = {"x": part["head"].str.split("H").str[0], "y": part.attention, "text": part["head"], "boxpoints": "all"}
-        look = {"pointpos": 0, "jitter": 0.4, "line": {"width": 1}, "marker": {"color": colour(i), "size": 4}}
-        hover = "%{text}: %{y:.3f}<extra>" + name + "</extra>"
-        fig.add_box(**box, **look, name=name, legendgroup=name, hovertemplate=hover, showlegend=False, row=1, col=3)
-    fig.add_hline(y=threshold, line={"dash": "dot", "color": "#999999"}, row=1, col=3)
-    top = 1.1 * after.norm_mean[after.group != "EOT"].max()
-    fig.update_yaxes(title_text="L2 norm", range=[0, top], row=1, col=1)
-    fig.update_yaxes(range=[0, top], row=1, col=2)
-    fig.update_yaxes(range=[0, min(1.0, max(1.1 * heads.attention.max(), 1.2 * threshold))], row=1, col=3)
-    fig.update_xaxes(title_text="after layer")
-    fig.update_xaxes(title_text="layer", row=1, col=3)
-    fig.update_layout(boxmode="group", legend={"orientation": "h", "y": -0.2, "x": 0})
-    return styled(fig, title="Residual norms and attention sinks", height=440)
+        label = f"{name} ({part.sink.astype(bool).mean():.0%} of heads are sinks)"
+        for col, group in ((1, "position 0"), (2, "rest")):
+            of = after[(after.model == name) & (after.group == group)]
+            points = [0 if p == "L0.resid_pre" else 1 + int(p[1:].partition(".")[0]) for p in of.point]
+            curve = {"x": points, "y": of.norm_mean, "mode": "lines+markers", "marker": {"size": 5}, "line": line(i)}
+            hover = f"after %{{text}}, {group}: norm %{{y:.4g}}<extra>{name}</extra>"
+            look = {"name": label, "legendgroup": name, "showlegend": col == 1, "hovertemplate": hover}
+            fig.add_scatter(**curve, text=of.point, **look, row=1, col=col)
+        layer = part["head"].str.extract(r"L(\d+)H", expand=False).astype(int)
+        dots = {"x": layer + 0.22 * (i - (len(names) - 1) / 2), "y": part.attention, "text": part["head"]}
+        marker = {"color": colour(i), "size": 6, "opacity": 0.75}
+        hover = "%{text}: %{y:.3f} of its attention on position 0<extra>" + name + "</extra>"
+        look = {"legendgroup": name, "showlegend": False, "hovertemplate": hover}
+        fig.add_scatter(**dots, **look, mode="markers", marker=marker, name=name, row=1, col=3)
+    if not no_sinks:
+        fig.add_hline(y=threshold, line=MARK, row=1, col=3, annotation_text="a sink", annotation_font_size=11)
+    sizes = after.norm_mean
+    if sizes.max() > 30 * sizes.min():  # one scale for both: what is long is seen to be
+        same = log_axis(sizes)
+        same["range"] = [math.log10(sizes.min()) - 0.1, math.log10(sizes.max()) + 0.1]
+    else:
+        same = {"range": [0, 1.08 * sizes.max()]}
+    fig.update_yaxes(title_text="L2 norm of the residual stream", **same, row=1, col=1)
+    fig.update_yaxes(title_text="L2 norm", title_standoff=4, **same, row=1, col=2)
+    fig.update_yaxes(title_text="attention", title_standoff=4, range=[0, min(1.02, 1.12 * most)], row=1, col=3)
+    step = max(1, -(-(last + 2) // 9))
+    points = ["embed", *(f"L{n}" for n in range(last + 1))]
+    ticks = {"tickvals": list(range(0, last + 2, step)), "ticktext": points[::step], "tickangle": -90}
+    fig.update_xaxes(title_text="after", **ticks, col=1)
+    fig.update_xaxes(title_text="after", **ticks, col=2)
+    fig.update_xaxes(title_text="layer", tick0=0, dtick=step, range=[-0.6, last + 0.6], zeroline=False, row=1, col=3)
+    title = "Residual norms at position 0 and elsewhere, and attention on position 0"
+    return styled(fig, title=title, height=400)
 
 
 def flags(parser) -> None:
@@ -97,7 +117,7 @@ def run(args) -> common.Output:
             norms.append(residual_norms(model, tokens, progress=progress).table().assign(model=name))
         with cli.bar(f"{name} sinks", "sequence") as progress:
             sinks = attention_sinks(model, tokens, threshold=args.threshold, progress=progress)
-        heads.append(sinks.table().assign(model=name))
+        heads.append(sinks.table().assign(model=name, threshold=args.threshold))
         rates[name] = sinks.head_rate
     norms, heads = pd.concat(norms, ignore_index=True), pd.concat(heads, ignore_index=True)
     kept = ["model", "point", "group", "tokens", "norm_mean", "norm_stderr", "norm_median", "norm_low", "norm_high"]
@@ -105,10 +125,10 @@ def run(args) -> common.Output:
     caption = f"{tokens.numel():,} tokens of {common.source(args)}; norms of the stream "
     caption += "less its mean, averaged over sequences."
     said = [c for f in common.families(free) for c in claims(f, norms, rates)]
-    return common.Output(table, figure(norms, heads, rates, args.threshold), said, caption)
+    return common.Output(table, None, said, caption)
 
 
-ANALYSIS = common.Analysis(run, tokens=32768, flags=flags)
+ANALYSIS = common.Analysis(run, tokens=32768, flags=flags, draw=draw)
 main = ANALYSIS.main
 
 if __name__ == "__main__":

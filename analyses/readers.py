@@ -87,7 +87,7 @@ def differences(model, tokens, reader):
     return (np.concatenate(parts, 1) for parts in zip(*batches))
 
 
-def figure(table: pd.DataFrame) -> go.Figure:
+def draw(table: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
     from lnfree_interp.figures.style import line, styled
@@ -106,15 +106,16 @@ def figure(table: pd.DataFrame) -> go.Figure:
                 name=name,
                 legendgroup=name,
                 showlegend=column == 1,
-                hovertemplate=f"layer %{{x}}, {kind}: %{{y:.1%}}<extra>{name}</extra>",
+                hovertemplate=f"layer %{{x}}, {kind}: error %{{y:.1%}}<extra>{name}</extra>",
                 row=1,
                 col=column,
             )
-    fig.update_xaxes(title_text="layer", dtick=max(1, table.layer.max() // 6))
+    last = int(table.layer.max())
+    fig.update_xaxes(title_text="layer", range=[-0.5, last + 0.5], tick0=0, dtick=max(1, -(-last // 6)))
     fig.update_yaxes(tickformat=".0%", rangemode="tozero")
     fig.update_yaxes(title_text="mean |difference| / mean |effect|", col=1)
-    fig.update_layout(legend={"orientation": "h", "y": -0.25, "x": 0})
-    return styled(fig, title="What a reader reads of earlier heads: scale frozen against normalised again", height=400)
+    title = "What a reader reads of earlier heads: error of freezing the norm's scale [95% over sequences]"
+    return styled(fig, title=title, height=370)
 
 
 def flags(parser) -> None:
@@ -134,10 +135,10 @@ def run(args) -> common.Output:
         f"{tokens.numel():,} tokens of {common.source(args)}; all neurons of a layer, or all coordinates of all its "
     )
     caption += "queries, keys or values, by all heads before it; 95% intervals over sequences."
-    return common.Output(table, figure(table), [c for f in common.families(free) for c in claims(f, table)], caption)
+    return common.Output(table, None, [c for f in common.families(free) for c in claims(f, table)], caption)
 
 
-ANALYSIS = common.Analysis(run, tokens=8192, flags=flags)
+ANALYSIS = common.Analysis(run, tokens=8192, flags=flags, draw=draw)
 main = ANALYSIS.main
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from lnfree_interp.files import replace_file
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 TITLES = {"ioi": "IOI", "induction": "induction"}
+TABLES = ("attribution", "neurons", "norms", "sinks", "loss")  # and "patching", of all tasks and sites
 MASSIVE = 3.0
 """A token is massive where the root mean square of its residual stream is so many times the median of its layer."""
 
@@ -263,31 +265,33 @@ def of_norms(norms: pd.DataFrame, sinks: pd.DataFrame) -> str:
 def write(t: dict[str, pd.DataFrame], about: About, out: Path, where: Path) -> None:
     """Figures and tables into `out`, the page to `where`."""
     import pandas as pd
-    import real_model_figures as figures
 
     patched = pd.concat([table for name, table in t.items() if name.startswith("patching-")], ignore_index=True)
-    drawn = {
-        "attribution": (t["attribution"], figures.attribution(t["attribution"])),
-        "patching": (patched, figures.patching(patched)),
-        **{
-            f"patching_layers_{task}": (None, figures.patching_layers(patched, task)) for task in patched.pairs.unique()
-        },
-        "neurons": (t["neurons"], figures.neurons(t["neurons"])),
-        "norms": (t["norms"], figures.norms(t["norms"], t["sinks"], MASSIVE)),
-        "sinks": (t["sinks"], None),
-        "loss": (t["loss"], None),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    for name, (table, figure) in drawn.items():
-        cli.save(out, name, table, figure)
-        if figure is not None:
-            common.picture(figure, out / f"{name}.png")
+    for name, table in {**{name: t[name] for name in TABLES}, "patching": patched}.items():
+        if table is not None:
+            cli.save(out, name, table)
+    common.save_figures({out / name: figure for name, figure in figures_of(out).items()})
     where.parent.mkdir(parents=True, exist_ok=True)
     text = body(t, about, Path(os.path.relpath(out, where.parent)).as_posix())
     replace_file(where, lambda path: path.write_text(text))
     for claim in claims(t):
         print(f"\n{claim.statement}\n  paper: {claim.paper}\n  ours:  {claim.ours}\n  agrees: {claim.agrees}")
     print(f"\nwrote {where}")
+
+
+def figures_of(out: Path) -> dict[str, go.Figure]:
+    """name -> figure, all drawn from the tables in `out`."""
+    import real_model_figures as figures
+
+    t = {name: common.read_table(out / f"{name}.csv") for name in (*TABLES, "patching")}
+    patched = t["patching"]
+    return {
+        "attribution": figures.attribution(t["attribution"]),
+        "patching": figures.patching(patched),
+        **{f"patching_layers_{task}": figures.patching_layers(patched, task) for task in patched.pairs.unique()},
+        "neurons": figures.neurons(t["neurons"]),
+        "norms": figures.norms(t["norms"], t["sinks"], MASSIVE),
+    }
 
 
 def body(t: dict[str, pd.DataFrame], about: About, folder: str) -> str:

@@ -6,6 +6,7 @@ python analyses/removal_order.py --model gpt2 --preset small --steps 300 --step-
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -32,6 +33,17 @@ ORDERS = {
     "layer by layer, backward": {"by": "layer", "layers": "backward"},
     "all at once": {"gaps": dict.fromkeys(KINDS, 0)},
 }
+# Colours that can be told apart, and dashes where two are near: in the table's order, the control last.
+LOOKS = (
+    ("#222222", "solid"),
+    ("#0072B2", "solid"),
+    ("#56B4E9", "dash"),
+    ("#009E73", "solid"),
+    ("#CC79A7", "solid"),
+    ("#E69F00", "dash"),
+    ("#D55E00", "solid"),
+    ("#777777", "dot"),
+)
 SMALL = 0.01  # nats: differences below this are called even
 
 
@@ -105,63 +117,52 @@ def mean_sd(values, *, sign: bool = True) -> str:
     return (f"{mean:+.4f}" if sign else f"{mean:.4f}") + ("" if np.isnan(sd) else f" (sd {sd:.4f})")
 
 
-def figure(finished: list[runs.Finished], title: str) -> go.Figure:
+def draw(table: pd.DataFrame, curves: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
-    from lnfree_interp.figures.style import COLOURS, styled
+    from lnfree_interp.figures.style import styled
 
-    fig = make_subplots(
-        cols=2,
-        column_widths=[0.58, 0.42],
-        horizontal_spacing=0.24,
-        subplot_titles=("training loss minus the control's, mean over seeds", "loss in the end, each seed and mean"),
-    )
-    variants = list(dict.fromkeys(f.run.variant for f in finished))
-    colours = dict(zip(variants, ["#111111", *COLOURS[1:6], "#999999", COLOURS[6]]))
-    control = curves([f for f in finished if f.run.variant == CONTROL])
-    for variant in variants:
-        of = [f for f in finished if f.run.variant == variant]
-        if variant != CONTROL:
-            excess = (curves(of) - control).rolling(5, min_periods=1).mean().mean(axis=1)
-            fig.add_scatter(
-                x=excess.index,
-                y=excess,
-                name=variant,
-                mode="lines",
-                line={"color": colours[variant], "width": 2},
-                row=1,
-                col=1,
-            )
-        ends = [f.loss for f in of]
-        fig.add_scatter(
-            x=ends,
-            y=[variant] * len(ends),
-            mode="markers",
-            showlegend=False,
-            marker={"color": colours[variant], "size": 8, "opacity": 0.55},
-            row=1,
-            col=2,
+    titles = ("training loss minus the control's,<br>mean over seeds", "loss in the end, each seed and mean")
+    fig = make_subplots(cols=2, column_widths=[0.56, 0.44], horizontal_spacing=0.26, subplot_titles=titles)
+    looks = dict(zip(table.order, LOOKS))
+    for variant, part in curves.groupby("order", sort=False):
+        name, (colour, dash) = str(variant), looks[variant]
+        hover = "step %{x}: %{y:+.4f} nats per token<extra>" + name + "</extra>"
+        curve = {"x": part.step, "y": part.excess, "line": {"color": colour, "dash": dash, "width": 2}}
+        fig.add_scatter(**curve, name=name, mode="lines", hovertemplate=hover, legendgroup=name, row=1, col=1)
+    for row in table.to_dict("records"):
+        name, (colour, _) = row["order"], looks[row["order"]]
+        ends = [row[column] for column in table.columns if re.fullmatch(r"seed\d+", column)]
+        look = {"mode": "markers", "showlegend": False, "legendgroup": name}
+        marker, hover = (
+            {"color": colour, "size": 8, "opacity": 0.6},
+            "%{y}: %{x:.4f} nats per token<extra>%{text}</extra>",
         )
+        seeds = [f"seed {i}" for i in range(len(ends))]
         fig.add_scatter(
-            x=[np.nanmean(ends)],
-            y=[variant],
-            mode="markers",
-            showlegend=False,
-            marker={
-                "color": colours[variant],
-                "size": 16,
-                "symbol": "line-ns",
-                "line": {"width": 3, "color": colours[variant]},
-            },
-            row=1,
-            col=2,
+            x=ends, y=[name] * len(ends), text=seeds, marker=marker, hovertemplate=hover, **look, row=1, col=2
         )
-    fig.update_xaxes(title_text="step", row=1, col=1)
+        mean = {"color": colour, "size": 16, "symbol": "line-ns", "line": {"width": 3, "color": colour}}
+        fig.add_scatter(
+            x=[row["loss"]], y=[name], text=["mean"], marker=mean, hovertemplate=hover, **look, row=1, col=2
+        )
+    fig.update_xaxes(title_text="step", rangemode="tozero", row=1, col=1)
     fig.update_yaxes(title_text="nats per token", row=1, col=1)
-    fig.update_xaxes(title_text="nats per token, held-out text", row=1, col=2)
-    fig.update_yaxes(autorange="reversed", row=1, col=2)
-    fig.update_layout(legend={"orientation": "h", "y": -0.2, "x": 0})
-    return styled(fig, title=title, height=480)
+    fig.update_xaxes(title_text="nats per token, held-out text", nticks=5, row=1, col=2)
+    fig.update_yaxes(autorange="reversed", automargin=True, row=1, col=2)
+    return styled(fig, title="Orders in which LayerNorms are removed: loss on the way and in the end", height=430)
+
+
+def excess_curves(by_variant: Mapping[str, list[runs.Finished]]) -> pd.DataFrame:
+    """order, step, excess: training loss over the control's, a mean of five logged steps and of the seeds."""
+    import pandas as pd
+
+    control, tables = curves(by_variant[CONTROL]), []
+    for variant, finished in by_variant.items():
+        if variant != CONTROL:
+            excess = (curves(finished) - control).rolling(5, min_periods=1).mean().mean(axis=1)
+            tables.append(pd.DataFrame({"order": variant, "step": excess.index, "excess": excess.to_numpy()}))
+    return pd.concat(tables, ignore_index=True)
 
 
 def curves(finished: list[runs.Finished]) -> pd.DataFrame:
@@ -216,10 +217,10 @@ def run(args) -> common.Output:
         "the order of the training data, and differences are taken within a seed. In every order the training loss "
         f"lay at most {max(map(np.nanmax, rises.values())):.2f} nats above the control's on the way."
     )
-    return common.Output(table, figure(finished, f"Removal orders ({name})"), claims(losses, rises), caption)
+    return common.Output(table, None, claims(losses, rises), caption, {"curves": excess_curves(by_variant)})
 
 
-ANALYSIS = common.Analysis(run, tokens=1, flags=flags, trains=True)
+ANALYSIS = common.Analysis(run, tokens=1, flags=flags, trains=True, draw=draw, more=("curves",))
 main = ANALYSIS.main
 
 if __name__ == "__main__":

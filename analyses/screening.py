@@ -317,7 +317,7 @@ def run(args: argparse.Namespace) -> None:
     table = common.rounded(pd.concat(tables, ignore_index=True))
     first = ["model", "pairs", "site", "prompts", "cells"]
     table = table[[*first, *(c for c in table.columns if c not in first)]]
-    page.write(table, list(METHODS), args, args.out, PAGE if args.out.resolve() == OUT else args.out / PAGE.name)
+    page.write(table, args, args.out, PAGE if args.out.resolve() == OUT else args.out / PAGE.name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

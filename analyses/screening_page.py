@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,25 +21,27 @@ REAL = "SmolLM2-135M"
 ENOUGH = 0.05
 """The error left at which a screening is compared with running everything."""
 LOWEST, HIGHEST = 0.005, 2.0
+SEEN = {"recall": "recall of the largest cells", "error": "error left / effects"}
 MEASURES = {"recall": "recall of the top {k}", "error": "error left / effects"}
 
 
-def figure(table: pd.DataFrame, methods: Sequence[str], measure: str, k: int) -> go.Figure:
+def figure(table: pd.DataFrame, measure: str) -> go.Figure:
     """A panel per model and site; forwards on the x axis, a line per method."""
     from plotly.subplots import make_subplots
 
-    from lnfree_interp.figures.style import COLOURS, styled
+    from lnfree_interp.figures.style import COLOURS, MARK, styled
 
-    models, sites = (list(table[c].unique()) for c in ("model", "site"))
-    titles = [f"{model}, {site}" for model in models for site in sites]
+    models, sites, methods = (list(table[c].unique()) for c in ("model", "site", "method"))
+    panels, told = [(model, site) for model in models for site in sites], SEEN[measure]
+    height = 110 + 220 * len(models)
     fig = make_subplots(
         rows=len(models),
         cols=len(sites),
-        subplot_titles=titles,
-        horizontal_spacing=0.045,
-        vertical_spacing=0.28 / max(2, len(models)),
+        subplot_titles=[f"{model}, {site}" for model, site in panels],
+        horizontal_spacing=0.05,
+        vertical_spacing=62 / height if len(models) > 1 else 0,
     )
-    for n, (model, site) in enumerate((m, s) for m in models for s in sites):
+    for n, (model, site) in enumerate(panels):
         row, col = n // len(sites) + 1, n % len(sites) + 1
         part = table[(table.model == model) & (table.site == site)]
         for i, method in enumerate(methods):
@@ -50,6 +51,7 @@ def figure(table: pd.DataFrame, methods: Sequence[str], measure: str, k: int) ->
             value, low, high = (line[f"{measure}{end}"] for end in ("", "_low", "_high"))
             if measure == "error":  # what is beyond the panel is drawn at its edge
                 value, low, high = (x.clip(LOWEST, HIGHEST) for x in (value, low, high))
+            hover = f"{method}: {told} %{{customdata:.3f}} at %{{x:.2f}} forwards<extra>{model}, {site}</extra>"
             fig.add_scatter(
                 x=line.forwards,
                 y=value,
@@ -59,14 +61,15 @@ def figure(table: pd.DataFrame, methods: Sequence[str], measure: str, k: int) ->
                 legendgroup=method,
                 mode="lines+markers",
                 marker={"size": 4},
-                line={"color": COLOURS[max(0, i - 1)], "width": 1.5, "dash": None if i else "dot"},
-                hovertemplate=f"{method}: %{{customdata:.3f}} at %{{x:.2f}} forwards<extra></extra>",
+                line={"color": COLOURS[max(0, i - 1) % len(COLOURS)], "width": 1.5, "dash": "solid" if i else "dot"},
+                hovertemplate=hover,
                 row=row,
                 col=col,
             )
         if len(part):
-            everything = {"dash": "dash", "color": "#999999", "width": 1}
-            fig.add_vline(x=part.everything.iloc[0], line=everything, row=row, col=col)
+            fig.add_vline(x=part.everything.iloc[0], line=MARK, row=row, col=col)
+        fig.update_xaxes(title_text="forwards", title_standoff=4, rangemode="tozero", nticks=5, row=row, col=col)
+        fig.update_yaxes(title_text=told if col == 1 else None, title_standoff=4, row=row, col=col)
     names = set()
     fig.for_each_trace(lambda t: t.update(showlegend=not (t.name in names or names.add(t.name))))
     if measure == "recall":
@@ -75,13 +78,8 @@ def figure(table: pd.DataFrame, methods: Sequence[str], measure: str, k: int) ->
         ticks = (0.01, 0.03, 0.1, 0.3, 1)
         bounds = [math.log10(0.9 * LOWEST), math.log10(1.1 * HIGHEST)]
         fig.update_yaxes(type="log", range=bounds, tickvals=ticks, ticktext=[f"{t:g}" for t in ticks])
-    fig.update_yaxes(title_text=MEASURES[measure].format(k=k), col=1)
-    fig.update_xaxes(title_text="forwards", row=len(models))
-    title = f"{MEASURES[measure].format(k=k).capitalize()} against forwards, the estimate's included"
-    styled(fig, title=title, height=170 + 230 * len(models), width=1100)
-    fig.update_annotations(font_size=12)
-    legend = {"orientation": "h", "yref": "container", "y": 0.01, "yanchor": "bottom", "x": 0}
-    return fig.update_layout(legend=legend, margin={"b": 140})
+    title = f"{told.capitalize()} against forwards, the estimate's included (vertical: running everything)"
+    return styled(fig, title=title, height=height)
 
 
 def number(row, measure: str) -> str:
@@ -190,14 +188,16 @@ def said(short: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def write(table: pd.DataFrame, methods: Sequence[str], args, out: Path, where: Path) -> None:
+def figures_of(out: Path) -> dict[str, go.Figure]:
+    """name -> figure, all drawn from the table in `out`."""
+    table = common.read_table(out / "curves.csv")
+    return {measure: figure(table, measure) for measure in MEASURES}
+
+
+def write(table: pd.DataFrame, args, out: Path, where: Path) -> None:
     """Figures and table into `out`, the page to `where`."""
-    for i, measure in enumerate(MEASURES):
-        fig = figure(table, methods, measure, args.top)
-        cli.save(out, measure, None, fig)
-        if i == 0:
-            cli.save(out, "curves", table)
-        common.picture(fig, out / f"{measure}.png")
+    cli.save(out, "curves", table)
+    common.save_figures({out / name: figure for name, figure in figures_of(out).items()})
     where.parent.mkdir(parents=True, exist_ok=True)
     text = body(table, args, Path(os.path.relpath(out, where.parent)).as_posix()).rstrip() + "\n"
     replace_file(where, lambda path: path.write_text(text))

@@ -6,7 +6,6 @@ python analyses/training_curve.py --run DIR [DIR]      (runs of python -m lnfree
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ import runs
 from common import Claim
 from runs import CONTROL, PAPERS
 
-from lnfree_interp import RemovalSchedule, cli
+from lnfree_interp import cli
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,11 +24,13 @@ COLOURS = {
     "ln_2": "#009E73",
     "qk": "#E69F00",
     "v": "#CC79A7",
-    "ln_f": "#D55E00",
+    "ln_f": "#222222",
     "eot": "#999999",
-    "position0": "#333333",
+    "position0": "#555555",
     "massive": "#56B4E9",
 }
+# A treatment's end is no removal.
+DASHES = {kind: "dot" if kind in ("eot", "position0", "massive") else "solid" for kind in COLOURS}
 NAMES = {
     "ln_2": "ln_2 (MLP)",
     "qk": "ln_1 for q, k",
@@ -75,48 +76,61 @@ def rise(excess: pd.Series, steps: list[int], *, width: int = 10) -> float:
     return during.max() - (before.mean() if len(before) else 0.0)
 
 
-def figure(curve: pd.DataFrame, events: list, title: str) -> go.Figure:
+def draw(table: pd.DataFrame) -> go.Figure:
+    """Training losses of both runs, below it their difference; steps at which something is removed are marked."""
     from plotly.subplots import make_subplots
 
-    from lnfree_interp.figures.style import line, styled
+    from lnfree_interp.figures.style import colour, styled
 
-    both = curve.control.notna().any()
+    curve, both = table[table.removal.notna()], table.control.notna().any()
+    titles = ("training loss", "LayerNorm removed, minus the control") if both else None
     fig = make_subplots(
-        rows=2 if both else 1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.6, 0.4] if both else None
+        rows=2 if both else 1,
+        shared_xaxes=True,
+        vertical_spacing=0.11,
+        row_heights=[0.58, 0.42] if both else None,
+        subplot_titles=titles,
     )
-    removal = {"color": "#111111", "width": 1.6}
+    look, free = {"mode": "lines", "row": 1, "col": 1}, {"color": colour(2), "width": 1.8}
+    hover = "step %{x}: %{y:.4f} nats per token<extra>"
     if both:
-        fig.add_scatter(
-            x=curve.step, y=curve.control, name="control", line={**line(1), "width": 1.6}, mode="lines", row=1, col=1
-        )
-        fig.add_scatter(
-            x=curve.step, y=curve.removal - curve.control, line=removal, mode="lines", showlegend=False, row=2, col=1
-        )
+        control = {"color": colour(1), "width": 1.8, "dash": "dash"}
+        hovered = {"hovertemplate": f"{hover}control</extra>"}
+        fig.add_scatter(x=curve.step, y=curve.control, name="control, nothing removed", line=control, **hovered, **look)
+    hovered = {"hovertemplate": f"{hover}LayerNorm removed</extra>"}
+    fig.add_scatter(x=curve.step, y=curve.removal, name="LayerNorm removed", line=free, **hovered, **look)
+    if both:
+        hovered = {"hovertemplate": "step %{x}: %{y:+.4f} nats per token<extra>removed minus control</extra>"}
+        difference = {"x": curve.step, "y": curve.removal - curve.control, "line": free, "mode": "lines"}
+        fig.add_scatter(**difference, **hovered, showlegend=False, row=2, col=1)
         fig.add_hline(y=0, line={"color": "#999999", "width": 1}, row=2, col=1)
-        fig.update_yaxes(title_text="minus control", row=2, col=1)
-    fig.add_scatter(x=curve.step, y=curve.removal, name="LayerNorm removed", line=removal, mode="lines", row=1, col=1)
+        fig.update_yaxes(title_text="nats per token", row=2, col=1)
+    named = zip(table.step, table.removed.fillna(""))
+    events = [(step, name.split()[0]) for step, names in named if names for name in names.split(", ")]
     for kind, name in NAMES.items():
-        steps = [step for step, site, _ in events if site == kind]
+        steps = [step for step, site in events if site == kind]
         for step in steps:
-            fig.add_vline(x=step, line={"color": COLOURS[kind], "width": 1.2}, opacity=0.9)
+            fig.add_vline(x=step, line={"color": COLOURS[kind], "width": 1, "dash": DASHES[kind]}, layer="below")
         if steps:
-            fig.add_scatter(x=[None], y=[None], mode="lines", name=name, line={"color": COLOURS[kind], "width": 2})
-    fig.update_yaxes(title_text="training loss (nats)", row=1, col=1)
-    fig.update_xaxes(title_text="step", row=2 if both else 1, col=1)
-    return styled(fig, title=title, height=520 if both else 400)
+            line = {"color": COLOURS[kind], "width": 2, "dash": DASHES[kind]}
+            fig.add_scatter(x=[None], y=[None], mode="lines", name=name, line=line, showlegend=True)
+    fig.update_yaxes(title_text="nats per token", row=1, col=1)
+    fig.update_xaxes(title_text="step", rangemode="tozero", row=2 if both else 1, col=1)
+    title = "Training loss while LayerNorms are removed (vertical lines: what is removed when)"
+    return styled(fig, title=title, height=500 if both else 380)
 
 
 def from_directory(directory: Path) -> tuple[dict[int, float], list, str]:
     """Step -> training cross-entropy, events and name of a run of lnfree_interp.finetune."""
     from lnfree_interp.finetune import last_checkpoint
+    from lnfree_interp.finetune.saving import state_in
 
-    if not (directory / "run.json").is_file() or (checkpoint := last_checkpoint(directory)) is None:
-        raise ValueError(f"--run {directory} holds no run: run.json or a checkpoint is missing")
-    settings = json.loads((directory / "run.json").read_text())
-    logs = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    config = json.loads((checkpoint / "config.json").read_text())
-    schedule = RemovalSchedule(**settings["schedule"])
-    return ({log["step"]: log["ce"] for log in logs if "ce" in log}, schedule.events(config["n_layer"]), directory.name)
+    found = directory / "final" if (directory / "final").is_dir() else last_checkpoint(directory)
+    state = {} if found is None else state_in(found)
+    if not state.get("ce"):
+        raise ValueError(f"--run {directory} holds no run: a checkpoint with removal.json is missing")
+    events = [tuple(event) for event in state["progress"]["happened"]]
+    return dict(enumerate(state["ce"], 1)), events, directory.name
 
 
 def flags(parser) -> None:
@@ -150,16 +164,12 @@ def run(args) -> common.Output:
     )
     marks = marks.groupby("step").removed.agg(", ".join).reset_index()
     table = curve.merge(marks, on="step", how="outer").assign(removed=lambda t: t.removed.fillna(""))
-    caption = "Vertical lines: a LayerNorm's std is frozen, or a treatment ends. Loss on each training batch."
-    return common.Output(
-        table,
-        figure(curve, events, f"Removing the LayerNorms of {cli.display_name(name)}"),
-        claims(curve, events),
-        caption,
-    )
+    caption = f"{cli.display_name(name)}; loss on each training batch. "
+    caption += "Vertical lines: a LayerNorm's std is frozen, or a treatment ends."
+    return common.Output(table, None, claims(curve, events), caption)
 
 
-ANALYSIS = common.Analysis(run, tokens=1, flags=flags, trains=True)
+ANALYSIS = common.Analysis(run, tokens=1, flags=flags, trains=True, draw=draw)
 main = ANALYSIS.main
 
 if __name__ == "__main__":

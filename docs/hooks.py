@@ -195,7 +195,7 @@ def plain_block(markup: str, kind: str) -> str:
 
 
 def shown_output(output: Mapping) -> str:
-    """One output of a cell: a figure, a picture, a table, or text."""
+    """One output of a cell: a figure, a picture, a table, a paragraph, or text."""
     if output["output_type"] == "stream":
         return fenced(output["text"], "text") if output["name"] == "stdout" else ""
     data = output.get("data", {})
@@ -208,7 +208,11 @@ def shown_output(output: Mapping) -> str:
         return plain_block(made.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True}), "output")
     if "image/png" in data:
         return f'<img alt="" src="data:image/png;base64,{"".join(data["image/png"].split())}">'
-    if "text/html" in data and "<iframe" not in data["text/html"]:
+    if "text/markdown" in data:
+        return data["text/markdown"]
+    if "text/html" in data and "<iframe" in data["text/html"]:
+        return "*Here the notebook shows a page to hover and click: see [attribution graphs](../graphs.md).*"
+    if "text/html" in data:
         return plain_block(data["text/html"], "output")
     return fenced(data["text/plain"], "text") if "text/plain" in data else ""
 
@@ -222,7 +226,7 @@ def executed(path: Path):
 
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as empty:
-        NotebookClient(notebook, timeout=900, resources={"metadata": {"path": empty}}).execute()
+        NotebookClient(notebook, timeout=900, coalesce_streams=True, resources={"metadata": {"path": empty}}).execute()
     return notebook
 
 

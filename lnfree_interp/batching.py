@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from .arguments import listener, whole
 from .lens import LensModel
 
 Tokens = Tensor | np.ndarray | Sequence
@@ -99,6 +100,12 @@ def as_ids(value: object, what: str) -> Int[Tensor, ...]:
     return value.long()
 
 
+def check_targets(targets: object, what: str) -> None:
+    """Raise ValueError unless these may be target tokens: of which model is not asked."""
+    if not isinstance(targets, str) and not _are_texts(targets):
+        as_ids(targets, what)
+
+
 def _array(value: object) -> np.ndarray:
     """What holds numbers, or one of them, as an array."""
     if isinstance(value, Tensor):
@@ -150,6 +157,8 @@ def token_batches(
     Raises:
         ValueError: see `check_tokens`; an iterable that holds nothing.
     """
+    listener(progress)
+    per_pass = whole(per_pass, "per_pass", least=1)
     parts = [_as_tokens(model, tokens)] if _is_one_set(tokens) else tokens
     total = sum(sum(np.shape(part)[:1]) for part in parts) if isinstance(parts, (list, tuple)) else None
     done = 0
@@ -236,36 +245,36 @@ def target_ids(model: LensModel, targets: Targets, n_batch: int, what: str = "ta
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Numbers and places
+# Places
 
 
-def whole(value: object, what: str, *, least: int | None = None) -> int:
-    """A whole number of any make as an int.
+def check_places(which: object, what: str) -> None:
+    """Raise ValueError unless this may name places: of how many is not asked."""
+    _places(which, None, f"{what} must be an integer, a slice, a list of integers or a mask")
 
-    Raises:
-        ValueError: no whole number, or one below `least`.
-    """
-    wanted = f"{what} must be a whole number" + ("" if least is None else f" from {least} up")
-    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
-        raise ValueError(f"{wanted}, not {type(value).__name__}")
+
+def check_rows(rows: object, what: str) -> None:
+    """Raise ValueError unless this names several rows of a tensor: a slice, numbers or a mask."""
+    if not isinstance(rows, (slice, Tensor)):
+        raise ValueError(f"{what} must be a slice, or a tensor of numbers or a mask, not {type(rows).__name__}")
+    check_places(rows, what)
+
+
+def _places(which: object, n: int | None, wanted: str) -> np.ndarray:
+    """The places as they are named, masks resolved; n None: of any number."""
     try:
-        number = value.__index__()
-    except TypeError:  # arrays and tensors have the method whatever they hold
-        raise ValueError(f"{wanted}, not {type(value).__name__}") from None
-    if least is not None and number < least:
-        raise ValueError(f"{what} is {number}; {wanted}")
-    return number
-
-
-def switch(value: object, what: str) -> bool:
-    """True or False as it is.
-
-    Raises:
-        ValueError: something else.
-    """
-    if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"{what} must be True or False, not {value!r}")
-    return bool(value)
+        array = np.arange(n or 0)[which] if isinstance(which, slice) else np.atleast_1d(_array(which))
+    except (ValueError, TypeError):  # lists of unequal lengths, slices that are none
+        raise ValueError(f"{wanted}, not such a {type(which).__name__}") from None
+    if (
+        array.dtype == bool
+        and array.shape == (array.size if n is None else n,)
+        and not isinstance(which, (bool, np.bool_))
+    ):
+        array = array.nonzero()[0]
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise ValueError(f"{wanted}, not {type(which).__name__} of {array.dtype} {list(array.shape)}")
+    return array
 
 
 def indices(which: Places, n: int, what: str, there: range, those: str) -> list[int]:
@@ -280,15 +289,7 @@ def indices(which: Places, n: int, what: str, there: range, those: str) -> list[
     Raises:
         ValueError: no places at all, one that is not there, or something that names no places.
     """
-    wanted = f"{what}s must be an integer, a slice, a list of integers or a mask of [{n}]"
-    try:
-        array = np.arange(n)[which] if isinstance(which, slice) else np.atleast_1d(_array(which))
-    except (ValueError, TypeError):  # lists of unequal lengths, slices that are none
-        raise ValueError(f"{wanted}, not such a {type(which).__name__}") from None
-    if array.dtype == bool and array.shape == (n,):
-        array = array.nonzero()[0]
-    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-        raise ValueError(f"{wanted}, not {type(which).__name__} of {array.dtype} {list(array.shape)}")
+    array = _places(which, n, f"{what}s must be an integer, a slice, a list of integers or a mask of [{n}]")
     found = []
     for place in array.tolist():
         at = place + n if place < 0 else place

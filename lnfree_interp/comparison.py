@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .arguments import as_text, shown
 from .lens import LensModel, ModelOrName
 from .models import as_model
 from .results import Result, drawing
@@ -29,7 +30,7 @@ class Comparison(Result):
     measure: str
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self.results:
+        if as_text(name, "name") not in self.results:
             raise KeyError(f"there is no model {name!r}; there are {', '.join(self.results)}")
         return self.results[name]
 
@@ -125,7 +126,7 @@ def _function(measure: Callable[..., Any] | str) -> Callable[..., Any]:
         package: Any = importlib.import_module(__package__)
         found = getattr(package, measure, None) if measure in package.__all__ else None
     if not callable(found) or isinstance(found, type):
-        raise ValueError(f"measure must be a function of a model, or the name of a public one, not {measure!r}")
+        raise ValueError(f"measure must be a function of a model, or the name of a public one, not {shown(measure)}")
     return found
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .batching import Progress, whole
+from .arguments import as_path, as_text, listener, whole
+from .batching import Progress
 from .data import Blocks, begins_with, begun, content, hash_of, token_stream, tokenizer_hash, too_few
 from .documents import Document, documents_of, documents_of_rows, files_of, hub_dataset, kind_of
 
@@ -100,11 +101,14 @@ def read_corpus(
     from datasets import config
 
     block_size, begin = whole(block_size, "block_size", least=1), begins_with(tokenizer, prepend_bos)
-    given = [sources] if isinstance(sources, (str, Path)) else [*sources]
+    several = [sources] if isinstance(sources, (str, Mapping)) or not isinstance(sources, Iterable) else sources
+    given = [as_path(source, "sources") for source in several]
+    as_text(split, "split")
+    listener(progress)
     if not given:
         raise ValueError("there is no source to read a corpus from")
     parts = [_Source(source, split) for source in given]
-    folder = Path(config.HF_DATASETS_CACHE) / "lnfree_interp" if cache is None else Path(cache)
+    folder = Path(config.HF_DATASETS_CACHE) / "lnfree_interp" if cache is None else Path(as_path(cache, "cache"))
     entry = folder / hash_of(FORMAT, tokenizer_hash(tokenizer), [part.content for part in parts])
     if not entry.exists() or _damage(entry):
         documents = (document for part in parts for document in part.documents())

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice, pairwise
@@ -18,12 +18,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .batching import whole
+from .arguments import kind, switch, whole
 from .documents import Document, documents_of, files_of
 
 EOT = "<|endoftext|>"
 # Documents and characters that are tokenised at a time: a tokenizer needs some hundred bytes per token meanwhile.
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 2**20
+
+
+DOCUMENTS = "documents must be texts, or lists of token ids"
 
 
 def token_stream(tokenizer, documents: Iterable[Document]) -> Iterator[list[int]]:
@@ -32,6 +35,9 @@ def token_stream(tokenizer, documents: Iterable[Document]) -> Iterator[list[int]
     Raises:
         ValueError: ids that are not the tokenizer's; a text, and the tokenizer has no end-of-text token.
     """
+    if not isinstance(documents, Iterable) or isinstance(documents, (Mapping, Tensor)):
+        raise ValueError(f"{DOCUMENTS}, not {kind(documents)}")
+    check_tokenizer(tokenizer)
     eot, n_vocab = tokenizer.eos_token_id, len(tokenizer)
     chunk: list[str] = []
     characters = 0
@@ -43,6 +49,8 @@ def token_stream(tokenizer, documents: Iterable[Document]) -> Iterator[list[int]
         return ([*document, eot] for document in ids)
 
     for document in [documents] if isinstance(documents, str) else documents:
+        if not isinstance(document, (str, list)):
+            raise ValueError(f"{DOCUMENTS}, not {kind(document)}")
         ready = chunk and (isinstance(document, list) or characters + len(document) > BATCH_CHARACTERS)
         if ready or len(chunk) == BATCH_DOCUMENTS:
             yield from encode()
@@ -70,10 +78,11 @@ def begins_with(tokenizer, prepend_bos: bool | None = None) -> list[int]:
     Raises:
         ValueError: there is no BOS token to prepend.
     """
+    check_tokenizer(tokenizer)
     bos = tokenizer.bos_token_id
     if prepend_bos is None:
         return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-    if prepend_bos and bos is None:
+    if switch(prepend_bos, "prepend_bos") and bos is None:
         raise ValueError("prepend_bos: the tokenizer has no BOS token")
     return [bos] if prepend_bos else []
 
@@ -116,7 +125,7 @@ def token_blocks(
         >>> from lnfree_interp import load_model, token_blocks
         >>> tokenizer = load_model("tiny").tokenizer
         >>> token_blocks(tokenizer, ["It was the best of times,", "it was the worst of times."], block_size=5).shape
-        torch.Size([3, 5])
+        torch.Size([4, 5])
     """
     block_size = whole(block_size, "block_size", least=1)
     max_blocks = None if max_blocks is None else whole(max_blocks, "max_blocks", least=1)
@@ -133,6 +142,12 @@ def token_blocks(
     if n_blocks == 0:
         raise too_few(len(ids), block_size)
     return begun(begin, torch.tensor(ids[: n_blocks * length]).view(n_blocks, length))
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise ValueError unless this is a tokenizer of Hugging Face's."""
+    if not callable(tokenizer) or not hasattr(tokenizer, "eos_token_id"):
+        raise ValueError(f"tokenizer must be one of Hugging Face's transformers, not {kind(tokenizer)}")
 
 
 def too_few(n_tokens: int, block_size: int) -> ValueError:

@@ -11,6 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from .arguments import as_path, as_text
+
 # A text, or the token ids of one.
 Document = str | list[int]
 KINDS = (".txt", ".jsonl", ".parquet")
@@ -88,7 +90,7 @@ def read_documents(path: str | Path) -> list[str]:
         >>> len(documents) > 5, all(documents)
         (True, True)
     """
-    documents = list(_texts(Path(path)))
+    documents = list(_texts(Path(as_path(path, "path"))))
     if not any(document.strip() for document in documents):
         raise ValueError(f"text file {path} is empty")
     return documents
@@ -128,6 +130,7 @@ def documents_of(source: str | Path, *, split: str = "train") -> Iterator[Docume
         >>> sum(len(document) for document in documents_of(VALIDATION_TEXT)) > 10_000
         True
     """
+    as_text(split, "split")
     files = files_of(source, split=split)
     if files is None:
         return documents_of_rows(hub_rows(str(source), split), str(source))
@@ -140,7 +143,7 @@ def files_of(source: str | Path, *, split: str = "train") -> list[Path] | None:
     Raises:
         ValueError: no such file, one of another kind, a directory without any.
     """
-    path, wanted = Path(source), "a .txt, .jsonl (both also .gz) or .parquet file"
+    path, wanted = Path(as_path(source, "source")), "a .txt, .jsonl (both also .gz) or .parquet file"
     if path.is_dir():
         return _of_split(path, split, wanted)
     if path.exists() or kind_of(path) or len(path.parts) > 2:

@@ -14,10 +14,26 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .batching import as_ids, check_tokens, whole
+from .arguments import as_text, kind, shown, whole
+from .batching import as_ids, check_tokens
 from .lens import ModelOrName
 from .models import as_model
 from .pairs import as_pairs
+
+
+def _logits(value: Any, what: str = "logits", n_axes: int | None = None) -> Tensor:
+    """Logits as they are.
+
+    Raises:
+        ValueError: no tensor of fractions [..., d_vocab], or one of another number of axes.
+    """
+    wanted = "[..., d_vocab]" if n_axes is None else "[batch, pos, d_vocab]"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        given = value.dtype if isinstance(value, Tensor) else kind(value)
+        raise ValueError(f"{what} must be a tensor of fractions {wanted}, not {given}")
+    if value.ndim == 0 or n_axes not in (None, value.ndim) or 0 in value.shape[-2 if n_axes else -1 :]:
+        raise ValueError(f"{what} have shape {list(value.shape)}, wanted is {wanted}")
+    return value
 
 
 def log_probs(logits: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows d_vocab"]:
@@ -38,8 +54,7 @@ def cross_entropy(
         >>> cross_entropy(torch.zeros(1, 3, 4), torch.tensor([[0, 1, 2]])).exp()
         tensor([[4., 4.]])
     """
-    if logits.ndim != 3 or logits.shape[1] == 0:
-        raise ValueError(f"logits have shape {list(logits.shape)}, wanted is [batch, pos, d_vocab]")
+    logits, tokens = _logits(logits, n_axes=3), as_ids(tokens, "tokens")
     if logits.shape[:2] != tokens.shape:
         raise ValueError(f"logits are of {list(logits.shape[:2])} tokens, tokens are {list(tokens.shape)}")
     # Gather first, normalise by logsumexp: no second tensor of the logits' size.
@@ -56,7 +71,7 @@ def entropy(logits: Float[Tensor, "*rows d_vocab"]) -> Float[Tensor, "*rows"]:
         >>> entropy(torch.zeros(2, 5)).exp()
         tensor([5., 5.])
     """
-    log_p = log_probs(logits)
+    log_p = log_probs(_logits(logits))
     return _not_negative(-_weighted(log_p.exp(), log_p).sum(-1))
 
 
@@ -65,8 +80,10 @@ def _not_negative(x: Tensor) -> Tensor:
     return torch.where(x < 0, x - x.detach(), x)
 
 
-def _same_shape(logits: Tensor, other: Tensor) -> None:
-    if logits.shape != other.shape or logits.ndim == 0:
+def _same_shape(logits: Tensor, other: Tensor, names: tuple[str, str]) -> None:
+    for value, what in zip((logits, other), names):
+        _logits(value, what)
+    if logits.shape != other.shape:
         raise ValueError(f"logits have shapes {list(logits.shape)} and {list(other.shape)}: they must be the same")
 
 
@@ -88,7 +105,7 @@ def kl_divergence(
         >>> kl_divergence(torch.tensor([0.0, -1e9]), torch.tensor([0.0, 0.0])).exp()
         tensor(2.)
     """
-    _same_shape(logits, other)
+    _same_shape(logits, other, ("logits", "other"))
     log_p, log_q = log_probs(logits), log_probs(other)
     return _not_negative(_weighted(log_p.exp(), log_p - log_q).sum(-1))
 
@@ -106,7 +123,7 @@ def js_divergence(
         >>> js_divergence(torch.tensor([0.0, -1e9]), torch.tensor([-1e9, 0.0])).exp()
         tensor(2.)
     """
-    _same_shape(logits_a, logits_b)
+    _same_shape(logits_a, logits_b, ("logits_a", "logits_b"))
     log_p, log_q = log_probs(logits_a), log_probs(logits_b)
     log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
     left = _weighted(log_p.exp(), log_p - log_mean)
@@ -142,7 +159,7 @@ class Metric:
         >>> right = Metric("right_logit", lambda logits: logits[:, -1, 0])  # of the two answers' logits
         >>> model = load_model("tiny-noLN")
         >>> activation_patching(model, induction_pairs(model, 2, length=8), metric=right).values.shape
-        torch.Size([2, 4, 8])
+        torch.Size([2, 8, 8])
     """
 
     name: str
@@ -152,12 +169,15 @@ class Metric:
     context: tuple[Tensor, ...] = field(default=(), repr=False)
 
     def __post_init__(self):
+        as_text(self.name, "a metric's name")
         if not callable(self.function):
-            raise ValueError(f"metric {self.name}: its function must be one of logits, not {self.function!r}")
+            raise ValueError(f"metric {self.name}: its function must be one of logits, not {shown(self.function)}")
         if isinstance(self.tokens, str) and self.tokens != "answers":
             raise ValueError(f"metric {self.name}: tokens must be 'answers', token ids or None, not {self.tokens!r}")
         if self.tokens is not None and not isinstance(self.tokens, str):
             object.__setattr__(self, "tokens", as_ids(self.tokens, "tokens"))
+        if not isinstance(self.context, tuple) or not all(isinstance(c, Tensor) for c in self.context):
+            raise ValueError(f"metric {self.name}: context must be a tuple of tensors, not {kind(self.context)}")
         if self.positions is not None:
             several = self.positions if isinstance(self.positions, (tuple, list)) else (self.positions,)
             object.__setattr__(self, "positions", tuple(whole(p, "a position") for p in several))
@@ -183,6 +203,7 @@ class Metric:
 
     def check(self, pairs) -> None:
         """Raise ValueError unless tokens and context are of as many prompts as there are pairs."""
+        pairs = as_pairs(pairs)
         own = (self.tokens, *self.context) if isinstance(self.tokens, Tensor) else self.context
         for rows in own:
             if len(rows) != len(pairs):
@@ -194,6 +215,7 @@ class Metric:
         Raises:
             ValueError: one of them is outside the prompt.
         """
+        n_pos = whole(n_pos, "n_pos", least=1)
         if self.positions is None:
             return tuple(range(n_pos))
         outside = [p for p in self.positions if not -n_pos <= p < n_pos]
@@ -203,7 +225,8 @@ class Metric:
 
     def columns(self, pairs) -> Int[Tensor, "prompt k"] | None:
         """The tokens whose logits are read, for each prompt; None: all."""
-        return as_pairs(pairs).answers if isinstance(self.tokens, str) else self.tokens
+        pairs = as_pairs(pairs)
+        return pairs.answers if isinstance(self.tokens, str) else self.tokens
 
 
 def _difference(logits: Tensor) -> Tensor:

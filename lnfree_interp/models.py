@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from . import lens
+from .arguments import one_of
 from .checkpoints import Checkpoint, open_checkpoint
 from .families import GPT2
 from .folding import fold
@@ -79,7 +80,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device)
+        device = torch.device(one_of(device, "device", (str, torch.device), "cpu, cuda, cuda:N or mps"))
     except RuntimeError:
         raise ValueError(f"unknown device {device!r}; allowed are cpu, cuda, cuda:N, mps") from None
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
@@ -128,7 +129,7 @@ def load_model(
         >>> from lnfree_interp import load_model
         >>> model = load_model("tiny-noLN")
         >>> print(model.cfg.normalization_type, model.cfg.n_layers)
-        None 4
+        None 8
     """
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     path = locate_checkpoint(name_or_path, revision)

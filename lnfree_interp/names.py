@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from .arguments import as_path, as_text
 from .documents import read_text
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
@@ -75,7 +76,9 @@ def locate_checkpoint(name_or_path: str | Path, revision: str | None = None) -> 
         ValueError: an unknown name (the nearest known ones are named), a directory without a checkpoint, a .gguf file
             that is not there, a hub model that is neither in the cache nor reachable.
     """
-    name = str(name_or_path)
+    name = str(as_path(name_or_path, "model"))
+    if revision is not None:
+        as_text(revision, "revision")
     source = known_models().get(name)
     if source is None and (name.endswith(".gguf") or Path(name).is_dir()):
         source = Source(path=Path(name))

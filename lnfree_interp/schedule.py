@@ -12,6 +12,7 @@ from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .arguments import as_path, choice, one_of, shown, whole
 from .documents import read_text
 from .files import replace_file
 
@@ -105,6 +106,9 @@ class RemovalSchedule:
     settle: int = 20  # steps after the last event
 
     def __post_init__(self):
+        for field in fields(self):
+            if not _is_a(value := getattr(self, field.name), str(field.type)):
+                raise ValueError(f"{field.name} is {shown(value)}, not {_KIND_OF_FIELD[str(field.type)]}")
         object.__setattr__(self, "order", tuple(self.order))  # a list, when it comes from JSON
         if self.order and sorted(self.order) != sorted(KINDS):
             raise ValueError(f"order {self.order} does not name each of {KINDS} once")
@@ -114,7 +118,7 @@ class RemovalSchedule:
             raise ValueError(f"order {self.order}: layer by layer, ln_f comes first or last")
         if self.layers not in ("forward", "backward"):
             raise ValueError(f"layers is {self.layers!r}, not 'forward' or 'backward'")
-        if sorted(self.gaps) != sorted(KINDS) or min(*self.gaps.values(), self.position0_gap) < 0:
+        if sorted(self.gaps) != sorted(KINDS) or not min(*self.gaps.values(), self.position0_gap) >= 0:
             raise ValueError(f"gaps {self.gaps}, {self.position0_gap}: one per kind is needed, none negative")
         if self.massive is not None and not 1 < self.massive < math.inf:
             raise ValueError(f"massive is {self.massive}, not a number above 1, of times the average std")
@@ -123,7 +127,15 @@ class RemovalSchedule:
         for name in ("steps", "start", "tokens_per_step", "block_size", "settle", "patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, not at least 1")
-        for name in ("warmup_steps", "auxiliary_weight", "weight_decay", "max_grad_norm", "margin", "massive_gap"):
+        for name in (
+            "warmup_steps",
+            "position0_gap",
+            "auxiliary_weight",
+            "weight_decay",
+            "max_grad_norm",
+            "margin",
+            "massive_gap",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, not a number of at least 0")
         for name in ("momentum", "smoothing"):
@@ -134,7 +146,10 @@ class RemovalSchedule:
         if self.tokens_per_step % self.block_size:
             raise ValueError(f"{self.tokens_per_step} tokens per step are no multiple of {self.block_size}")
         if not 0 <= self.min_learning_rate <= self.learning_rate or not self.learning_rate > 0:
-            raise ValueError(f"learning rate {self.learning_rate:g} -> {self.min_learning_rate:g} is none")
+            raise ValueError(
+                f"learning rate {self.learning_rate:g} -> {self.min_learning_rate:g} is none: learning_rate must be "
+                "above 0, min_learning_rate from 0 to that"
+            )
 
     @classmethod
     def preset(cls, name: str) -> RemovalSchedule:
@@ -143,13 +158,11 @@ class RemovalSchedule:
         Raises:
             ValueError: no such preset.
         """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}: choose from {', '.join(PRESETS)}")
-        return PRESETS[name]
+        return PRESETS[choice(name, "preset", PRESETS)]
 
     def scaled(self, steps: int) -> RemovalSchedule:
         """The same schedule over another number of steps; tokens per step and learning rate stay."""
-        factor = steps / self.steps
+        factor = whole(steps, "steps", least=1) / self.steps
         until = self.auxiliary_until
         return replace(
             self,
@@ -183,7 +196,7 @@ class RemovalSchedule:
             ValueError: the file cannot be written.
         """
         text = json.dumps(asdict(self), indent=1) + "\n"
-        replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+        replace_file(as_path(path, "path"), lambda beside: beside.write_text(text, encoding="utf-8"))
 
     @classmethod
     def from_json(cls, path: str | Path, base: RemovalSchedule | None = None) -> RemovalSchedule:
@@ -203,19 +216,19 @@ class RemovalSchedule:
             True
         """
         try:
-            stored = json.loads(read_text(path, "schedule"))
+            stored = json.loads(read_text(as_path(path, "path"), "schedule"))
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"schedule {path} is no JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(stored, dict):
             raise ValueError(f"schedule {path} is no JSON object of fields")
         known = {field.name: field for field in fields(cls)}
-        for name, value in stored.items():
+        for name in stored:
             if name not in known:
                 raise ValueError(f"schedule {path}: there is no field {name!r}; there are {', '.join(known)}")
-            if not _is_a(value, str(known[name].type)):
-                raise ValueError(f"schedule {path}: {name} is {value!r}, not {_KIND_OF_FIELD[str(known[name].type)]}")
         if base is not None:
-            gaps = {"gaps": {**base.gaps, **stored["gaps"]}} if "gaps" in stored else {}
+            one_of(base, "base", RemovalSchedule, "a RemovalSchedule")
+            given = stored.get("gaps")
+            gaps = {"gaps": {**base.gaps, **given}} if isinstance(given, dict) else {}
             stored = {name: getattr(base, name) for name in known} | stored | gaps
         missing = [name for name, field in known.items() if field.default is MISSING and name not in stored]
         if missing:
@@ -231,6 +244,7 @@ class RemovalSchedule:
         Raises:
             ValueError: the last of it would not come before the last step.
         """
+        whole(n_layer, "n_layer", least=1)
         if not self.order:
             return []
         layers = range(n_layer) if self.layers == "forward" else range(n_layer - 1, -1, -1)
@@ -261,12 +275,16 @@ class RemovalSchedule:
 
     def state(self, step: int, n_layer: int) -> RemovalState:
         """What is frozen and which treatments are on in step `step`, counted from 0, if nothing delays it."""
-        events = self.events(n_layer)
+        step, events = whole(step, "step", least=0), self.events(n_layer)
         return self.state_after([event for event in events if event.step <= step], step, len(events))
 
     def state_after(self, happened: Sequence[Event], step: int, n_events: int) -> RemovalState:
         """What is frozen and which treatments are on in step `step`, where these of `n_events` events have happened."""
-        if not n_events:
+        one_of(happened, "happened", (list, tuple), "a list of events")
+        for event in happened:
+            one_of(event, "each event in happened", tuple, "an event, as events() gives them")
+        step = whole(step, "step", least=0)
+        if not whole(n_events, "n_events", least=0):
             return RemovalState(frozenset(), position0=False, eot=False, massive=False, auxiliary=False)
         gone = {event[1:] for event in happened}
         wanted = len(happened) < n_events if self.auxiliary_until is None else step < self.auxiliary_until
@@ -333,9 +351,9 @@ def _is_a(value: Any, kind: str) -> bool:
     if kind.endswith(" | None"):
         return value is None or _is_a(value, kind.removesuffix(" | None"))
     if kind == "Mapping[str, float | int]":
-        return isinstance(value, dict) and all_are(value.values(), "float | int")
+        return isinstance(value, Mapping) and all_are(value.values(), "float | int")
     if kind == "Sequence[str]":
-        return isinstance(value, list) and all_are(value, "str")
+        return isinstance(value, (list, tuple)) and all_are(value, "str")
     if isinstance(value, bool):
         return False
     return isinstance(value, {"int": int, "str": str}.get(kind, (int, float)))
@@ -355,7 +373,7 @@ def _preset(steps, tokens, lr, min_lr, warmup, aux, start, ln_2, qk, v) -> Remov
     )
 
 
-_TINY = RemovalSchedule(  # 4 layers of d_model 128, trained on a few books: many small steps instead of few large
+_TINY = RemovalSchedule(  # 8 layers of d_model 128, trained on a few books: many small steps instead of few large
     steps=600,
     start=40,
     gaps={"ln_2": 8, "qk": 8, "v": 12, "ln_f": 10},

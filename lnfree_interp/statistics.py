@@ -14,6 +14,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Real
 
+from .arguments import sampling
+
 FEWEST = 6
 LEVELS = (0.025, 0.975)
 # Weights of draws held at a time.
@@ -39,8 +41,7 @@ def interval(statistic: Callable[..., Estimates], *sizes: int, draws: int = 1000
     Raises:
         ValueError: draws is not positive.
     """
-    if draws < 1:
-        raise ValueError(f"draws is {draws}; it must be at least 1")
+    sampling(draws, seed)
     estimate, error = (x[0] for x in statistic(*(np.ones((1, n)) for n in sizes)))
     least = min(sizes)
     if least < 2:

@@ -101,7 +101,7 @@ def read_weights(model: ModelOrName) -> Weights | None:
         >>> from lnfree_interp import load_model, read_weights
         >>> weights = read_weights(load_model("tiny-noLN"))
         >>> len(weights.layers), weights.layers[0].ln1.kind
-        (4, None)
+        (8, None)
     """
     found = _read(as_model(model))
     return None if isinstance(found, str) else found

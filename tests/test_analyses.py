@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "analyses"))
 
 import all as every
 import attribution_vs_activation
+import browser
 import calibration
 import common
 import confidence_neurons
@@ -29,6 +30,8 @@ import training_curve
 from common import Claim, Family
 
 from lnfree_interp import RemovalSchedule
+from lnfree_interp.figures.style import panel_titles
+from lnfree_interp.figures.widths import narrow_figure
 
 FAMILY = Family("o", "c", "f")
 
@@ -36,7 +39,7 @@ FAMILY = Family("o", "c", "f")
 @pytest.fixture(autouse=True)
 def no_browser(monkeypatch):
     """Pictures take seconds each and are no part of what is tested here."""
-    monkeypatch.setattr(common, "BROWSERS", ())
+    monkeypatch.setattr(browser, "BROWSERS", ())
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -287,7 +290,10 @@ CHEAP = {
 def test_cheap_analyses_write_what_they_should(name, tmp_path, capsys):
     analysis = every.analyses()[name]
     assert analysis.main(["--tokens", CHEAP[name], "--device", "cpu", "--out", str(tmp_path)]) == 0
-    assert sorted(f.name for f in tmp_path.iterdir()) == [f"{name}.{suffix}" for suffix in ("csv", "html", "json")]
+    files = {f"{name}.{suffix}" for suffix in ("csv", "html", "json")} | {
+        f"{name}_{more}.csv" for more in analysis.more
+    }
+    assert {f.name for f in tmp_path.iterdir()} == files
     record = json.loads((tmp_path / f"{name}.json").read_text())
     assert record["claims"] and record["command"] == f"python analyses/{name}.py --tokens {CHEAP[name]}"
     assert len(pd.read_csv(tmp_path / f"{name}.csv")) > 2
@@ -314,6 +320,8 @@ def test_runs_are_kept_and_order_is_compared(tmp_path, monkeypatch):
     where = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert removal_order.main([*flags, *where]) == 0
     table = pd.read_csv(tmp_path / "out" / "removal_order.csv").set_index("order")
+    drawn = pd.read_csv(tmp_path / "out" / "removal_order_curves.csv")
+    assert list(drawn.order.unique()) == [runs.PAPERS, "ln_f first"] and (drawn.groupby("order").size() == 14).all()
     assert list(table.index) == [runs.PAPERS, "ln_f first", runs.CONTROL]
     assert table.loss.between(2, 9).all() and table.loc[runs.PAPERS, "minus_papers"] == 0
     kept = sorted((tmp_path / "runs").glob("*/result.json"))
@@ -328,6 +336,11 @@ def test_runs_are_kept_and_order_is_compared(tmp_path, monkeypatch):
     curve = pd.read_csv(tmp_path / "out" / "training_curve.csv")
     assert curve.removal.notna().sum() == curve.control.notna().sum() == 14
     assert curve.removed.fillna("").str.contains("ln_2 0").sum() == 1
+    # And those that are there already.
+    made = {json.loads(path.read_text())["variant"]: str(path.parent) for path in kept}
+    there = [made[runs.PAPERS], made[runs.CONTROL]]
+    assert training_curve.main(["--run", *there, "--out", str(tmp_path / "out")]) == 0
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "training_curve.csv"), curve, rtol=1e-3)
 
 
 def llama_directory(path):
@@ -493,6 +506,44 @@ def test_all_goes_on_after_a_failure(fakes, tmp_path, monkeypatch, capsys):
     assert "Title of c" in (tmp_path / "index.html").read_text()
 
 
+@pytest.mark.parametrize("name", [n for n, a in every.analyses().items() if every.recorded(common.FIGURES, n)])
+def test_figures_are_drawn_from_what_is_written_and_fit_any_page(name):
+    """Told in words, nothing of a fixed width, log axes with ticks that were chosen, no label that is slanted."""
+    figure = every.analyses()[name].redrawn(common.FIGURES)
+    narrow = narrow_figure(figure)
+    assert figure.layout.title.text and figure.layout.width is None and narrow.layout.width == 400
+    for shown in (figure, narrow):
+        for axis in (*shown.select_xaxes(), *shown.select_yaxes()):
+            assert not str(axis.tickformat or "").startswith("+") and axis.tickangle in (None, 0, -90)
+            assert axis.type != "log" or len(axis.ticktext) >= 2
+    lines = (*narrow.layout.title.text.split("<br>"), *(a.text for a in panel_titles(narrow)))
+    assert all(len(line) <= 55 for text in lines for line in text.split("<br>"))
+    for trace in figure.data:
+        assert (
+            trace.hovertemplate
+            or trace.hoverinfo == "skip"
+            or trace.x is None
+            or trace.x[0] is None
+            or (trace.mode == "lines" and trace.showlegend is False)
+        )
+
+
+def test_redraw_measures_nothing(tmp_path, monkeypatch, capsys):
+    import shutil
+
+    for file in common.FIGURES.glob("readers.*"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "readers.html").write_text("old")
+    for module in (readers, loss_table):
+        monkeypatch.setattr(module, "run", lambda args: pytest.fail("measured"))
+    assert every.main(["--redraw", "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "readers.html").read_text()
+    assert "Plotly.newPlot" in page and "<title>What a reader reads" in page and "Plotly.relayout" in page
+    assert "id='readers'" in (tmp_path / "index.html").read_text()
+    with pytest.raises(ValueError, match=r"loss_table\.csv is not there"):
+        loss_table.ANALYSIS.redrawn(tmp_path)
+
+
 def test_bad_input_is_one_line(tmp_path, capsys):
     assert loss_table.main(["--model", "tinny", "--out", str(tmp_path / "out")]) == 2
     assert "unknown model 'tinny'" in capsys.readouterr().err
@@ -511,7 +562,7 @@ def test_committed_figures_are_small_and_current():
         assert record is not None, f"figures/{name}.* are missing"
         assert (figures / f"{name}.html").stat().st_size < 300_000
         assert all(claim["agrees"] in common.AGREES for claim in record["claims"])
-    assert sum(f.stat().st_size for f in figures.iterdir()) < 3_000_000
+    assert sum(f.stat().st_size for f in figures.iterdir()) < 4_000_000
     index = (figures / "index.html").read_text()
     assert all(f"id='{name}'" in index for name in every.SCRIPTS if every.recorded(figures, name))
 

@@ -336,5 +336,5 @@ def test_what_a_model_does_not_have_is_said(model_of, random_model):
         virtual_weights(model_of("Llama"), "pos_embed", "logits")
     with pytest.raises(ValueError, match=r"sender 'L0\.mlp' is unknown; allowed are embed, pos_embed, L0H0 to L1H2$"):
         virtual_weights(random_model(None, attn_only=True), "L0.mlp", "logits")
-    with pytest.raises(ValueError, match="kind 'q' is unknown; allowed are Q, K, V"):
+    with pytest.raises(ValueError, match="unknown kind 'q'; allowed are Q, K, V"):
         composition_scores(random_model(None), "q")

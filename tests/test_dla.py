@@ -344,7 +344,7 @@ BAD = [
     ({"positions": [0, -8]}, "position -8 is out of range"),
     ({"positions": -1}, "position -1 is out of range: targets reach from 0 to 5"),
     ({"positions": []}, "name none"),
-    ({"by": "layer"}, "by='layer' is unknown; allowed are component, head, neuron"),
+    ({"by": "layer"}, "unknown by 'layer'; allowed are component, head, neuron"),
 ]
 
 

@@ -503,7 +503,7 @@ def test_in_parallel_blocks_heads_do_not_reach_their_own_mlp(model_of):
         ({"edges": torch.ones(9, 21, dtype=torch.bool)}, "there is no such edge"),
         ({"edges": torch.zeros(9, 21, dtype=torch.bool)}, "no edge at all"),
         ({"direction": "up"}, "unknown direction 'up'"),
-        ({"max_memory": 0}, "must be positive"),
+        ({"max_memory": 0}, "max_memory must be a number above 0"),
     ],
 )
 def test_bad_input_to_patching_is_one_line(random_model, options, message):
@@ -516,7 +516,7 @@ def test_bad_input_to_patching_is_one_line(random_model, options, message):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "guess"}, "unknown method 'guess'; known are gradient"),
+        ({"method": "guess"}, "unknown method 'guess'; allowed are gradient"),
         ({"method": "gradient", "steps": 3}, "method 'gradient' has no option 'steps'"),
         ({"method": "integrated", "path": "layer"}, "path 'layer' is not for edges"),
         ({"method": Integrated(path="layer")}, "path 'layer' is not for edges"),

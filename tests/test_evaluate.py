@@ -324,7 +324,7 @@ def test_samples_name_what_is_wrong():
     for fields, message in (
         ({"prompt": ""}, "prompt is empty"),
         ({"prompt": "a" * 30}, "a prompt of 30 tokens and 5 new ones do not fit"),
-        ({"prompt": "a", "temperature": -1.0}, "temperature -1.0 is negative"),
+        ({"prompt": "a", "temperature": -1.0}, "temperature is -1.0; temperature must be a number of at least 0"),
         ({"prompt": "a", "top_k": 0}, "top_k is 0"),
     ):
         with pytest.raises(ValueError, match=message):

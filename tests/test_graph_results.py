@@ -75,7 +75,7 @@ def test_tables_list_edges_and_nodes(graph):
     nodes = graph.node_table()
     assert nodes.node.tolist() == labels and list(nodes.columns)[1:] == ["input", "activation", "influence", "effect"]
     np.testing.assert_allclose(nodes.effect, graph.effects)
-    with pytest.raises(ValueError, match="k is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match="k is 0; k must be a whole number from 1 up"):
         graph.table(0)
 
 
@@ -127,11 +127,11 @@ BAD = [
     ({"target": 4096}, "targets?: token id 4096 is outside"),
     ({"target": [[5]]}, r"target has shape \[1, 1\]; a graph is of one token's logit"),
     ({"target": 5, "versus": 5}, "target and versus are both token 5: there is no difference to explain"),
-    ({"share": 0.0}, "share is 0.0; it must be above 0 and at most 1"),
-    ({"share": 1.5}, "share is 1.5; it must be above 0 and at most 1"),
-    ({"edge_share": -1.0}, "edge_share is -1.0; it must be above 0 and at most 1"),
-    ({"edge_share": float("nan")}, "edge_share is nan; it must be above 0 and at most 1"),
-    ({"nodes": "head"}, "nodes='head' is unknown; allowed are neuron, mlp"),
+    ({"share": 0.0}, "share is 0.0; share must be a number above 0 and at most 1"),
+    ({"share": 1.5}, "share is 1.5; share must be a number above 0 and at most 1"),
+    ({"edge_share": -1.0}, "edge_share is -1.0; edge_share must be a number above 0 and at most 1"),
+    ({"edge_share": float("nan")}, "edge_share is nan; edge_share must be a number above 0 and at most 1"),
+    ({"nodes": "head"}, "unknown nodes 'head'; allowed are neuron, mlp"),
     ({"max_neurons": -1}, "max_neurons is -1; max_neurons must be a whole number from 0 up"),
 ]
 

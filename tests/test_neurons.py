@@ -512,8 +512,8 @@ def test_bad_input_is_named(random_model):
         ({"ablation": "resample"}, "unknown ablation 'resample'; allowed are mean, zero"),
         ({"method": "guess"}, "unknown method 'guess'"),
         ({"method": "moments", "layer": 0}, "layer 0 is not the last of 2"),
-        ({"tolerance": -1.0}, "tolerance -1.0"),
-        ({"tolerance": math.nan}, "tolerance nan"),
+        ({"tolerance": -1.0}, "tolerance is -1.0"),
+        ({"tolerance": math.nan}, "tolerance is nan"),
     ):
         with pytest.raises(ValueError, match=message):
             ablate_neurons(model, tokens, **fields)

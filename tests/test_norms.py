@@ -124,7 +124,7 @@ def test_progress_is_told_in_sequences(function, kind, random_model):
 def test_bad_input_is_named(random_model):
     model = random_model(None)
     tokens = random_tokens(model)
-    with pytest.raises(ValueError, match=r"threshold 1\.5 is outside 0..1"):
+    with pytest.raises(ValueError, match=r"threshold is 1\.5; threshold must be a number of at least 0 and at most 1"):
         attention_sinks(model, tokens, threshold=1.5)
     with pytest.raises(ValueError, match="at least 2 are needed"):
         attention_sinks(model, tokens[:, :1])

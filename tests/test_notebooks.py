@@ -1,6 +1,8 @@
-"""Every notebook runs from top to bottom, and is committed without outputs."""
+"""Every notebook runs from top to bottom without a red line, says what was found, and is committed without outputs."""
 
 import json
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,35 @@ def test_runs(path, kernel, tmp_path):
         if "application/vnd.plotly.v1+json" in output.get("data", {})
     ]
     assert figures or path.stem == "06_your_own_model"
+    red = [
+        output["text"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output["output_type"] == "stream" and output["name"] == "stderr"
+    ]
+    if find_spec("ipywidgets") is None:  # of the extra [notebook]: without it tqdm warns
+        red = [text for text in red if "IProgress not found" not in text]
+    assert not red
+    found = notebook.cells[-1].outputs[-1]["data"]["text/markdown"]
+    assert re.search(r"\d", found) and "nan" not in found
+
+
+def test_the_first_look_is_six_lines_at_most():
+    """Two models loaded, attributed, patched and drawn."""
+    first = next(cell for cell in json.loads(NOTEBOOKS[0].read_text())["cells"] if cell["cell_type"] == "code")
+    source = "".join(first["source"])
+    assert len([line for line in source.splitlines() if line.strip()]) <= 6
+    for word in ("explain", "activation_patching", "tiny-noLN", ".plot()"):
+        assert word in source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_ends_with_what_was_found_as_the_cell_computes_it(path):
+    *_, heading, last = json.loads(path.read_text())["cells"]
+    assert "".join(heading["source"]).startswith("## What was found")
+    assert "Markdown(" in "".join(last["source"]) and not re.search(
+        r"\d\.\d", "".join(last["source"]).replace(".2%", "")
+    )
 
 
 def test_there_are_eight():

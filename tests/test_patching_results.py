@@ -129,8 +129,8 @@ def infinite_metric(logits):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"site": "resid"}, "unknown site 'resid'; known are resid_pre, resid_mid"),
-        ({"direction": "up"}, "unknown direction 'up'; known are denoising, noising"),
+        ({"site": "resid"}, "unknown site 'resid'; allowed are resid_pre, resid_mid"),
+        ({"direction": "up"}, "unknown direction 'up'; allowed are denoising, noising"),
         ({"layers": [2]}, "layer 2 is out of range: the model's layers reach from 0 to 1"),
         ({"layers": [1, -1]}, "name a layer twice"),
         ({"layers": []}, "the layers given name none of 0 to 1"),
@@ -141,7 +141,7 @@ def infinite_metric(logits):
         ({"metric": infinite_metric}, "metric infinite_metric is -?inf for prompt"),
         ({"metric": Metric("few", lambda x, y: y, context=(torch.zeros(2),))}, "made for 2 prompts, there are 3 pairs"),
         ({"metric": Metric("far", lambda x: x[:, 0, 0], positions=(9,))}, r"metric far reads position \[9\]"),
-        ({"max_memory": 0}, "max_memory is 0 bytes"),
+        ({"max_memory": 0}, "max_memory is 0; max_memory must be a number above 0"),
     ],
 )
 def test_bad_input(random_model, options, message):
@@ -178,7 +178,7 @@ def test_prompts_padded_on_the_left_are_refused():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "exact"}, "unknown method 'exact'; known are gradient, integrated"),
+        ({"method": "exact"}, "unknown method 'exact'; allowed are gradient, integrated"),
         ({"method": "atp_star"}, "method 'atp_star' is for sites q and k, not 'resid_pre'"),
         ({"method": "integrated", "path": "zigzag"}, "unknown path 'zigzag'"),
         ({"method": "integrated", "steps": 0}, "steps is 0"),
@@ -202,7 +202,7 @@ def test_bad_methods(random_model, options, message, monkeypatch):
     [
         (lambda: Integrated(steps=0), "steps is 0"),
         (lambda: Integrated(steps=2.0), "steps must be a whole number from 1 up, not float"),
-        (lambda: Integrated(path="zigzag"), "unknown path 'zigzag'; known are input, layer"),
+        (lambda: Integrated(path="zigzag"), "unknown path 'zigzag'; allowed are input, layer"),
         (lambda: SecondOrder(joint=1), "joint must be True or False, not 1"),
         (lambda: RelP(detach_norm=None), "detach_norm must be True or False, not None"),
     ],
@@ -216,7 +216,7 @@ def test_estimates_check_their_options(make, message, monkeypatch):
 @pytest.mark.parametrize("method", [Integrated, 3, None, ["gradient"]], ids=str)
 def test_what_is_no_method(random_model, method, monkeypatch):
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
-    with pytest.raises(ValueError, match=r"unknown method .*; known are gradient, integrated"):
+    with pytest.raises(ValueError, match=r"unknown method .*; allowed are gradient, integrated"):
         attribution_patching(random_model(None), make_pairs(random_model(None)), method=method)
 
 

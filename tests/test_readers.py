@@ -507,7 +507,7 @@ BAD = [
     ((Reader.query, 1, 0, [1.0, 2.0]), {}, "the direction has 2 numbers, d_head is 8"),
     ((Reader.direction, 1, torch.ones(3, 23)), {}, "the direction has 23 numbers, d_model is 24"),
     ((Reader.neuron, 0), {"positions": 7}, "position 7 is out of range: the tokens reach from 0 to 6"),
-    ((Reader.neuron, 0), {"by": "layer"}, "by='layer' is unknown; allowed are component, head, neuron, source"),
+    ((Reader.neuron, 0), {"by": "layer"}, "unknown by 'layer'; allowed are component, head, neuron, source"),
     ((Reader.neuron, 0), {"top": 0}, "top is 0"),
     ((Reader.neuron, 0), {"senders": []}, "senders name no component"),
     ((Reader.neuron, 0, 17), {"senders": ["L0.mlp"]}, "sender L0.mlp comes after its reader L0N17; .* L0.attn"),
@@ -534,7 +534,7 @@ def test_bad_input_is_one_line_that_names_it(random_model, function, reader, arg
     [
         (
             lambda: Reader.direction(1, DIRECTION, "resid_post"),
-            "'resid_post' is unknown; allowed are resid_pre, resid_mid",
+            "unknown site 'resid_post'; allowed are resid_pre, resid_mid",
         ),
         (lambda: Reader.direction(None, DIRECTION), "site='resid_pre' wants a layer"),
         (lambda: Reader.direction(1, DIRECTION, "final"), "site='final' has no layer: give None"),
@@ -566,3 +566,23 @@ def test_what_a_model_does_not_have(model_of):
         attribution_to(pythia, tokens, Reader.direction(0, DIRECTION, "resid_mid"))
     with pytest.raises(ValueError, match="caps its logits"):
         attribution_to(make_model("LNPre", output_logits_soft_cap=30.0), tokens, Reader.logits())
+
+
+@pytest.mark.parametrize("more", [{}, {"by": "source"}, {"top": 3}, {"by": "source", "top": 3}], ids=str)
+def test_cells_hold_every_number_with_its_names(random_model, more):
+    model = random_model("LNPre")
+    tokens = random_tokens(model, batch=2, pos=5)
+    result = attribution_to(model, tokens, Reader.query(1, 0), positions=[4, 1], **more)
+    cells = result.cells()
+    assert len(cells) == result.values.numel() + result.bias.numel() and not cells.isna().any().any()
+    of_one = cells[(cells.reader == result.readers[2]) & (cells.prompt == 1) & (cells.position == 1)]
+    values = result.values[2, :, 1, 1].double()
+    assert of_one.value.sum() == pytest.approx(float(values.sum() + result.bias[2, 1, 1]))
+    assert set(of_one.token) == {str(int(tokens[1, 1]))} and of_one.component.iloc[-1] == "bias"
+    if "top" in more:
+        names = [result.labels[i] for i in result.senders[2, :, 1, 1].tolist()]
+        assert of_one.component.tolist() == [*names, "bias"]
+        where = [] if result.sources is None else [*result.sources[2, :, 1, 1].tolist(), 1]
+    else:
+        where = [*range(5)] * len(result.labels) + [1] if "by" in more else []
+    assert (of_one.source.tolist() if where else []) == where

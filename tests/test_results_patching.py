@@ -302,7 +302,7 @@ def test_metrics_by_name(model, pairs):
             by_name.values, activation_patching(model, pairs, metric=metric).values
         )
         assert f"in {unit_of(name)}" in repr(by_name)
-    with pytest.raises(ValueError, match="unknown metric 'loss'; known are logit_diff, right_log_prob"):
+    with pytest.raises(ValueError, match="unknown metric 'loss'; allowed are logit_diff, right_log_prob"):
         activation_patching(model, pairs, metric="loss")
 
 

@@ -366,7 +366,7 @@ def test_edges_of_a_model_that_goes_through_its_own_forward():
 
 def test_bad_edges(random_model):
     model = random_model("LNPre")
-    with pytest.raises(ValueError, match="budget is -1, it must be a number of at least 0"):
+    with pytest.raises(ValueError, match="budget is -1; budget must be a number of at least 0"):
         screen_edges(model, make_pairs(model), budget=-1)
     with pytest.raises(ValueError, match="flag 'correction' needs a method with a reliability"):
         screen_edges(model, make_pairs(model), budget=1, flag="correction", normalize=False)
@@ -505,19 +505,19 @@ def test_what_is_left_when_all_is_drawn_but_one():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"budget": -1}, "budget is -1, it must be a number of at least 0"),
+        ({"budget": -1}, "budget is -1; budget must be a number of at least 0"),
         ({"budget": math.nan}, "budget is nan, it must be"),
         ({"budget": "3"}, "budget is '3', it must be"),
         ({"budget": None}, "budget is None, it must be"),
-        ({"share": 1}, "share is 1.0, it must be from 0 to below 1"),
-        ({"share": -0.1}, "share is -0.1, it must be a number of at least 0"),
-        ({"flag": "smallest"}, "unknown flag 'smallest'; known are largest, reliability, correction, difference"),
+        ({"share": 1}, "share is 1; share must be a number of at least 0 and below 1"),
+        ({"share": -0.1}, "share is -0.1; share must be a number of at least 0"),
+        ({"flag": "smallest"}, "unknown flag 'smallest'; allowed are largest, reliability, correction, difference"),
         ({"flag": "difference"}, "flag 'difference' needs another estimate"),
         ({"flag": "largest", "against": "relp"}, "flag 'largest' does not look at another estimate"),
         ({"method": "gradient", "flag": "reliability"}, "flag 'reliability' needs a method with a reliability"),
-        ({"method": "exact"}, "unknown method 'exact'; known are"),
-        ({"against": "exact"}, "unknown method 'exact'; known are"),
-        ({"site": "resid"}, "unknown site 'resid'; known are"),
+        ({"method": "exact"}, "unknown method 'exact'; allowed are"),
+        ({"against": "exact"}, "unknown against 'exact'; allowed are"),
+        ({"site": "resid"}, "unknown site 'resid'; allowed are"),
         ({"method": "atp_star"}, "method 'atp_star' is for sites q and k"),
         ({"least": 1e9}, "the metric moves by 1000000000.0 or more on none of 3 prompts"),
         ({"seed": 0.5}, "seed must be a whole number"),

@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "analyses"))
 
+import browser
 import common
 import screening
 import screening_page
@@ -36,7 +37,7 @@ def test_what_it_takes():
 
 @pytest.mark.slow
 def test_the_page_of_a_small_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "BROWSERS", ())
+    monkeypatch.setattr(browser, "BROWSERS", ())
     monkeypatch.setattr(screening, "SEEDS", 4)
     monkeypatch.setattr(smollm2, "fetched", lambda: pytest.fail("fetched though it was not asked for"))
     out = tmp_path / "out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..arguments import as_path, listener, whole
 from ..batching import Progress, Tokens
 from ..lens import ModelOrName
 from ..models import as_model
@@ -45,7 +46,9 @@ def check_model(
     """
     if checkpoint is None and isinstance(model, (str, Path)):
         checkpoint = model
-    model = as_model(model)
+    model, progress, seed = as_model(model), listener(progress), whole(seed, "seed")
+    if checkpoint is not None:
+        as_path(checkpoint, "checkpoint")
     case = make_case(model, tokens, checkpoint, seed)
     todo = dict(laws(case))
     tolerance = TOLERANCES[str(case.logits.dtype).removeprefix("torch.")]

@@ -17,7 +17,8 @@ from typing import Literal, overload
 
 import torch
 
-from ..batching import Places, Targets, Tokens, whole
+from ..arguments import switch, whole
+from ..batching import Places, Targets, Tokens
 from ..lens import ModelOrName
 from ..models import as_model
 from ..results import Prompts
@@ -140,7 +141,8 @@ def logit_attributions(
         True
     """
     reader = Reader.logits(targets, versus)
-    return logits_of(make_request(as_model(model), tokens, reader, positions, by, DECOMPOSITIONS), exact)
+    request = make_request(as_model(model), tokens, reader, positions, by, DECOMPOSITIONS)
+    return logits_of(request, switch(exact, "exact"))
 
 
 @torch.no_grad()
@@ -246,6 +248,7 @@ def attributions_to(
         True
     """
     request = make_request(as_model(model), tokens, reader, positions, by, senders=senders, top=top)
+    switch(exact, "exact")
     step = readers_in(request, whole(max_memory, "max_memory", least=1))
     prompts = Prompts.of(request.model, request.tokens)
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import FactoredMatrix
 
+from ..arguments import as_text, choice, one_of, shown
 from ..layers import Layer, Norm, wide
 from ..lens import ModelOrName
 from ..models import as_model
@@ -80,11 +81,10 @@ def composition_scores(model: ModelOrName, kind: str) -> Float[Tensor, "layer he
         >>> from lnfree_interp import composition_scores
         >>> scores = composition_scores("tiny-noLN", "K")
         >>> layer, head = divmod(int(scores[0].amax((1, 2)).argmax()), 4)
-        >>> scores.shape, bool(scores[0].max() < 1), bool((scores[3] == 0).all())
-        (torch.Size([4, 4, 4, 4]), True, True)
+        >>> scores.shape, bool(scores[0].max() < 1), bool((scores[7] == 0).all())
+        (torch.Size([8, 4, 8, 4]), True, True)
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is unknown; allowed are {', '.join(KINDS)}")
+    choice(kind, "kind", KINDS)
     weights = weights_alone(as_model(model))
     n_layers, n_heads = len(weights.layers), len(weights.layers[0].W_Q)
     senders = [_rows(layer) for layer in weights.layers[:-1]]
@@ -170,7 +170,10 @@ def virtual_weights(
         32
     """
     weights = weights_alone(as_model(model))
-    names = [through] if isinstance(through, str) else list(through)
+    several = (
+        [through] if isinstance(through, str) else one_of(through, "through", Sequence, "a label or a list of such")
+    )
+    names = [as_text(name, "through") for name in several]
     written, W_out = _sender(weights, sender)
     heads = [_head(weights, name) for name in names]
     read, W_in = _receiver(weights, receiver)
@@ -239,7 +242,7 @@ def _component(weights: Weights, name: str, what: str) -> tuple[Layer, int, dict
         gated = layer.W_gate is not None
         if "head" not in found and int(found.get("neuron", 0)) < n_neurons and (gated or "linear" not in found):
             return layer, when + (not layer.parallel), found
-    raise ValueError(f"{what} {name!r} is unknown; allowed are {', '.join(_allowed(weights, what))}")
+    raise ValueError(f"{what} {shown(name)} is unknown; allowed are {', '.join(_allowed(weights, what))}")
 
 
 def _allowed(weights: Weights, what: str) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import as_text, one_of, sampling, whole
 from ..results import Result, counted, drawing
 from ..statistics import ratio, ratio_interval, ratio_interval_of_two_ways
 from .result import LogitAttribution
@@ -66,7 +67,7 @@ class AttributionError(Result):
         with drawing():
             from ..figures.dla import errors_figure
 
-        return errors_figure(self, top)
+        return errors_figure(self, whole(top, "top", least=1))
 
     def table(self):
         """One row per component: NMAE and its interval; the pooled one first."""
@@ -110,6 +111,9 @@ def attribution_error(
         >>> f"{attribution_error(approximate, exact).pooled:.2%}"
         '0.00%'
     """
+    for what, given in (("approximate", approximate), ("exact", exact)):
+        one_of(given, what, LogitAttribution, "a LogitAttribution")
+    drawn = sampling(draws, seed)
     if approximate.labels != exact.labels or approximate.values.shape != exact.values.shape:
         raise ValueError(
             f"attributions do not align: {list(approximate.values.shape)} {approximate.labels[:2]} and "
@@ -119,11 +123,17 @@ def attribution_error(
     sums = no_sums(tuple(exact.labels[i] for i in chosen), exact.values.shape[1])
     add(sums, approximate.values[chosen], exact.values[chosen])
     model = exact.prompts.model if exact.prompts else ""
-    return error_of(sums, draws=draws, seed=seed, model=model)
+    return error_of(sums, model=model, **drawn)
 
 
 def _matching(labels: tuple[str, ...], components: str | None) -> list[int]:
-    chosen = [i for i, label in enumerate(labels) if components is None or re.fullmatch(components, label)]
+    if components is None:
+        return list(range(len(labels)))
+    try:
+        pattern = re.compile(as_text(components, "components"))
+    except re.error as error:
+        raise ValueError(f"components {components!r} is no regular expression: {error}") from None
+    chosen = [i for i, label in enumerate(labels) if pattern.fullmatch(label)]
     if not chosen:
         raise ValueError(f"no component matches {components!r}; there are {', '.join(labels[:3])}, ...")
     return chosen

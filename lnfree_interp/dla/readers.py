@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batching import Places, Targets, whole
+from ..arguments import choice, switch, whole
+from ..batching import Places, Targets, check_places, check_targets
 
+KINDS = ("neuron", "query", "key", "value", "direction", "logits")
 SITES = ("resid_pre", "resid_mid", "final")
 
 
@@ -51,6 +53,20 @@ class Reader:
     targets: Targets | None = None
     versus: Targets | None = None
 
+    def __post_init__(self):
+        choice(self.kind, "kind", KINDS)
+        choice(self.site, "site", SITES)
+        for name in ("normalised", "linear"):
+            switch(getattr(self, name), name)
+        if self.kind not in ("direction", "logits") or self.layer is not None:
+            object.__setattr__(self, "layer", whole(self.layer, "layer"))
+        if self.units is not None:
+            check_places(self.units, "units")
+        for name in ("targets", "versus"):
+            if getattr(self, name) is not None:
+                check_targets(getattr(self, name), name)
+        object.__setattr__(self, "vector", _vector(self.vector))
+
     @classmethod
     def neuron(cls, layer: int, n: Places | None = None, *, linear: bool = False) -> Reader:
         """Neurons before their activation function: `mlp.hook_pre`; in a gated MLP the gate's, or the linear part's.
@@ -59,7 +75,7 @@ class Reader:
             n: one, several, or all (None).
             linear: read `mlp.hook_pre_linear` of a gated MLP.
         """
-        return cls("neuron", whole(layer, "layer"), n, linear=linear)
+        return cls("neuron", layer, n, linear=linear)
 
     @classmethod
     def query(cls, layer: int, head: Places | None = None, direction: Any = None) -> Reader:
@@ -69,17 +85,17 @@ class Reader:
             head: one, several, or all (None).
             direction: [d_head], or [k, d_head] for several: <q, direction> is read; None: every coordinate.
         """
-        return cls("query", whole(layer, "layer"), head, _vector(direction))
+        return cls("query", layer, head, direction)
 
     @classmethod
     def key(cls, layer: int, head: Places | None = None, direction: Any = None) -> Reader:
         """Keys (`attn.hook_k`), as `query`; where there are fewer heads of keys, those are counted."""
-        return cls("key", whole(layer, "layer"), head, _vector(direction))
+        return cls("key", layer, head, direction)
 
     @classmethod
     def value(cls, layer: int, head: Places | None = None, direction: Any = None) -> Reader:
         """Values (`attn.hook_v`), as `key`."""
-        return cls("value", whole(layer, "layer"), head, _vector(direction))
+        return cls("value", layer, head, direction)
 
     @classmethod
     def direction(cls, layer: int | None, vector: Any, site: str = "resid_pre", *, normalised: bool = False) -> Reader:
@@ -94,17 +110,14 @@ class Reader:
         Raises:
             ValueError: an unknown site; a layer where there is none, or none where one is wanted; no vector.
         """
-        if site not in SITES:
-            raise ValueError(f"site {site!r} is unknown; allowed are {', '.join(SITES)}")
+        choice(site, "site", SITES)
         if (layer is None) != (site == "final"):
             raise ValueError(
                 "site='final' has no layer: give None" if site == "final" else f"site={site!r} wants a layer"
             )
-        vector = _vector(vector)
         if vector is None:
-            raise ValueError("a direction wants a vector, [d_model] or [k, d_model]")
-        number = None if layer is None else whole(layer, "layer")
-        return cls("direction", number, vector=vector, site=site, normalised=normalised)
+            raise ValueError("a direction wants a vector, [d_model] or [k, d_model], not None")
+        return cls("direction", layer, vector=vector, site=site, normalised=normalised)
 
     @classmethod
     def logits(cls, targets: Targets | None = None, versus: Targets | None = None) -> Reader:
@@ -130,5 +143,5 @@ def _vector(value: Any) -> Tensor | None:
     if value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"a direction must be a vector of numbers, not {value.dtype}")
     if value.ndim not in (1, 2) or value.numel() == 0:
-        raise ValueError(f"a direction has shape {list(value.shape)}; allowed are [d] and [k, d]")
+        raise ValueError(f"a direction, a vector, has shape {list(value.shape)}; allowed are [d] and [k, d]")
     return value.detach()

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import choice
 from ..forward import run
 from ..layers import wide
 from ..lens import LensModel
@@ -46,8 +47,7 @@ class Recorded:
 
 def check_by(model: LensModel, by: str, allowed: Sequence[str] = (*DECOMPOSITIONS, BY_SOURCE)) -> None:
     """Raise ValueError unless what the model's blocks write is a sum over such components."""
-    if by not in allowed:
-        raise ValueError(f"by={by!r} is unknown; allowed are {', '.join(allowed)}")
+    choice(by, "by", allowed)
     if by != "component" and normalises_writes(model):
         raise ValueError(f"this model normalises what its blocks write, so by={by!r} is undefined")
     if by == "neuron" and (getattr(model.cfg, "attn_only", False) or getattr(model.cfg, "num_experts", None)):

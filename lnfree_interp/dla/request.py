@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from ..batching import Places, Tokens, check_tokens, whole
+from ..arguments import as_text, one_of, whole
+from ..batching import Places, Tokens, check_tokens
 from ..lens import LensModel
 from ..results import Prompts
 from ..weights import own_hooks
@@ -116,6 +117,7 @@ def make_request(
         ValueError: as `attribution_to`.
     """
     check_by(model, by, allowed)
+    one_of(reader, "reader", Reader, "a Reader, such as Reader.neuron(2, 5)")
     tokens = check_tokens(model, tokens)
     top = None if top is None else whole(top, "top", least=1)
     reading = resolve(model, reader, tokens, positions)
@@ -123,7 +125,10 @@ def make_request(
     labels = component_labels(model.cfg, by, reading.place) + ("hooks",) * hooked
     if senders is None:
         return Request(model, tokens, reading, by, labels, False, hooked, top)
-    chosen = dict.fromkeys([senders] if isinstance(senders, str) else senders)
+    several = (
+        [senders] if isinstance(senders, str) else one_of(senders, "senders", Sequence, "a label or a list of such")
+    )
+    chosen = dict.fromkeys(as_text(label, "a sender") for label in several)
     if not chosen:
         raise ValueError("senders name no component")
     before, later = set(labels), set(component_labels(model.cfg, by))

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import text_or_none, whole
 from ..batching import indices
 from ..results import Picture, Prompts, Result, by, counted, drawing
 
@@ -104,7 +105,7 @@ class LogitAttribution(Result):
         with drawing():
             from ..figures.dla import attribution_figure
 
-        return attribution_figure(self, kind, prompt, position, top)
+        return attribution_figure(self, text_or_none(kind, "kind"), prompt, position, whole(top, "top", least=1))
 
     def text(self, component: str | None = None, *, prompt: int = 0) -> Picture:
         """The prompt as running text, each token on a background by what a component contributes there.
@@ -119,7 +120,7 @@ class LogitAttribution(Result):
         """
         from ..figures.pictures import logits_as_text
 
-        return Picture(logits_as_text(self, component, prompt))
+        return Picture(logits_as_text(self, text_or_none(component, "component"), prompt))
 
     def table(self):
         """One row per component: mean, mean absolute value and standard deviation in logits, largest first."""
@@ -222,7 +223,7 @@ class ReaderAttribution(Result):
         with drawing():
             from ..figures.dla import readers_figure
 
-        return readers_figure(self, self._reader(reader), prompt, position, top)
+        return readers_figure(self, self._reader(reader), prompt, position, whole(top, "top", least=1))
 
     def text(
         self, reader: int | str = 0, *, component: str | None = None, prompt: int = 0, position: int = -1
@@ -245,7 +246,9 @@ class ReaderAttribution(Result):
         """
         from ..figures.pictures import sources_as_text
 
-        return Picture(sources_as_text(self, self._reader(reader), component, prompt, position))
+        return Picture(
+            sources_as_text(self, self._reader(reader), text_or_none(component, "component"), prompt, position)
+        )
 
     def _reader(self, reader: int | str) -> int:
         if isinstance(reader, str):
@@ -266,6 +269,39 @@ class ReaderAttribution(Result):
         rows = self._rows() if self.senders is None else self._top_rows(self.senders)
         table = pd.DataFrame(rows)
         return table.sort_values("mean_abs", ascending=False, ignore_index=True)
+
+    def cells(self):
+        """One row per number: reader, component, prompt, position, token, by source source and source_token, value.
+
+        Each reader's bias is a component of its own, the last; its source is its own position.
+        """
+        import numpy as np
+        import pandas as pd
+
+        n = self.bias.shape  # [reader, batch, pos]
+        reader, component, prompt, at, *source = np.indices(tuple(self.values.shape)).reshape(self.values.ndim, -1)
+        if self.senders is not None:
+            component = self.senders.flatten().cpu().numpy()
+        if self.sources is not None:
+            source = [self.sources.flatten().cpu().numpy()]
+        position = np.asarray(self.positions, dtype=int)
+        bias = np.indices(tuple(n)).reshape(3, -1)
+        reader, prompt, at = (np.concatenate(both) for both in zip((reader, prompt, at), bias))
+        names = np.array([*self.labels, "bias"])
+        columns = {
+            "reader": np.array(self.readers)[reader],
+            "component": names[np.concatenate([component, np.full(n.numel(), len(self.labels))])],
+            "prompt": prompt,
+            "position": position[at],
+        }
+        places = {"token": columns["position"]}
+        if source:
+            places["source_token"] = columns["source"] = np.concatenate([source[0], position[bias[2]]])
+        if self.prompts is not None:
+            words = np.array(self.prompts.strings, dtype=object)
+            columns |= {name: words[prompt, where] for name, where in places.items()}
+        values = torch.cat([self.values.flatten(), self.bias.flatten()]).cpu().double().numpy()
+        return pd.DataFrame(columns | {"value": values})
 
     def _rows(self) -> dict:
         values = self.values.sum(-1) if self.by_source else self.values

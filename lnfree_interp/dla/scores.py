@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batching import Places, Tokens, check_tokens, indices, whole
+from ..arguments import whole
+from ..batching import Places, Tokens, check_tokens, indices
 from ..layers import Layer, Norm, Rotary
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
@@ -96,7 +97,7 @@ class ScoreAttribution(Result):
         with drawing():
             from ..figures.dla import scores_figure
 
-        return scores_figure(self, top)
+        return scores_figure(self, whole(top, "top", least=1))
 
     def table(self):
         """One row per pair, over the scores that are not masked: how many of them (with `top`: where the pair is among
@@ -181,7 +182,7 @@ def attention_score_attribution(
     n_pos, n_most = tokens.shape[1], None if top is None else whole(top, "top", least=1)
     at_queries, at_keys = (
         list(range(n_pos)) if places is None else indices(places, n_pos, what, range(n_pos), "positions")
-        for what, places in (("query", queries), ("key", keys))
+        for what, places in (("query position", queries), ("key position", keys))
     )
     block = _attention(model, layer)
     key_head = head * len(block.W_K) // len(block.W_Q)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import sampling, whole
 from ..batching import Progress, TokenSource, check_next_token, token_batches
 from ..forward import run, unembed
 from ..lens import LensModel, ModelOrName
@@ -128,9 +129,9 @@ def compare_models(
         >>> result.divergence.shape, result.agreement.diagonal().tolist()
         (torch.Size([2, 2]), [1.0, 1.0])
     """
-    models = as_models(models)
+    models, drawn = as_models(models), sampling(draws, seed)
     part = comparison_sums(models, tokens, n_bins=n_bins, per_pass=per_pass, progress=progress)
-    return comparison_of(tuple(models), [part], draws=draws, seed=seed)
+    return comparison_of(tuple(models), [part], **drawn)
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,7 @@ def comparison_sums(
     """`compare_models`' statistics of sequences of which the first is number `first` of all."""
     if not models:
         raise ValueError("there are no models to compare")
-    if n_bins < 1:
-        raise ValueError(f"n_bins is {n_bins}, at least 1 is needed")
+    n_bins, per_pass = whole(n_bins, "n_bins", least=1), whole(per_pass, "per_pass", least=1)
     parts = list(models.values())
     sizes = {name: model.cfg.d_vocab for name, model in models.items()}
     if len(set(sizes.values())) > 1:

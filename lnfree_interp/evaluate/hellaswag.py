@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import as_path, as_text, listener, whole
 from ..batching import Progress, check_next_token
 from ..documents import read_json_lines
 from ..forward import KeysAndValues, Past, Stream, embed, run, run_streams, unembed
@@ -100,6 +101,9 @@ def hellaswag_items(
         >>> items[0]["endings"]
         ['and went in.', 'of the sea.']
     """
+    as_path(source, "source")
+    as_text(split, "split")
+    limit = None if limit is None else whole(limit, "limit", least=1)
     rows = _lines(Path(source)) if str(source).endswith((".jsonl", ".jsonl.gz")) else _from_hub(str(source), split)
     items = list(islice(rows, limit))
     if not items:
@@ -107,9 +111,9 @@ def hellaswag_items(
     return items
 
 
-def _lines(path: Path) -> Iterator[dict]:
-    for number, item in read_json_lines(path, "HellaSwag file"):
-        yield _item(item, f"{path}, line {number}")
+def _lines(file: Path) -> Iterator[dict]:
+    for line, item in read_json_lines(file, "HellaSwag file"):
+        yield _item(item, f"{file}, line {line}")
 
 
 def _from_hub(name: str, split: str) -> Iterator[dict]:
@@ -187,7 +191,10 @@ def ending_scores(
     check_next_token(model)
     if model.tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so HellaSwag cannot be read for it")
-    items = [_item(item, f"item {i}") for i, item in enumerate(items)]
+    if isinstance(items, (str, Mapping)) or not isinstance(items, Iterable):
+        raise ValueError(f"items must be a list of dicts, as hellaswag_items gives them, not {type(items).__name__}")
+    items = [_item(item, f"items: item {i}") for i, item in enumerate(items)]
+    per_pass, progress = whole(per_pass, "per_pass", least=1), listener(progress)
     if not items:
         raise ValueError("there are no HellaSwag items")
     n_endings = len(items[0]["endings"])

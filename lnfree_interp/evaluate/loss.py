@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import sampling, whole
 from ..batching import Progress, TokenSource, check_next_token, token_batches
 from ..forward import run, unembed
 from ..lens import LensModel, ModelOrName
@@ -154,9 +155,10 @@ def evaluate_loss(
         >>> result.range999[0] <= result.range95[0] <= result.median <= result.range95[1]
         True
     """
-    model = as_model(model)
+    model, drawn = as_model(model), sampling(draws, seed)
+    worst, keep = whole(worst, "worst", least=0), None if keep is None else whole(keep, "keep", least=1)
     part = loss_sums(model, tokens, keep=keep, worst=worst, per_pass=per_pass, progress=progress)
-    return evaluation_of(model, [part], keep=keep, worst=worst, draws=draws, seed=seed)
+    return evaluation_of(model, [part], keep=keep, worst=worst, **drawn)
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def loss_sums(
 ) -> LossSums:
     """`evaluate_loss`' statistics of sequences of which the first is number `first` of all."""
     check_next_token(model)
-    per_pass = min(per_pass, max(1, LOGITS_PER_PASS // model.cfg.d_vocab))
+    per_pass = min(whole(per_pass, "per_pass", least=1), max(1, LOGITS_PER_PASS // model.cfg.d_vocab))
     sample: Sample | None = None
     n_pos, means = 0, []
     largest: list[tuple[float, int, Tensor]] = []

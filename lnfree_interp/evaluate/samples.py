@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import as_text, number, whole
 from ..batching import check_next_token, check_tokens
 from ..forward import KeysAndValues, Past, run, unembed
 from ..lens import LensModel, ModelOrName
@@ -79,13 +80,11 @@ def generate_samples(
         True
     """
     models = as_models(models)
-    if not prompt:
+    if not as_text(prompt, "prompt"):
         raise ValueError("the prompt is empty")
-    if not temperature >= 0:
-        raise ValueError(f"temperature {temperature} is negative")
-    for name, value in (("top_k", top_k), ("n_samples", n_samples), ("max_new_tokens", max_new_tokens)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}, at least 1 is needed")
+    temperature, seed = number(temperature, "temperature", least=0), whole(seed, "seed")
+    n_samples, max_new_tokens = whole(n_samples, "n_samples", least=1), whole(max_new_tokens, "max_new_tokens", least=1)
+    top_k = None if top_k is None else whole(top_k, "top_k", least=1)
     texts = []
     for name, model in models.items():
         check_next_token(model)

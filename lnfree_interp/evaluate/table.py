@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import one_of, sampling
 from ..results import Result, counted, drawing
 from ..statistics import mean_interval
 from .loss import LossEvaluation, floats
@@ -98,18 +99,22 @@ def loss_table(
         (None, 'tiny-vanilla')
     """
     bounds: list[tuple[float, float, float]] = []
+    drawn = sampling(draws, seed)
+    for what, given in (("evaluations", evaluations), ("baselines", baselines)):
+        one_of(given, what, Mapping, "a mapping of names")
     for name, result in evaluations.items():
+        one_of(result, f"evaluations[{name!r}]", LossEvaluation, "a LossEvaluation, as evaluate_loss gives it")
         baseline = baselines.get(name)
         if baseline is None:
             bounds.append((torch.nan, torch.nan, torch.nan))
             continue
-        if baseline not in evaluations:
-            raise ValueError(f"baseline {baseline!r} of {name} is not among {', '.join(evaluations)}")
+        if not isinstance(baseline, str) or baseline not in evaluations:
+            raise ValueError(f"baselines: baseline {baseline!r} of {name} is not among {', '.join(evaluations)}")
         shapes = [[len(e.per_sequence), e.losses.shape[1]] for e in (result, evaluations[baseline])]
         if shapes[0] != shapes[1]:
             raise ValueError(f"{name} was evaluated on {shapes[0]} predictions, {baseline} on {shapes[1]}")
         difference = result.per_sequence - evaluations[baseline].per_sequence
-        low, high = floats(mean_interval(difference.numpy(), draws=draws, seed=seed))
+        low, high = floats(mean_interval(difference.numpy(), **drawn))
         bounds.append((difference.mean().item(), low, high))
     gaps, lows, highs = torch.tensor(bounds, dtype=torch.float64).view(-1, 3).unbind(1)
     return LossTable(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import choice, text_or_none, whole
 from ..dla import LogitAttribution
 from ..results import Prompts, Result, drawing
 from ..statistics import ratio
@@ -50,7 +51,7 @@ class Explanation(Result):
 
     def word(self, token: int) -> str:
         """A token's text; its number where there is no tokenizer."""
-        tokenizer = self.prompts.tokenizer
+        token, tokenizer = whole(token, "token", least=0), self.prompts.tokenizer
         return str(token) if tokenizer is None else tokenizer.decode([token])
 
     @property
@@ -68,6 +69,7 @@ class Explanation(Result):
 
     def parts(self, kind: str) -> list[tuple[str, float, float]]:
         """(name, attribution, effect) of each "component" or "head", in the model's order."""
+        choice(kind, "kind", ("component", "head"))
         both = (self.attribution, self.effect) if kind == "component" else (self.head_attribution, self.head_effect)
         approximate, exact = both
         if approximate is None or exact is None:
@@ -117,4 +119,4 @@ class Explanation(Result):
         with drawing():
             from ..figures.explanations import explanation_figure
 
-        return explanation_figure({self.prompts.model: self}, title=title)
+        return explanation_figure({self.prompts.model: self}, title=text_or_none(title, "title"))

@@ -71,5 +71,4 @@ def edge_heatmaps(panels: Mapping[tuple[str, str], EdgeEffect], *, unit: str, ti
         coloraxis={"colorscale": DIVERGING, "cmid": 0, "cmin": -most, "cmax": most, "colorbar": bar},
         plot_bgcolor="#e8e8e8",
     )
-    figure.update_annotations(font_size=12)
     return styled(figure, title=title, height=height)

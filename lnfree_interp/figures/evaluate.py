@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from ..evaluate import HellaSwag, LossEvaluation, LossTable, ModelComparison
 from ..statistics import mean_interval
-from .style import band, colour, line, log_axis, styled
+from .style import MARK, band, colour, line, log_axis, styled, symbol
 
 
 def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
@@ -26,7 +26,8 @@ def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
         >>> loss_figure({"tiny": result}).layout.title.text
         'Loss'
     """
-    figure = make_subplots(cols=2, subplot_titles=("by position", "quantiles over tokens"))
+    titles = ("mean by position, with 95% interval", "quantiles over tokens")
+    figure = make_subplots(cols=2, subplot_titles=titles, horizontal_spacing=0.12)
     levels = np.concatenate([np.linspace(0, 0.99, 100), 1 - np.logspace(-2, -4, 21)[1:]])
     for i, (name, result) in enumerate(results.items()):
         losses = result.losses.double().numpy()
@@ -46,18 +47,17 @@ def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
             x=x,
             y=in_bins.mean(0),
             customdata=[f"{p.start + 1} to {p.stop}" for p in bins],
-            hovertemplate="positions %{customdata}: %{y:.3f} nats",
+            hovertemplate="positions %{customdata}: %{y:.3f} nats per token",
             **common,
         )
         figure.add_trace(trace, row=1, col=1)
-        hover = "%{customdata:.2%} of tokens lose less than %{y:.3f}"
+        hover = "%{customdata:.2%} of tokens lose less than %{y:.3f} nats"
         trace = go.Scatter(x=levels, y=quantiles, customdata=levels, hovertemplate=hover, showlegend=False, **common)
         figure.add_trace(trace, row=1, col=2)
     n_pos = max(result.losses.shape[1] for result in results.values())
     figure.update_xaxes(title_text="position (the first is 1)", **log_axis((1, n_pos)), row=1, col=1)
-    figure.update_xaxes(title_text="share of tokens", row=1, col=2)
-    figure.update_yaxes(title_text="loss (nats per token)", row=1, col=1)
-    figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.06, "yanchor": "bottom"})
+    figure.update_xaxes(title_text="share of tokens that lose less", tickformat=".0%", row=1, col=2)
+    figure.update_yaxes(title_text="loss (nats per token)", title_standoff=4)
     return styled(figure, title="Loss")
 
 
@@ -73,7 +73,7 @@ def loss_table_figure(result: LossTable) -> go.Figure:
         2
     """
     compared = [i for i, baseline in enumerate(result.baselines) if baseline is not None]
-    titles = ("mean loss", "gap, and its 95% interval") if compared else ("mean loss",)
+    titles = ("mean loss", "gap to the baseline [95%, paired]") if compared else ("mean loss",)
     figure = make_subplots(cols=len(titles), subplot_titles=titles, horizontal_spacing=0.25)
     colours = [colour(i) for i in range(len(result.names))]
     look = {"mode": "markers", "showlegend": False}
@@ -102,7 +102,7 @@ def loss_table_figure(result: LossTable) -> go.Figure:
             row=1,
             col=2,
         )
-        figure.add_vline(x=0, line={"color": "#999999", "dash": "dot"}, row=1, col=2)
+        figure.add_vline(x=0, line=MARK, row=1, col=2)
     figure.update_xaxes(title_text="nats per token", nticks=5)
     figure.update_yaxes(autorange="reversed", automargin=True, type="category")
     return styled(figure, title="Loss, and gaps to the baselines", height=180 + 40 * len(result.names))
@@ -127,13 +127,13 @@ def hellaswag_figure(results: Mapping[str, HellaSwag]) -> go.Figure:
                 y=y,
                 name=what,
                 mode="markers",
-                marker={"color": colour(i + 1), "size": 10},
+                marker={"color": colour(i + 1), "size": 10, "symbol": symbol(i + 1)},
                 error_y={"array": errors},
                 hovertemplate="%{x}: %{y:.1%} right<extra>" + what + "</extra>",
             )
         )
     chance = 1 / next(iter(results.values())).lengths.shape[1]
-    figure.add_hline(y=chance, line={"dash": "dot", "color": "#999999"}, annotation_text="chance")
+    figure.add_hline(y=chance, line=MARK, annotation_text="chance")
     figure.update_layout(scattermode="group")
     figure.update_yaxes(title_text="items right", tickformat=".0%")
     return styled(figure, title="HellaSwag (two standard errors)")
@@ -150,12 +150,12 @@ def reliability_figure(result: ModelComparison) -> go.Figure:
         'Reliability'
     """
     figure = make_subplots(rows=2, shared_xaxes=True, row_heights=[0.75, 0.25], vertical_spacing=0.05)
-    diagonal = {"dash": "dot", "color": "#999999"}
-    figure.add_trace(go.Scatter(x=[0, 1], y=[0, 1], mode="lines", line=diagonal, showlegend=False), row=1, col=1)
+    diagonal = {"x": [0, 1], "y": [0, 1], "mode": "lines", "line": MARK, "showlegend": False, "hoverinfo": "skip"}
+    figure.add_trace(go.Scatter(**diagonal), row=1, col=1)
     n_bins = result.bin_count.shape[1]
     centres = [(i + 0.5) / n_bins for i in range(n_bins)]
     for i, name in enumerate(result.names):
-        label = f"{name} (ECE {result.calibration_error[i].item():.4f})"
+        label = f"{name} (calibration error {result.calibration_error[i].item():.4f})"
         there = (result.bin_count[i] > 0).tolist()
         points = zip(result.bin_confidence[i].tolist(), result.bin_accuracy[i].tolist(), there)
         x, y = zip(*[(c, a) for c, a, occupied in points if occupied])
@@ -165,10 +165,9 @@ def reliability_figure(result: ModelComparison) -> go.Figure:
         share = (result.bin_count[i] / result.bin_count[i].sum()).tolist()
         bars = go.Bar(x=centres, y=share, marker={"color": colour(i)}, showlegend=False, legendgroup=name)
         figure.add_trace(bars, row=2, col=1)
-    figure.update_yaxes(title_text="accuracy", range=[0, 1], row=1, col=1)
-    shares = (share for trace in figure.data if trace.type == "bar" for share in trace.y)
-    figure.update_yaxes(title_text="share", **log_axis(shares), row=2, col=1)
-    figure.update_traces(hovertemplate="probability %{x:.3f}: accuracy %{y:.3f}", selector={"type": "scatter"})
+    figure.update_yaxes(title_text="share right", range=[0, 1], row=1, col=1)
+    figure.update_yaxes(title_text="predictions", tickformat=".0%", rangemode="tozero", nticks=4, row=2, col=1)
+    figure.update_traces(hovertemplate="probability %{x:.3f}: right %{y:.1%}", selector={"type": "scatter"})
     figure.update_traces(hovertemplate="probability %{x:.2f}: %{y:.2%} of predictions", selector={"type": "bar"})
     figure.update_xaxes(title_text="probability of the top token", range=[0, 1], row=2, col=1)
-    return styled(figure, title="Reliability", height=560)
+    return styled(figure, title="Reliability", height=520)

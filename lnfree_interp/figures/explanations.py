@@ -71,9 +71,8 @@ def explanation_figure(found: Mapping[str, Explanation], *, title: str | None = 
         figure.update_yaxes(title_text="logits, by token" if col == 1 else None, row=2, col=col)
     of = f" in {names[0]}" if len(names) == 1 else ""
     told = plain(f"{first.what}{of}: where it comes from") if title is None else title
-    figure = styled(figure, title=told, height=300 + 20 * TOP + 170 * tokens)
-    legend = {"orientation": "h", "y": 1.05, "yanchor": "bottom", "x": 1, "xanchor": "right"}
-    return figure.update_layout(legend=legend, margin={"l": 70, "r": 20, "t": 110, "b": 90})
+    figure = styled(figure, title=told, height=220 + 20 * TOP + 170 * tokens)
+    return figure.update_layout(margin={"b": 90}) if tokens else figure
 
 
 def _largest(found: Explanation) -> list[tuple[str, float, float]]:

@@ -27,7 +27,8 @@ def effects_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
         >>> len(effects_figure({"tiny": result}).data)  # a box trace for cross-entropy, one for entropy
         2
     """
-    figure = make_subplots(cols=2, subplot_titles=[f"|change of {word}|" for word in QUANTITIES.values()])
+    titles = [f"|change of {word}|" for word in QUANTITIES.values()]
+    figure = make_subplots(cols=2, subplot_titles=titles, horizontal_spacing=0.12)
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
     for i, (name, result) in enumerate(results.items()):
         for col, quantity in enumerate(QUANTITIES, 1):
@@ -47,7 +48,8 @@ def effects_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
                 marker={"color": colour(i)},
             )
             figure.add_trace(box, row=1, col=col)
-    figure.update_yaxes(title_text="nats", row=1, col=1)
+    figure.update_yaxes(title_text="nats", title_standoff=4, rangemode="tozero")
+    figure.update_xaxes(title_text="neuron")
     figure.update_layout(boxmode="group")
     return styled(figure, title="Ablating confidence neurons (boxes: quartiles; whiskers: 5% to 95% of tokens)")
 
@@ -67,7 +69,7 @@ def cumulative_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
         >>> cumulative_figure({"tiny": result}).data[0].x == ("none", *result.labels)
         True
     """
-    figure = make_subplots(cols=2, subplot_titles=list(QUANTITIES.values()))
+    figure = make_subplots(cols=2, subplot_titles=list(QUANTITIES.values()), horizontal_spacing=0.12)
     for i, (name, result) in enumerate(results.items()):
         for col, quantity in enumerate(QUANTITIES, 1):
             baseline = getattr(result, f"baseline_{quantity}").double().mean()
@@ -83,7 +85,8 @@ def cumulative_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
                 hovertemplate="%{x}: %{y:+.3~g}%<extra>" + name + "</extra>",
             )
             figure.add_trace(trace, row=1, col=col)
-    figure.update_yaxes(title_text="change of the mean (%)", row=1, col=1)
+    figure.update_yaxes(title_text="change of the mean (%)", title_standoff=4)
+    figure.update_xaxes(title_text="neuron ablated last")
     for col in (1, 2):  # where nothing changes but by rounding, a scale of rounding errors would be drawn
         if max(abs(y) for trace in figure.data[col - 1 :: 2] for y in trace.y) < 1e-3:
             figure.update_yaxes(range=[-0.1, 0.1], row=1, col=col)
@@ -102,15 +105,15 @@ def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, An
         >>> len(scan_figure({"tiny": result}, {"tiny": rank_confidence_neurons(model)}).data[0].x) == model.cfg.d_mlp
         True
     """
+    height = 110 + 230 * len(results)
     figure = make_subplots(
         rows=len(results),
         cols=2,
-        column_titles=("total", "through the final norm's scale"),
-        row_titles=list(results),
+        subplot_titles=[f"{name}: {what}" for name in results for what in ("in all", "through the final norm's scale")],
         shared_xaxes="all",
         shared_yaxes="all",
-        vertical_spacing=0.04,
-        horizontal_spacing=0.03,
+        vertical_spacing=min(0.5, 40 / height) if len(results) > 1 else 0,
+        horizontal_spacing=0.04,
     )
     all_scores: list[float] = []
     all_sizes: list[float] = []
@@ -135,9 +138,9 @@ def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, An
     figure.update_xaxes(**log_axis(all_scores))
     figure.update_yaxes(**log_axis(all_sizes))
     figure.update_xaxes(title_text="|w_out| / LogitVar", row=len(results))
-    figure.update_yaxes(title_text="nats", col=1)
+    figure.update_yaxes(title_text="mean |change| (nats)", col=1)
     title = "Every neuron of the layer, ablated alone: mean |change of cross-entropy|"
-    return styled(figure, title=title, height=150 + 220 * len(results))
+    return styled(figure, title=title, height=height)
 
 
 def ablation_figure(result: NeuronAblation, top: int = 30) -> go.Figure:
@@ -161,9 +164,8 @@ def ablation_figure(result: NeuronAblation, top: int = 30) -> go.Figure:
         hover = "%{x}: %{y:.3g} nats " + what + "<extra></extra>"
         bar = go.Bar(x=labels, y=sizes[order].tolist(), name=what, marker={"color": colour(i + 1)}, hovertemplate=hover)
         figure.add_trace(bar)
-    figure.update_yaxes(title_text="nats")
-    figure.update_xaxes(tickangle=-90)
-    figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"})
+    figure.update_yaxes(title_text="mean |change| (nats)")
+    figure.update_xaxes(tickangle=-90, title_text="neuron")
     title = (
         f"Ablated alone in {name}: mean |change of cross-entropy|, the largest {len(order)} of {len(total):,} neurons"
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..norms import AttentionSinks, ResidualNorms
-from .style import colour, line, log_axis, styled
+from .style import MARK, colour, line, log_axis, styled
 
 
 def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean") -> go.Figure:
@@ -30,13 +31,14 @@ def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean
         return _over_positions(results, statistic)
     groups = [g for i, g in enumerate(first.groups) if any(r.tokens[i] > 0 for r in results.values())]
     quantities = {"norm": "L2 norm", "growth": "norm / norm before", "cosine": "cosine with point before"}
+    height = 110 + 215 * len(groups)
     figure = make_subplots(
         rows=len(groups),
         cols=3,
         shared_xaxes=True,
-        row_titles=groups,
-        column_titles=list(quantities.values()),
-        vertical_spacing=0.05,
+        subplot_titles=[f"{group}: {word}" for group in groups for word in quantities.values()],
+        vertical_spacing=min(0.5, 40 / height) if len(groups) > 1 else 0,
+        horizontal_spacing=0.07,
     )
     for i, (name, result) in enumerate(results.items()):
         k = result.statistics.index(statistic)
@@ -45,24 +47,25 @@ def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean
                 values = getattr(result, quantity)[:, result.groups.index(group), k]
                 figure.add_trace(
                     go.Scatter(
-                        x=list(result.points),
+                        x=list(range(len(result.points))),
                         y=values.tolist(),
+                        text=list(result.points),
                         name=name,
                         legendgroup=name,
                         mode="lines+markers",
                         showlegend=row == col == 1,
                         line=line(i),
                         marker={"size": 4},
-                        hovertemplate="%{x}: %{y:.4g}<extra>" + f"{name}, {group}" + "</extra>",
+                        hovertemplate=f"%{{text}}: {quantities[quantity]} %{{y:.4g}}<extra>{name}, {group}</extra>",
                     ),
                     row=row,
                     col=col,
                 )
     figure.update_yaxes(**log_axis(y for trace in figure.data[::3] for y in trace.y), col=1)
-    figure.update_xaxes(tickangle=-90)
-    figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.05, "yanchor": "bottom"})
-    figure = styled(figure, title=f"Residual stream ({statistic} over sequences)", height=190 + 230 * len(groups))
-    return figure.update_layout(margin={"t": 100})
+    step = max(1, math.ceil(len(first.points) / 13))
+    ticks = {"tickvals": list(range(0, len(first.points), step)), "ticktext": list(first.points)[::step]}
+    figure.update_xaxes(**ticks, tickangle=-90)
+    return styled(figure, title=f"Residual stream ({statistic} over sequences)", height=height + 60)
 
 
 def _over_positions(results: Mapping[str, ResidualNorms], statistic: str) -> go.Figure:
@@ -80,7 +83,7 @@ def _over_positions(results: Mapping[str, ResidualNorms], statistic: str) -> go.
 def sinks_figure(results: Mapping[str, AttentionSinks]) -> go.Figure:
     """Mean attention on position 0 of every head, layer by layer, with each model's sink rate in the legend.
 
-    The axis ends a little above the largest, or the threshold: where nothing is a sink, heads are still told apart.
+    The axis ends a little above the largest: where nothing is a sink, which is said, heads are still told apart.
 
     Example:
         >>> from lnfree_interp import attention_sinks, load_model
@@ -107,9 +110,12 @@ def sinks_figure(results: Mapping[str, AttentionSinks]) -> go.Figure:
             )
         )
     threshold = next(iter(results.values())).threshold
-    figure.add_hline(y=threshold, line={"dash": "dot", "color": "#999999"})
-    most = max(threshold, *(result.attention.max().item() for result in results.values()))
-    figure.update_yaxes(title_text="attention on position 0", range=[0, min(1.02, 1.12 * most)])
+    most = max(result.attention.max().item() for result in results.values())
+    if most >= threshold:
+        figure.add_hline(y=threshold, line=MARK, annotation_text="a sink")
+    figure.update_yaxes(title_text="attention on position 0", range=[0, min(1.02, 1.12 * most) or 1.0])
     figure.update_xaxes(title_text="layer")
-    figure.update_layout(boxmode="group", legend={"orientation": "h", "y": 1.12, "x": 0})
-    return styled(figure, title=f"Attention sinks (at least {threshold:g} on position 0)")
+    figure.update_layout(boxmode="group")
+    none = "" if most >= threshold else ": no head is one"
+    title = f"Attention on position 0, each head; a sink has at least {threshold:g} there{none}"
+    return styled(figure, title=title)

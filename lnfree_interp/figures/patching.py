@@ -196,13 +196,12 @@ def effect_heatmaps(
     bar = {"title": f"{unit}<br>(beyond: darkest)" if beyond else unit}
     scale = {"colorscale": DIVERGING, "cmid": 0, "cmin": -most, "cmax": most, "colorbar": bar}
     figure.update_layout(coloraxis=scale)
-    figure.update_annotations(font_size=12)
     if told:  # once, below all of them
         below = {"x": 0.5, "y": 0, "xanchor": "center", "yanchor": "top", "yshift": 26 - bottom}
         on_page = {"xref": "paper", "yref": "paper", "showarrow": False}
         figure.add_annotation(text=f"{axis}:{told}", font_size=12, **below, **on_page)
     figure = styled(figure, title=title, height=height)
-    return figure.update_layout(margin={"b": bottom, "t": 80, "l": 60, "r": 20})
+    return figure.update_layout(margin={"b": bottom})
 
 
 def _short(label: str) -> str:

@@ -10,15 +10,28 @@ from typing import Any
 import plotly.graph_objects as go
 
 # Okabe and Ito's palette: told apart with any colour vision.
-COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+SYMBOLS = ("circle-open", "square-open", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
 DIVERGING = "RdBu_r"
+# What marks a value without being one: a threshold, a diagonal, where two would be the same.
+MARK = {"color": "#777777", "dash": "dot", "width": 1}
 # Figures follow the page; this is the width at which they must be readable.
 WIDTH = 800
+# Pixels of a line of the title, and of one above a panel.
+TITLE_LINE, PANEL_LINE = 20, 17
+# Below the panels: one row, or as many as the page's width makes of it.
+LEGEND = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "xref": "container", "x": 0}
+LEGEND |= {"tracegroupgap": 0}
 
 
 def colour(i: int) -> str:
     """The i-th model's colour: grey (the original), blue (the control), vermilion (LN-free), ..."""
     return COLOURS[i % len(COLOURS)]
+
+
+def symbol(i: int) -> str:
+    """The i-th model's marker: two can lie on one another and be seen both."""
+    return SYMBOLS[i % len(SYMBOLS)]
 
 
 def line(i: int) -> dict:
@@ -32,23 +45,50 @@ def band(i: int) -> str:
     return f"rgba({red},{green},{blue},0.15)"
 
 
-def styled(figure: go.Figure, *, title: str, height: int = 420, width: int | None = None) -> go.Figure:
-    """The figure with the house layout.
+def styled(figure: go.Figure, *, title: str, height: int = 420) -> go.Figure:
+    """The figure with the house layout: as wide as the page, the legend below the panels.
 
     Args:
-        title: of any length.
-        width: None: the page's.
+        title: what is seen, of any length.
+        height: in pixels, without what a long title and the legend take.
     """
     lines = textwrap.wrap(title, 88) or [""]
+    panels = panel_titles(figure)
+    above = max((1 + str(a.text).count("<br>") for a in panels), default=0)
     figure.update_layout(
         template="plotly_white",
-        title={"text": "<br>".join(lines), "font": {"size": 16}},
+        title={"text": "<br>".join(lines), "font": {"size": 16}, "x": 0.01, "xanchor": "left"},
         autosize=True,
-        height=height + 20 * (len(lines) - 1),
-        margin={"l": 70, "r": 30, "t": 50 + 20 * len(lines), "b": 60},
-        font={"size": 12},
+        height=height + TITLE_LINE * (len(lines) - 1) + PANEL_LINE * max(0, above - 1) + legend_height(figure, WIDTH),
+        margin={"l": 65, "r": 25, "t": 24 + TITLE_LINE * len(lines) + PANEL_LINE * above, "b": 50},
+        font={"size": 12, "color": "#222222"},
+        legend={**LEGEND, "font": {"size": 12}},
     )
-    return figure if width is None else figure.update_layout(width=width)
+    figure.update_layout(title={"yref": "container", "yanchor": "top", "y": 1, "pad": {"t": title_pad(len(lines))}})
+    for annotation in panels:
+        annotation.font.size = 13
+    return figure
+
+
+def title_pad(lines: int) -> int:
+    """Pixels above a title of so many lines, which is moved up by half of them."""
+    return 4 + TITLE_LINE // 2 * lines
+
+
+def legend_height(figure: go.Figure, width: int) -> int:
+    """Pixels that the legend takes below the panels."""
+    entries = [t for t in figure.data if t.showlegend is not False and t.type not in ("heatmap", "waterfall")]
+    if figure.layout.showlegend is False or (len(entries) < 2 and not any(t.showlegend for t in entries)):
+        return 0
+    longest = max(len(str(trace.name or "")) for trace in entries)
+    beside = max(1, width // (50 + 7 * longest))  # its columns are of one width
+    return 10 + 20 * math.ceil(len(entries) / beside)
+
+
+def panel_titles(figure: go.Figure) -> list:
+    """The annotations that stand above panels, as make_subplots puts them there."""
+    on_page = (a for a in figure.layout.annotations if a.xref == a.yref == "paper")
+    return [a for a in on_page if a.yanchor == "bottom" and a.xanchor == "center" and not a.showarrow]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -81,7 +121,7 @@ def layer_axis(n: int) -> dict[str, Any]:
     return {"autorange": "reversed", "tickvals": list(range(0, n, max(1, math.ceil(n / 16)))), "title_text": "layer"}
 
 
-def log_axis(values: Iterable[float | int]) -> dict[str, Any]:
+def log_axis(values: Iterable[float | int], *, percent: bool = False) -> dict[str, Any]:
     """A logarithmic axis over these values, its ticks whole numbers such as 0.2, 1, 50 written out."""
     sizes = [value for value in values if 0 < value < math.inf]
     if not sizes:
@@ -90,9 +130,9 @@ def log_axis(values: Iterable[float | int]) -> dict[str, Any]:
     decades = range(low, high + 1)
     step = max(1, math.ceil(len(decades) / 8))
     ticks = [10.0**d for d in decades[::step]]
-    if len(decades) <= 3:
+    if len(decades) <= 3 or max(sizes) <= 100 * min(sizes):
         ticks = [digit * 10.0**d for d in decades for digit in (1, 2, 5)]
-    texts = [f"{tick:,.0f}" if 1 <= tick < 1e6 else f"{tick:g}" for tick in ticks]
+    texts = [f"{100 * tick:,.4g}%" if percent else _written(tick) for tick in ticks]
     axis = {"type": "log", "tickvals": ticks, "ticktext": texts, "minor": {"ticks": "", "showgrid": False}}
     if (
         sum(min(sizes) <= tick <= max(sizes) for tick in ticks) < 2
@@ -100,3 +140,17 @@ def log_axis(values: Iterable[float | int]) -> dict[str, Any]:
         ends = max(t for t in ticks if t <= min(sizes) * 1.001), min(t for t in ticks if t >= max(sizes) * 0.999)
         axis["range"] = [math.log10(end) + sign * 0.03 for end, sign in zip(ends, (-1, 1))]
     return axis
+
+
+def _written(tick: float) -> str:
+    """0.02, 1,000, 5M; a power of ten where that would be long."""
+    for size, letter in ((1e9, "B"), (1e6, "M")):
+        if size <= tick < 1000 * size:
+            return f"{tick / size:g}{letter}"
+    if 1 <= tick < 1e6:
+        return f"{tick:,.0f}"
+    if 1e-4 <= tick < 1:
+        return f"{tick:g}"
+    exponent = math.floor(math.log10(tick) + 1e-9)
+    digit = round(tick / 10.0**exponent)
+    return ("" if digit == 1 else f"{digit}·") + f"10<sup>{exponent}</sup>".replace("-", "\u2212")

@@ -36,7 +36,6 @@ def lens_figure(result: LogitLens, prompt: int = 0) -> go.Figure:
             figure.add_trace(go.Scatter(x=list(result.points), y=y, **look))
         figure.update_yaxes(title_text="logits")
         figure.update_xaxes(title_text="after")
-        figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"})
         return styled(figure, title=f"Logit lens{model}: {what}")
     tokens = list(words["token"][at]) if words["token"] else [str(p) for p in result.positions]
     texts = [[shown(word) for word in row] for row in top]
@@ -146,6 +145,5 @@ def token_losses_figure(result: TokenLosses, prompt: int = 0) -> go.Figure:
     )
     figure.update_xaxes(**token_axis(strings), automargin=True)
     figure.update_yaxes(title_text="nats")
-    figure.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"})
     model = f" of {result.prompts.model}" if result.prompts else ""
     return styled(figure, title=f"Loss of each token{model}")

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..arguments import number, whole
 from ..schedule import TREATMENTS, Event, RemovalSchedule, RemovalState
 
 
@@ -57,10 +58,10 @@ class Guard:
     rollbacks: int = 3
 
     def __post_init__(self):
-        if not self.multiple > 1:
+        if not number(self.multiple, "multiple") > 1:
             raise ValueError(f"multiple is {self.multiple}, not above 1")
         for name, least in (("patience", 0), ("wait", 1), ("rollbacks", 0)):
-            if getattr(self, name) < least:
+            if whole(getattr(self, name), name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, not at least {least}")
 
     def is_good(self, loss: float, baseline: float) -> bool:

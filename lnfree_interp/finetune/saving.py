@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
+from ..arguments import as_path, kind, one_of, switch
 from ..distributed import rank
 from ..files import as_value_error, reason, replace_file
 
@@ -170,8 +171,10 @@ def steps_of(checkpoint: Path) -> int:
 
 def last_checkpoint(out: str | Path) -> Path | None:
     """The newest checkpoint of a run that has all its files."""
-    whole = (path for path in checkpoints(out) if steps_of(path) and fault(path, contents=False) is None)
-    return next(whole, None)
+    found = (
+        path for path in checkpoints(as_path(out, "out")) if steps_of(path) and fault(path, contents=False) is None
+    )
+    return next(found, None)
 
 
 def state_in(checkpoint: Path) -> dict[str, Any]:
@@ -181,7 +184,7 @@ def state_in(checkpoint: Path) -> dict[str, Any]:
 
 def finished(out: str | Path) -> bool:
     """Whether a run has ended and its result is whole."""
-    final = Path(out) / "final"
+    final = Path(as_path(out, "out")) / "final"
     with as_value_error(f"read {out}"):
         if not final.is_dir():
             return False
@@ -194,7 +197,7 @@ def check_directory(out: str | Path, resume: bool) -> None:
     Raises:
         ValueError: it is no directory, or holds a run and nothing is to be resumed.
     """
-    out = Path(out)
+    out, resume = Path(as_path(out, "out")), switch(resume, "resume")
     with as_value_error(f"use {out}"):
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is not a directory")
@@ -280,6 +283,12 @@ def rotate(out: Path, keep: int, discard: Collection[Path] = ()) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def check_saved(value: Any, what: str) -> None:
+    """Raise ValueError unless this is of Hugging Face's kind, which knows how to save itself."""
+    if not callable(getattr(value, "save_pretrained", None)):
+        raise ValueError(f"{what} must be one of Hugging Face's transformers, not {kind(value)}")
+
+
 def save_checkpoint(model, tokenizer, directory: str | Path, state: dict | None = None) -> None:
     """Write model and tokenizer as an HF directory: beside first, then renamed; it is whole or not there.
 
@@ -289,7 +298,12 @@ def save_checkpoint(model, tokenizer, directory: str | Path, state: dict | None 
     Raises:
         ValueError: the disk refuses.
     """
-    directory = Path(directory)
+    directory = Path(as_path(directory, "directory"))
+    check_saved(model, "model")
+    if tokenizer is not None:
+        check_saved(tokenizer, "tokenizer")
+    if state is not None:
+        one_of(state, "state", dict, "a dict")
     beside = directory.with_name(f".{directory.name}.writing")
     with as_value_error(f"write {directory}"):
         try:

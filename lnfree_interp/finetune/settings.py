@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import as_path, choice, whole
 from ..data import blocks_hash
 from ..distributed import world_size
 from ..schedule import RemovalSchedule
@@ -129,7 +130,7 @@ def control_losses(control: str | Path, settings: dict, steps: int) -> list[floa
     Raises:
         ValueError: there is no such run, it is another's control, removes something, or is too short.
     """
-    control = Path(control)
+    control = Path(as_path(control, "control"))
     before = stored_settings(control) if control.is_dir() else None
     if before is None:
         raise ValueError(f"control {control} is no directory of a run: there is no {RUN} in it")
@@ -153,10 +154,9 @@ def training_arguments(
     config, n_layer: int, schedule: RemovalSchedule, out: Path, batch_size, dtype, device, n_blocks
 ) -> dict[str, Any]:
     """TrainingArguments' of a schedule; ValueError where it, model, data and machine do not fit together."""
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"unknown dtype {dtype!r}: choose float32 or bfloat16")
-    if device not in (None, "cpu", "cuda", "mps"):
-        raise ValueError(f"unknown device {device!r}: choose cpu, cuda or mps")
+    choice(dtype, "dtype", ("float32", "bfloat16"))
+    if device is not None:
+        choice(device, "device", ("cpu", "cuda", "mps"))
     if device in ("cuda", "mps") and not getattr(torch, device).is_available():
         raise ValueError(f"device {device} is not available")
     schedule.events(n_layer)  # raises where they do not fit into the steps
@@ -173,7 +173,7 @@ def training_arguments(
     share = sequences // world
     if batch_size is None:
         batch_size = max(n for n in range(1, min(DEFAULT_BATCH, share) + 1) if share % n == 0)
-    if batch_size < 1 or share % batch_size:
+    if share % whole(batch_size, "batch_size", least=1):
         raise ValueError(f"batch size {batch_size} does not divide the {share} sequences of a step")
     return {
         "output_dir": str(out),

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
+from ..arguments import as_text
 from ..checkpoints import open_checkpoint
 from ..families import HEAD
 from ..gguf_files import is_gguf, open_gguf
@@ -35,7 +36,7 @@ def load_trainable(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         >>> type(model).__name__, len(tokenizer)
         ('GPT2LMHeadModel', 4096)
     """
-    path = locate_checkpoint(name)
+    path = locate_checkpoint(as_text(name, "name"))
     checkpoint = open_gguf(path) if is_gguf(path) else open_checkpoint(path)
     family, config, weights = checkpoint.family, checkpoint.config, checkpoint.weights
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..arguments import as_path, kind, one_of, switch, whole
+from ..batching import as_ids
 from ..schedule import RemovalSchedule
 from .callbacks import LossGuard, Record, RemovalCallback, StatusLine, StopWhenAsked, asked_by_sigterm
 from .distillation import distilled_losses, make_teacher
@@ -32,6 +34,7 @@ from .saving import (
     WRITING,
     as_value_error,
     check_directory,
+    check_saved,
     checkpoint_to_resume,
     checkpoints,
     finished,
@@ -300,7 +303,25 @@ def remove_layernorm(
         >>> is_ln_free(plain.config, plain.state_dict())
         True
     """
-    out, guard, eot = Path(out), Guard() if guard is None else guard, tokenizer.eos_token_id
+    check_saved(model, "model")
+    check_saved(tokenizer, "tokenizer")
+    one_of(schedule, "schedule", RemovalSchedule, "a RemovalSchedule")
+    read = hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")
+    if not read or isinstance(dataset, (str, Mapping, Tensor)):
+        raise ValueError(f"dataset must be blocks of token ids, such as data.Blocks, not {kind(dataset)}")
+    out, seed, resume = Path(as_path(out, "out")), whole(seed, "seed", least=0), switch(resume, "resume")
+    guard = Guard() if guard is None else one_of(guard, "guard", Guard, "a Guard")
+    for callback in one_of(callbacks, "callbacks", (list, tuple), "a list of TrainerCallbacks"):
+        one_of(callback, "each of callbacks", TrainerCallback, "a TrainerCallback")
+    if note is not None:
+        one_of(note, "note", dict, "a dict")
+    if held_out is not None and not isinstance(held_out, Tensor):
+        held_out = whole(held_out, "held_out", least=0)
+    elif held_out is not None:
+        as_ids(held_out, "held_out")
+    if control is not None:
+        as_path(control, "control")
+    eot = tokenizer.eos_token_id
     config, layers = copy.deepcopy(model.config), n_layers(model)
     sequences = schedule.tokens_per_step // schedule.block_size
     n_blocks = len(dataset) if hasattr(dataset, "__len__") else None

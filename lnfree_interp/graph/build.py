@@ -9,13 +9,13 @@ Without a norm that sum is exact; with one the scale is held too, and `discrepan
 from __future__ import annotations
 
 from dataclasses import replace
-from numbers import Real
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..batching import Targets, Tokens, as_ids, check_next_token, check_tokens, encode, switch, target_ids, whole
+from ..arguments import choice, number, switch, whole
+from ..batching import Targets, Tokens, as_ids, check_next_token, check_tokens, encode, target_ids
 from ..forward import unembed
 from ..layers import Weights, wide
 from ..lens import LensModel, ModelOrName
@@ -81,9 +81,10 @@ def attribution_graph(
         >>> graph.nodes[1].label, graph.nodes[-1].label
         ("'It' @1", "logit ' night'")
     """
-    if nodes not in KINDS_OF_MLP:
-        raise ValueError(f"nodes={nodes!r} is unknown; allowed are {', '.join(KINDS_OF_MLP)}")
-    share, edge_share = _share(share, "share"), _share(edge_share, "edge_share")
+    choice(nodes, "nodes", KINDS_OF_MLP)
+    share, edge_share = (
+        number(value, what, above=0, most=1) for value, what in ((share, "share"), (edge_share, "edge_share"))
+    )
     max_neurons, bos = whole(max_neurons, "max_neurons", least=0), switch(bos, "bos")
     model = as_model(model)
     weights = read_weights(model)
@@ -136,12 +137,6 @@ def attribution_graph(
 
 # ---------------------------------------------------------------------------------------------------------
 # Arguments
-
-
-def _share(value: float, what: str) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not 0 < value <= 1:
-        raise ValueError(f"{what} is {value!r}; it must be above 0 and at most 1")
-    return float(value)
 
 
 def _tokens(model: LensModel, prompt: Tokens, bos: bool) -> tuple[str | None, Int[Tensor, " pos"]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import as_path, whole
 from ..results import Prompts, Result
 from .prune import of_edges
 
@@ -118,8 +119,7 @@ class AttributionGraph(Result):
         """
         import pandas as pd
 
-        if k is not None and k < 1:
-            raise ValueError(f"k is {k}; it must be at least 1")
+        k = None if k is None else whole(k, "k", least=1)
         entries = self.adjacency.double()
         influence = of_edges(entries, self.influence.double())
         to, of = entries.nonzero(as_tuple=True)
@@ -157,11 +157,11 @@ class AttributionGraph(Result):
 
         page = Page(graph_page(self))
         if path is not None:
-            replace_file(Path(path), lambda beside: beside.write_text(page, encoding="utf-8"))
+            replace_file(Path(as_path(path, "path")), lambda beside: beside.write_text(page, encoding="utf-8"))
         return page
 
     def save(self, path: str | Path) -> None:
         """Write the graph as JSON in the form that circuit-tracer's browser and Neuronpedia read."""
         from .saving import save_graph
 
-        save_graph(self, Path(path))
+        save_graph(self, Path(as_path(path, "path")))

@@ -10,6 +10,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import choice, listener, number
 from ..batching import Places, Progress, Tokens, check_next_token, check_tokens, indices, token_batches
 from ..forward import run
 from ..lens import LensModel, ModelOrName
@@ -79,9 +80,10 @@ def ablate_neurons(
     model = as_model(model)
     check_next_token(model)
     mlp, layer = mlp_of(model, layer)
-    chosen = _chosen(neurons, mlp.W_out.shape[0])
+    chosen = _chosen(slice(None) if neurons is None else neurons, mlp.W_out.shape[0])
     method = _method(model, layer, method, len(chosen))
-    _check_ablation(ablation, tolerance)
+    choice(ablation, "ablation", ABLATIONS)
+    tolerance, progress = number(tolerance, "tolerance", least=0), listener(progress)
     tokens = check_tokens(model, tokens, least=2)
     with torch.no_grad():
         if method == "rerun":
@@ -122,7 +124,8 @@ def ablate_cumulatively(
     check_next_token(model)
     mlp, layer = mlp_of(model, layer)
     chosen = _chosen(neurons, mlp.W_out.shape[0])
-    _check_ablation(ablation, 0.0)
+    choice(ablation, "ablation", ABLATIONS)
+    listener(progress)
     tokens = check_tokens(model, tokens, least=2)
     first, *rest = _labels(layer, chosen)
     sets = [chosen[: i + 1] for i in range(len(chosen))]
@@ -134,25 +137,15 @@ def ablate_cumulatively(
 # What was asked for
 
 
-def _chosen(neurons, n_neurons: int) -> Int[Tensor, " neuron"]:
-    if neurons is None:
-        return torch.arange(n_neurons)
+def _chosen(neurons: Places, n_neurons: int) -> Int[Tensor, " neuron"]:
     chosen = indices(neurons, n_neurons, "neuron", range(n_neurons), "the layer's neurons")
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"neurons {chosen} name one twice")
     return torch.tensor(chosen)
 
 
-def _check_ablation(ablation: str, tolerance: float) -> None:
-    if ablation not in ABLATIONS:
-        raise ValueError(f"unknown ablation {ablation!r}; allowed are {', '.join(ABLATIONS)}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance {tolerance} is not a number of nats from 0 up")
-
-
 def _method(model: LensModel, layer: int, method: str, n_neurons: int) -> str:
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; allowed are {', '.join(METHODS)}")
+    choice(method, "method", METHODS)
     why = why_no_closed_form(model, layer)
     if method in ("moments", "stream") and why:
         raise ValueError(f"method {method!r} does not serve: {why}; use 'rerun' or 'auto'")

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..batching import whole
+from ..arguments import whole
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
 from ..weights import block_of
@@ -69,7 +69,7 @@ def rank_confidence_neurons(model: ModelOrName, layer: SupportsIndex = -1, *, nu
     d_model = model.cfg.d_model
     if null_directions is None:
         null_directions = max(1, d_model // 64)
-    if not 1 <= null_directions <= d_model:
+    if whole(null_directions, "null_directions", least=1) > d_model:
         raise ValueError(f"null_directions is {null_directions}, outside 1..{d_model}")
     with torch.no_grad():
         unembedding = folded_unembedding(model, centre=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import as_text, whole
 from ..batching import indices
 from ..results import Picture, Prompts, Result, by, counted, drawing
 
@@ -71,7 +72,7 @@ class NeuronAblation(Result):
         with drawing():
             from ..figures.neurons import ablation_figure
 
-        return ablation_figure(self, top)
+        return ablation_figure(self, whole(top, "top", least=1))
 
     def text(self, ablation: str | int = 0, *, prompt: int = 0, quantity: str = "loss") -> Picture:
         """The prompt as running text, each token on a background by what an ablation changes of its prediction.
@@ -90,7 +91,7 @@ class NeuronAblation(Result):
                 raise ValueError(f"ablation {ablation!r} is none of {', '.join(self.labels[:3])}, ...")
             ablation = self.labels.index(ablation)
         at = indices(ablation, len(self.labels), "ablation", range(len(self.labels)), "the ablations")[0]
-        return Picture(ablation_as_text(self, at, prompt, quantity))
+        return Picture(ablation_as_text(self, at, prompt, as_text(quantity, "quantity")))
 
     def table(self):
         """One row per ablation: for loss and entropy mean, mean and median size, and mean sizes of both parts."""

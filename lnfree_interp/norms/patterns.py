@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import text_or_none, whole
 from ..batching import Places, Tokens, check_tokens, indices
 from ..forward import run
 from ..lens import ModelOrName
 from ..models import as_model
-from ..results import Prompts, Result, by, counted, drawing
+from ..results import Picture, Prompts, Result, by, counted, drawing
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,15 +59,18 @@ class AttentionPatterns(Result):
         with drawing():
             from ..figures.views import patterns_figure
 
-        return patterns_figure(self, head, prompt)
+        return patterns_figure(self, text_or_none(head, "head"), prompt)
 
-    def circuitsvis(self, layer: int = 0, *, prompt: int = 0) -> Any:
-        """A layer's heads as the package circuitsvis shows them in a notebook.
+    def circuitsvis(self, layer: int = 0, *, prompt: int = 0) -> Picture:
+        """A layer's heads as the package circuitsvis (1.43) shows them in a notebook, with its script in the page.
+
+        By itself that package asks a host whether there is a network, and then takes its script from a CDN.
 
         Raises:
             ValueError: a layer none of whose heads is here, a prompt that is not there.
             ImportError: there is no circuitsvis.
         """
+        layer = whole(layer, "layer", least=0)
         try:
             from circuitsvis.attention import attention_heads  # type: ignore[import-not-found]
         except ModuleNotFoundError as error:
@@ -81,7 +84,8 @@ class AttentionPatterns(Result):
         at = indices(prompt, n, "prompt", range(n), "the prompts")[0]
         names = [self.labels[i] for i in chosen]
         tokens = list(self.prompts.strings[at])
-        return attention_heads(attention=self.values[chosen, at], tokens=tokens, attention_head_names=names)
+        shown = attention_heads(attention=self.values[chosen, at], tokens=tokens, attention_head_names=names)
+        return Picture(shown.local_src)
 
     def table(self):
         """One row per head, prompt, query and key from the first to the query: head, prompt, query, key, query_token,

@@ -12,6 +12,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ..arguments import choice, switch, whole
 from ..batching import Progress, TokenSource, token_batches
 from ..forward import run
 from ..lens import LensModel, ModelOrName
@@ -79,6 +80,7 @@ class ResidualNorms(Result):
         Raises:
             ImportError: there is no plotly.
         """
+        choice(statistic, "statistic", self.statistics)
         with drawing():
             from ..figures.norms import norms_figure
 
@@ -137,6 +139,7 @@ def residual_norms(
         (('embed', 'pos_embed', 'L0.resid_pre', 'L0.resid_mid'), ('position 0', 'EOT', 'rest'))
     """
     model = as_model(model)
+    switch(per_position, "per_position")
     part = norm_sums(
         model, tokens, per_position=per_position, eot_token=eot_token, per_pass=per_pass, progress=progress
     )
@@ -173,6 +176,8 @@ def norm_sums(
     """`residual_norms`' statistics of sequences of which the first is number `first` of all."""
     if eot_token is None:
         eot_token = getattr(model.tokenizer, "eos_token_id", None)
+    else:
+        eot_token = whole(eot_token, "eot_token", least=0)
     names = _points(model)
     sample: Sample | None = None
     sums: Moments | None = None

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import number
 from ..batching import Progress, TokenSource, token_batches
 from ..forward import run
 from ..lens import LensModel, ModelOrName
@@ -111,8 +112,7 @@ def attention_sinks(
         (True, True)
     """
     model = as_model(model)
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold {threshold} is outside 0..1")
+    threshold = number(threshold, "threshold", least=0, most=1)
     part = sink_sums(model, tokens, threshold=threshold, per_pass=per_pass, progress=progress)
     return sinks_of([part], threshold=threshold, model=name_of(model))
 

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ..batching import Places, indices, whole
+from ..arguments import one_of, whole
+from ..batching import Places, indices
 from ..lens import LensModel, ModelOrName
 from ..results import Prompts
 
@@ -101,6 +102,7 @@ class PromptPairs:
         return self.differ.int().argmax(1)
 
     def to(self, device) -> PromptPairs:
+        one_of(device, "device", (str, torch.device), "the name of a device or a torch.device")
         clean, corrupted, answers = (ids.to(device) for ids in (self.clean, self.corrupted, self.answers))
         return _valid_pairs(clean, corrupted, answers, self.tokenizer)
 

@@ -8,7 +8,8 @@ from typing import SupportsIndex
 
 import torch
 
-from ..batching import check_next_token, encode, whole
+from ..arguments import whole
+from ..batching import check_next_token, encode
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
 from .prompt_pairs import PromptPairs

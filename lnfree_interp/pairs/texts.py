@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..batching import check_next_token, encode, one_token, switch
+from ..arguments import as_path, as_text, one_of, switch
+from ..batching import check_next_token, encode, one_token
 from ..documents import read_json_lines, read_text
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
@@ -46,6 +47,8 @@ def pairs_from_text(
     bos = bos_of(model) if switch(prepend_bos, "prepend_bos") else []
     if isinstance(rows, str) or not isinstance(rows, Iterable):
         raise ValueError(f"rows must be pairs of four texts each, not {type(rows).__name__}")
+    for place in one_of(places, "places", (list, tuple), "a list of texts"):
+        as_text(place, "each of places")
     groups: dict[int, list[tuple[list[int], list[int], list[int]]]] = {}
     for i, row in enumerate(rows):
         try:
@@ -125,7 +128,7 @@ def groups_from_file(path: str | Path, model: ModelOrName, *, prepend_bos: bool 
         ([5], torch.Size([1, 2]))
     """
     model = as_model(model)
-    kind = Path(str(path).removesuffix(".gz")).suffix
+    kind = Path(str(as_path(path, "path")).removesuffix(".gz")).suffix
     if kind not in (".jsonl", ".csv"):
         raise ValueError(f"pairs file {path} is neither .jsonl nor .csv (nor one of them as .gz)")
     records = list(_csv_records(path) if kind == ".csv" else read_json_lines(path, "pairs file"))

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from ..batching import Places, Progress, switch
+from ..arguments import listener, switch
+from ..batching import Places, Progress
 from ..lens import LensModel, ModelOrName
 from ..metrics import logit_diff
 from ..models import as_model
@@ -51,7 +52,7 @@ def activation_patching(
     units: Places | None = None,
     by_position: bool = False,
     only: Bool[Tensor, "*cell"] | None = None,
-    max_memory: int | None = None,
+    max_memory: float | int | None = None,
     progress: Progress | None = None,
     fast: bool = True,
 ) -> PatchingEffect:
@@ -94,7 +95,7 @@ def activation_patching(
         >>> model = load_model("tiny-noLN")
         >>> effect = activation_patching(model, induction_pairs(model, 2, length=8), site="z")
         >>> effect.values.shape, effect.axes
-        (torch.Size([2, 4, 4]), ('prompt', 'layer', 'head'))
+        (torch.Size([2, 8, 4]), ('prompt', 'layer', 'head'))
     """
     model = as_model(model)
     pairs = as_pairs(pairs, model).to("cpu")
@@ -102,7 +103,7 @@ def activation_patching(
     request = checked(model, pairs, site, metric, direction, layers, units, by_position)
     only = checked_mask(only, request.shape(len(pairs)))
     budget = memory_budget(model, max_memory)
-    fast = switch(fast, "fast")
+    fast, progress = switch(fast, "fast"), listener(progress)
     pairs = pairs.to(model.cfg.device)
     weights = read_weights(model)
     swept = widened_norms(weights) if fast and weights is not None else None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import choice, listener
 from ..batching import Places, Progress
 from ..lens import ModelOrName
 from ..metrics import logit_diff
@@ -36,7 +37,7 @@ def attribution_patching(
     layers: Places | None = None,
     units: Places | None = None,
     by_position: bool = False,
-    max_memory: int | None = None,
+    max_memory: float | int | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> PatchingEffect:
@@ -62,9 +63,9 @@ def attribution_patching(
         >>> model = load_model("tiny-noLN")
         >>> effect = attribution_patching(model, induction_pairs(model, 2, length=8), method="second_order")
         >>> effect.values.shape, effect.reliability.shape
-        (torch.Size([2, 4, 8]), torch.Size([2, 4, 8]))
+        (torch.Size([2, 8, 8]), torch.Size([2, 8, 8]))
     """
-    estimate = estimate_of(method, options)
+    estimate, progress = estimate_of(method, options), listener(progress)
     model = as_model(model)
     pairs = as_pairs(pairs, model).to("cpu")
     prompts = PairedPrompts.of_pairs(pairs, model)
@@ -112,14 +113,13 @@ def attribution_patching(
     )
 
 
-def estimate_of(method: Estimate | str, options: dict[str, Any]) -> Estimate:
+def estimate_of(method: Estimate | str, options: dict[str, Any], what: str = "method") -> Estimate:
     """The estimate that a method and the options beside it say."""
     if isinstance(method, Estimate):
         if options:
             raise ValueError(f"{', '.join(options)} stand beside {method!r}, which has its options in it")
         return method
-    if not isinstance(method, str) or method not in ESTIMATES:
-        raise ValueError(f"unknown method {method!r}; known are {', '.join(ESTIMATES)}")
+    choice(method, what, ESTIMATES)
     there = [field.name for field in fields(ESTIMATES[method])]
     for option in options:
         if option not in there:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from .. import metrics
-from ..batching import Places, check_pads, d_vocab_out, indices, switch
+from ..arguments import choice, number, shown, switch
+from ..batching import Places, check_pads, d_vocab_out, indices
 from ..lens import LensModel
 from ..metrics import Metric
 from ..pairs import PromptPairs
@@ -142,18 +142,14 @@ class Request:
 def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layers, units, by_position) -> Request:
     """The request, or a ValueError that says what about it is wrong. The pairs are on the CPU."""
     cfg = model.cfg
-    if not isinstance(site, str) or site not in SITES:
-        raise ValueError(f"unknown site {site!r}; known are {', '.join(SITES)}")
-    if direction not in DIRECTIONS:
-        raise ValueError(f"unknown direction {direction!r}; known are {', '.join(DIRECTIONS)}")
+    choice(site, "site", SITES)
+    choice(direction, "direction", DIRECTIONS)
     switch(by_position, "by_position")
     if isinstance(metric, str):
-        if metric not in METRICS:
-            raise ValueError(f"unknown metric {metric!r}; known are {', '.join(METRICS)}, or one of your own")
-        metric = METRICS[metric](metrics, model, pairs)
+        metric = METRICS[choice(metric, "metric", METRICS)](metrics, model, pairs)
     if not isinstance(metric, Metric):
         if not callable(metric):
-            raise ValueError(f"metric {metric!r} is neither a Metric nor a function of the logits")
+            raise ValueError(f"metric {shown(metric)} is neither a Metric nor a function of the logits")
         metric = Metric(getattr(metric, "__name__", "metric"), metric, positions=None, tokens=None)
     metric.check(pairs)
     n_pos = pairs.clean.shape[1]
@@ -183,7 +179,7 @@ def checked(model: LensModel, pairs: PromptPairs, site, metric, direction, layer
         "neuron": cfg.d_mlp,
     }[row.unit] or cfg.n_heads
     if units is not None and row.positional:
-        raise ValueError(f"site {site!r} has positions, neither heads nor neurons to choose from")
+        raise ValueError(f"units: site {site!r} has positions, neither heads nor neurons to choose from")
     units = _named("units", units, available, row.unit, f"a layer's {row.unit}s")
     # What hooks of a user's do is not known: they may mix positions.
     causal = getattr(cfg, "attention_dir", "causal") == "causal" and not own_hooks(model)
@@ -282,18 +278,14 @@ def itemsize(model: LensModel, weights: Weights | None) -> int:
     return model.cfg.dtype.itemsize if weights is None else max(4, model.cfg.dtype.itemsize)
 
 
-def memory_budget(model: LensModel, max_memory: int | None) -> int:
+def memory_budget(model: LensModel, max_memory: float | int | None) -> int:
     """Bytes that patching may use beyond the model: what was asked for, else a part of what the device has free.
 
     Raises:
         ValueError: max_memory is no number, or not positive.
     """
     if max_memory is not None:
-        if isinstance(max_memory, bool) or not isinstance(max_memory, (int, float, np.number)):
-            raise ValueError(f"max_memory must be a number of bytes, not {max_memory!r}")
-        if not max_memory > 0:
-            raise ValueError(f"max_memory is {max_memory} bytes, it must be positive")
-        return int(max_memory)
+        return int(number(max_memory, "max_memory", above=0))
     device = torch.device(model.cfg.device)
     if device.type == "cuda":
         return int(0.6 * torch.cuda.mem_get_info(device)[0])

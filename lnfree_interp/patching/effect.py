@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..batching import switch, whole
+from ..arguments import number, one_of, sampling, switch, text_or_none
+from ..batching import check_rows
 from ..pairs import PairedPrompts
 from ..results import Result, counted, drawing
 from ..statistics import correlation, correlation_interval, mean_interval, ratio, ratio_interval
@@ -55,6 +56,7 @@ class PatchingEffect(Result):
     def __getitem__(self, prompts: slice | Tensor) -> PatchingEffect:
         """The effects of some of the prompts."""
         of_prompts = ("values", "clean", "corrupted", "reliability", "prompts")
+        check_rows(prompts, "prompts")
         return replace(self, **{f: v[prompts] for f in of_prompts if (v := getattr(self, f)) is not None})
 
     def table(self):
@@ -93,7 +95,7 @@ class PatchingEffect(Result):
             from ..figures.patching import patching_heatmaps
 
         name = "" if self.prompts is None else self.prompts.model
-        return patching_heatmaps({(self.method, name): self}, title=title)
+        return patching_heatmaps({(self.method, name): self}, title=text_or_none(title, "title"))
 
 
 def total_effect(effect: PatchingEffect) -> Float[Tensor, " prompt"]:
@@ -101,13 +103,14 @@ def total_effect(effect: PatchingEffect) -> Float[Tensor, " prompt"]:
 
     With pairs that differ at one position it is the effect of patching that position at layer 0.
     """
+    one_of(effect, "effect", PatchingEffect, "a PatchingEffect")
     total = effect.clean - effect.corrupted
     return total if effect.direction == "denoising" else -total
 
 
 def moved(effect: PatchingEffect, least: float = LEAST) -> Bool[Tensor, " prompt"]:
     """The prompts whose total effect is at least so large, either way: the others have nothing to be a share of."""
-    return total_effect(effect).abs() >= least
+    return total_effect(effect).abs() >= number(least, "least")
 
 
 def solved(effect: PatchingEffect, least: float = LEAST) -> Bool[Tensor, " prompt"]:
@@ -115,7 +118,8 @@ def solved(effect: PatchingEffect, least: float = LEAST) -> Bool[Tensor, " promp
 
     With logit_diff or right_log_prob: those on which the model does the task.
     """
-    return effect.clean - effect.corrupted >= least
+    one_of(effect, "effect", PatchingEffect, "a PatchingEffect")
+    return effect.clean - effect.corrupted >= number(least, "least")
 
 
 def normalized(effect: PatchingEffect) -> Float[Tensor, "prompt layer *cell"]:
@@ -217,7 +221,7 @@ class PatchingError(Result):
         with drawing():
             from ..figures.patching import error_lines
 
-        return error_lines({self.model or self.method: self}, title=title)
+        return error_lines({self.model or self.method: self}, title=text_or_none(title, "title"))
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
@@ -236,8 +240,7 @@ def compared(
         ValueError: as `patching_error`.
     """
     for name, effect in (("approximate", approximate), ("exact", exact)):
-        if not isinstance(effect, PatchingEffect):
-            raise ValueError(f"{name} must be a PatchingEffect, not {type(effect).__name__}")
+        one_of(effect, name, PatchingEffect, "a PatchingEffect")
     for name in ("site", "direction", "metric", "layers", "units", "axes"):
         a, b = getattr(approximate, name), getattr(exact, name)
         if a != b:
@@ -246,8 +249,7 @@ def compared(
         shapes = list(approximate.values.shape), list(exact.values.shape)
         raise ValueError(f"approximate effects have shape {shapes[0]}, exact ones {shapes[1]}")
     x, y = (effect.values.detach().cpu().double().flatten(2) for effect in (approximate, exact))
-    if isinstance(least, bool) or not isinstance(least, (int, float, np.number)):
-        raise ValueError(f"least must be a number, not {least!r}")
+    number(least, "least")
     if not switch(normalize, "normalize"):
         return x, y
     if not least > 0:
@@ -294,27 +296,27 @@ def patching_error(
         >>> exact = activation_patching(model, pairs)
         >>> error = patching_error(attribution_patching(model, pairs), exact, draws=50)
         >>> error.n_prompts + error.left_out, len(error.per_layer)
-        (8, 4)
+        (8, 8)
     """
-    draws, seed = whole(draws, "draws", least=1), whole(seed, "seed", least=0)
+    drawn = sampling(draws, seed)
     pair = compared(approximate, exact, normalize=normalize, least=least)
     x, y = (v.numpy() for v in pair)
-    n, sample = len(x), {"draws": draws, "seed": seed}
+    n = len(x)
     error, size = np.abs(x - y).sum(2), np.abs(y).sum(2)  # [prompt, layer]
     either = ((x != 0) | (y != 0)).sum((1, 2))
     agree = ((np.sign(x) == np.sign(y)) & (y != 0)).sum((1, 2))
     flat = x.reshape(n, -1), y.reshape(n, -1)
     ranks = tuple(_ranks(v) for v in flat)
-    low, high = mean_interval(error, **sample)
+    low, high = mean_interval(error, **drawn)
 
     def of_ratio(name: str, a: np.ndarray, b: np.ndarray) -> dict:
-        bounds = ratio_interval(a, b, **sample)
+        bounds = ratio_interval(a, b, **drawn)
         return {name: float(ratio(a.sum(), b.sum())), f"{name}_interval": tuple(map(float, bounds))}
 
     def of_correlation(name: str, a: np.ndarray, b: np.ndarray) -> dict:
-        return {name: correlation(a, b), f"{name}_interval": correlation_interval(a, b, **sample)}
+        return {name: correlation(a, b), f"{name}_interval": correlation_interval(a, b, **drawn)}
 
-    bounds = mean_interval(error.mean(1), **sample)
+    bounds = mean_interval(error.mean(1), **drawn)
     return PatchingError(
         site=exact.site,
         method=approximate.method,

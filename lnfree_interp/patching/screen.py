@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..batching import Places, Progress, switch, whole
+from ..arguments import choice, listener, number, switch, text_or_none, whole
+from ..batching import Places, Progress
 from ..lens import ModelOrName
 from ..metrics import logit_diff
 from ..models import as_model
@@ -114,6 +114,7 @@ class Screening(Result):
         """The effects, and below them the estimates, as a figure of plotly."""
         both = (self.effect, self.estimate)
         name = "" if self.prompts is None else self.prompts.model
+        title = text_or_none(title, "title")
         with drawing():
             from ..figures.edges import edge_heatmaps
             from ..figures.patching import patching_heatmaps
@@ -145,7 +146,7 @@ def screen(
     normalize: bool = True,
     least: float | int = LEAST,
     seed: int = 0,
-    max_memory: int | None = None,
+    max_memory: float | int | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Screening:
@@ -184,10 +185,10 @@ def screen(
         >>> pairs = induction_pairs(model, 4, length=8)
         >>> found = screen(model, pairs, method="gradient", against="integrated", budget=2)
         >>> found.spent <= 2, found.fixed.shape
-        (True, torch.Size([4, 4, 8]))
+        (True, torch.Size([4, 8, 8]))
     """
-    estimate, other = estimate_of(method, options), None if against is None else estimate_of(against, {})
-    model = as_model(model)
+    estimate, other = estimate_of(method, options), None if against is None else estimate_of(against, {}, "against")
+    model, progress = as_model(model), listener(progress)
     pairs = as_pairs(pairs, model)
     request = checked(model, pairs.to("cpu"), site, metric, direction, layers, units, by_position)
     where: dict[str, Any] = {
@@ -253,11 +254,9 @@ def screened(
     seed: int,
 ) -> Screening:
     """Estimate, plan, run what is planned, measure."""
-    budget, share = _number("budget", budget), _number("share", share)
-    if share >= 1:
-        raise ValueError(f"share is {share}, it must be from 0 to below 1")
+    budget, share = number(budget, "budget", least=0), number(share, "share", least=0, below=1)
     seed = whole(seed, "seed", least=0)
-    normalize, least = switch(normalize, "normalize"), _number("least", least)
+    normalize, least = switch(normalize, "normalize"), number(least, "least", least=0)
     each_prompt = switch(each_prompt, "each_prompt")
     _check_flag(flag, work.other)
     found, flops = counted(work.estimate)
@@ -302,15 +301,9 @@ def screened(
     )
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not value >= 0:
-        raise ValueError(f"{name} is {value!r}, it must be a number of at least 0")
-    return float(value)
-
-
 def _check_flag(flag: str | None, other: Any | None) -> None:
-    if flag is not None and (not isinstance(flag, str) or flag not in FLAGS):
-        raise ValueError(f"unknown flag {flag!r}; known are {', '.join(FLAGS)}")
+    if flag is not None:
+        choice(flag, "flag", FLAGS)
     if flag == "difference" and other is None:
         raise ValueError("flag 'difference' needs another estimate, for example against='integrated'")
     if flag not in (None, "difference") and other is not None:

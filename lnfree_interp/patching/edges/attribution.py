@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...arguments import listener
 from ...batching import Progress
 from ...lens import ModelOrName
 from ...metrics import logit_diff
@@ -33,7 +34,7 @@ def edge_attribution(
     metric: MetricLike = logit_diff,
     method: Estimate | str = "gradient",
     direction: str = "denoising",
-    max_memory: int | None = None,
+    max_memory: float | int | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> EdgeEffect:
@@ -72,11 +73,11 @@ def edge_attribution(
         >>> model = load_model("tiny-noLN")
         >>> effect = edge_attribution(model, induction_pairs(model, 2, length=8))
         >>> effect.values.shape, int(effect.edges.sum())
-        (torch.Size([2, 21, 53]), 479)
+        (torch.Size([2, 41, 105]), 1997)
         >>> effect.table(3).columns.tolist()
         ['sender', 'receiver', 'effect', 'low', 'high']
     """
-    estimate = _estimate(method, options)
+    estimate, progress = _estimate(method, options), listener(progress)
     model = as_model(model)
     pairs = as_pairs(pairs, model).to("cpu")
     prompts = PairedPrompts.of_pairs(pairs, model)

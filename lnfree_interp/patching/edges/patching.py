@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ...arguments import listener
 from ...batching import Progress
 from ...forward import mlp
 from ...lens import LensModel, ModelOrName
@@ -39,7 +40,7 @@ def edge_patching(
     edges: Edges | None = None,
     metric: MetricLike = logit_diff,
     direction: str = "denoising",
-    max_memory: int | None = None,
+    max_memory: float | int | None = None,
     progress: Progress | None = None,
 ) -> EdgeEffect:
     """metric(patched) - metric(unpatched) of every edge, exactly, for each prompt.
@@ -69,7 +70,7 @@ def edge_patching(
         >>> int(effect.edges.sum()), len(effect.table())
         (2, 2)
     """
-    model = as_model(model)
+    model, progress = as_model(model), listener(progress)
     pairs = as_pairs(pairs, model).to("cpu")
     prompts = PairedPrompts.of_pairs(pairs, model)
     request = checked(model, pairs, "resid_pre", metric, direction, None, None, False)

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ...arguments import sampling, text_or_none, whole
+from ...batching import check_rows
 from ...pairs import PairedPrompts
 from ...results import Result, counted, drawing
 from ...statistics import mean_interval
@@ -56,6 +58,7 @@ class EdgeEffect(Result):
     def __getitem__(self, prompts: slice | Tensor) -> EdgeEffect:
         """The effects of some of the prompts."""
         of_prompts = ("values", "clean", "corrupted", "reliability", "prompts")
+        check_rows(prompts, "prompts")
         return replace(self, **{f: v[prompts] for f in of_prompts if (v := getattr(self, f)) is not None})
 
     def table(self, k: int | None = None, *, draws: int = 1000, seed: int = 0):
@@ -70,12 +73,13 @@ class EdgeEffect(Result):
         """
         import pandas as pd
 
+        k, drawn = None if k is None else whole(k, "k", least=0), sampling(draws, seed)
         sender, receiver = (x.numpy() for x in self.edges.cpu().nonzero(as_tuple=True))
         values = self.values.detach().cpu().double().numpy()[:, sender, receiver]
         mean = values.mean(0)
         order = np.argsort(-np.abs(mean), kind="stable")[:k]
         parts = np.split(order, range(AT_ONCE, len(order), AT_ONCE))
-        bounds = [mean_interval(values[:, part], draws=draws, seed=seed) for part in parts]
+        bounds = [mean_interval(values[:, part], **drawn) for part in parts]
         low, high = (np.concatenate(side) for side in zip(*bounds))
         columns = {
             "sender": np.array(self.senders)[sender[order]],
@@ -119,5 +123,6 @@ class EdgeEffect(Result):
             from ...figures.edges import edge_heatmaps
 
         name = "" if self.prompts is None else self.prompts.model
+        text_or_none(title, "title")
         told = f"{self.metric} with an edge patched, {self.direction}" if title is None else title
         return edge_heatmaps({(self.method, name): self}, unit=unit_of(self.metric), title=told)

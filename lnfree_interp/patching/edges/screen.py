@@ -9,12 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ...arguments import listener
 from ...batching import Progress
 from ...lens import LensModel, ModelOrName
 from ...metrics import logit_diff
 from ...models import as_model
 from ...pairs import PromptPairs, as_pairs
 from ...weights import Weights, read_weights
+from ..attribution import estimate_of
 from ..cells import MetricLike, PairsLike, Request, checked, may_matter, tokens_differ
 from ..estimates import Estimate
 from ..plans import SHARE
@@ -40,7 +42,7 @@ def screen_edges(
     normalize: bool = True,
     least: float | int = LEAST,
     seed: int = 0,
-    max_memory: int | None = None,
+    max_memory: float | int | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Screening:
@@ -63,9 +65,11 @@ def screen_edges(
         >>> model = load_model("tiny-noLN")
         >>> found = screen_edges(model, induction_pairs(model, 4, length=8), budget=3)
         >>> found.spent <= 3, found.fixed.shape
-        (True, torch.Size([4, 21, 53]))
+        (True, torch.Size([4, 41, 105]))
     """
-    model = as_model(model)
+    model, progress = as_model(model), listener(progress)
+    if against is not None:
+        estimate_of(against, {}, "against")
     pairs = as_pairs(pairs, model)
     on_cpu, weights = pairs.to("cpu"), read_weights(model)
     request = checked(model, on_cpu, "resid_pre", metric, direction, None, None, False)

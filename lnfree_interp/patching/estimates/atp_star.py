@@ -25,7 +25,7 @@ class AtPStar(Estimate):
         >>> model = load_model("tiny-noLN")
         >>> effect = attribution_patching(model, induction_pairs(model, 2, length=8), site="q", method=AtPStar())
         >>> effect.values.shape, effect.axes
-        (torch.Size([2, 4, 4]), ('prompt', 'layer', 'head'))
+        (torch.Size([2, 8, 4]), ('prompt', 'layer', 'head'))
     """
 
     name = "atp_star"

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ...batching import switch
+from ...arguments import switch
 from ...weights import Weights
 from ..sides import Case
 from ..sites import SITES

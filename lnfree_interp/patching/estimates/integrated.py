@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...batching import whole
+from ...arguments import choice, whole
 from ..sides import Activations, Case, first_order, gradients, site_hooks
 from .estimate import Estimate
 
@@ -33,7 +33,7 @@ class Integrated(Estimate):
         >>> from lnfree_interp import attribution_patching, induction_pairs, load_model
         >>> model = load_model("tiny-noLN")
         >>> attribution_patching(model, induction_pairs(model, 2, length=8), method=Integrated(steps=2)).values.shape
-        torch.Size([2, 4, 8])
+        torch.Size([2, 8, 8])
     """
 
     steps: int = 5
@@ -43,8 +43,7 @@ class Integrated(Estimate):
 
     def __post_init__(self):
         whole(self.steps, "steps", least=1)
-        if self.path not in PATHS:
-            raise ValueError(f"unknown path {self.path!r}; known are {', '.join(PATHS)}")
+        choice(self.path, "path", PATHS)
 
     def effects(self, case: Case, budget: int) -> tuple[Tensor, Tensor | None]:
         total = {i: torch.zeros_like(x) for i, x in case.base.items()}

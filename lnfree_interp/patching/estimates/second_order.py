@@ -30,7 +30,7 @@ class SecondOrder(Estimate):
         >>> model = load_model("tiny-noLN")
         >>> effect = attribution_patching(model, induction_pairs(model, 2, length=8), method=SecondOrder(joint=True))
         >>> effect.values.shape, effect.reliability.shape
-        (torch.Size([2, 4, 8]), torch.Size([2, 4, 8]))
+        (torch.Size([2, 8, 8]), torch.Size([2, 8, 8]))
     """
 
     joint: bool = False
