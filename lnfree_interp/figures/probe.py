@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from ..arguments import whole
 from ..batching import indices
 from ..probe import ConceptEvidence, ConceptSwap, ProbeEvaluation, ProbeReading
-from .style import colour, line, shown, styled
+from .style import DIVERGING, MARK, colour, line, shown, styled
 
 
 def evaluation_figure(results: Mapping[str, ProbeEvaluation]) -> go.Figure:
@@ -17,11 +18,11 @@ def evaluation_figure(results: Mapping[str, ProbeEvaluation]) -> go.Figure:
 
     Example:
         >>> from lnfree_interp import evaluate_probe, fit_probe, load_model, recall_data
-        >>> from lnfree_interp.probe.training import Training
+        >>> from lnfree_interp.probe import Training
         >>> model = load_model("tiny-noLN")
-        >>> data = recall_data(model, 80, keys=2, values=4)
+        >>> data = recall_data(model, 80, keys=4, values=4)
         >>> probe = fit_probe(model, data, dim=64, mastered=False, training=Training(hidden=16, epochs=2))
-        >>> figure = evaluation_figure({"tiny-noLN": evaluate_probe(model, probe, data, draws=50)})
+        >>> figure = evaluation_figure({"tiny-noLN": evaluate_probe(model, probe, data)})
         >>> figure.data[0].y[0]
         'probe'
     """
@@ -54,10 +55,10 @@ def evaluation_figure(results: Mapping[str, ProbeEvaluation]) -> go.Figure:
                 row=1,
                 col=splits.index(split) + 1,
             )
-    figure.add_vline(x=first.chance, line={"dash": "dot", "color": "#999999"})
+    figure.add_vline(x=first.chance, line=MARK)
     figure.update_xaxes(range=[0, 1], tickformat=".0%")
     figure.update_yaxes(autorange="reversed")
-    figure.update_layout(barmode="group", legend={"orientation": "h", "y": -0.1, "x": 0})
+    figure.update_layout(barmode="group")
     height = 140 + 22 * len(first.yardsticks) * max(2, len(results))
     return styled(figure, title="Answers found among all answers (dotted: chance)", height=height)
 
@@ -70,9 +71,9 @@ def reading_figure(result: ProbeReading, *, key: int = -1, top: int = 12) -> go.
 
     Example:
         >>> from lnfree_interp import fit_probe, load_model, recall_data
-        >>> from lnfree_interp.probe.training import Training
+        >>> from lnfree_interp.probe import Training
         >>> model = load_model("tiny-noLN")
-        >>> data = recall_data(model, 80, keys=2, values=4)
+        >>> data = recall_data(model, 80, keys=4, values=4)
         >>> probe = fit_probe(model, data, dim=64, mastered=False, training=Training(hidden=16, epochs=2))
         >>> len(reading_figure(probe.read(model, data.prompts[0].prompt)).data)
         1
@@ -85,7 +86,7 @@ def reading_figure(result: ProbeReading, *, key: int = -1, top: int = 12) -> go.
         z=values.tolist(),
         x=[shown(name) for name in names],
         y=list(result.points),
-        colorscale="RdBu_r",
+        colorscale=DIVERGING,
         zmid=0,
         zmin=-most,
         zmax=most,
@@ -103,9 +104,9 @@ def evidence_figure(results: Mapping[str, ConceptEvidence], *, top: int = 20) ->
 
     Example:
         >>> from lnfree_interp import concept_evidence, fit_probe, load_model, recall_data
-        >>> from lnfree_interp.probe.training import Training
+        >>> from lnfree_interp.probe import Training
         >>> model = load_model("tiny-noLN")
-        >>> data = recall_data(model, 80, keys=2, values=4)
+        >>> data = recall_data(model, 80, keys=4, values=4)
         >>> probe = fit_probe(model, data, dim=64, mastered=False, training=Training(hidden=16, epochs=2))
         >>> found = concept_evidence(model, probe, data.prompts[0].prompt)
         >>> [trace.name for trace in evidence_figure({"tiny-noLN": found}).data]
@@ -115,7 +116,7 @@ def evidence_figure(results: Mapping[str, ConceptEvidence], *, top: int = 20) ->
     figure = make_subplots(rows=1, cols=len(results), subplot_titles=titles, horizontal_spacing=0.12)
     n = 0
     for col, result in enumerate(results.values(), 1):
-        table = result.table().head(top)
+        table = result.table().head(whole(top, "top", least=1))
         n = max(n, len(table))
         for i, (column, name) in enumerate((("effect", "exact effect"), ("attribution", "attribution"))[::-1]):
             figure.add_trace(
@@ -133,7 +134,7 @@ def evidence_figure(results: Mapping[str, ConceptEvidence], *, top: int = 20) ->
                 col=col,
             )
     figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_layout(barmode="group", legend={"orientation": "h", "y": -0.08, "x": 0})
+    figure.update_layout(barmode="group")
     readout = next(iter(results.values())).readout
     return styled(figure, title=f"Where the evidence comes from ({readout} readout)", height=170 + 20 * n)
 
@@ -143,9 +144,9 @@ def swap_figure(results: Mapping[str, ConceptSwap]) -> go.Figure:
 
     Example:
         >>> from lnfree_interp import fit_probe, load_model, recall_data, swap_concepts
-        >>> from lnfree_interp.probe.training import Training
+        >>> from lnfree_interp.probe import Training
         >>> model = load_model("tiny-noLN")
-        >>> data = recall_data(model, 80, keys=2, values=4)
+        >>> data = recall_data(model, 80, keys=4, values=4)
         >>> probe = fit_probe(model, data, dim=64, mastered=False, training=Training(hidden=16, epochs=2))
         >>> figure = swap_figure({"tiny-noLN": swap_concepts(model, probe, data, layers=-1, n=8)})
         >>> len(figure.data)
@@ -181,6 +182,5 @@ def swap_figure(results: Mapping[str, ConceptSwap]) -> go.Figure:
                 )
     figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
     figure.update_xaxes(type="category")
-    figure.update_layout(legend={"orientation": "h", "y": -0.12, "x": 0})
     title = "Answers that become the other concept once the stream is edited there"
     return styled(figure, title=title, height=150 + 220 * len(results))

@@ -46,5 +46,7 @@ def of_swap(result: ConceptSwap) -> str:
     parts = []
     for i, edit in enumerate(result.edits):
         title = html.heading(f"{edit}: answers that become the other concept")
-        parts.append(title + html.grid(rates[:, i].tolist(), result.points, result.who, "of prompts", 1.0, corner="layer"))
+        parts.append(
+            title + html.grid(rates[:, i].tolist(), result.points, result.who, "of prompts", 1.0, corner="layer")
+        )
     return "".join(parts)

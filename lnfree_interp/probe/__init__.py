@@ -1,7 +1,8 @@
-"""The hyperdimensional probe (arXiv 2509.25045): symbols read off the residual stream, and which components wrote them.
+"""The hyperdimensional probe (arXiv 2509.25045): symbols read off the residual stream, and what wrote them.
 
-Concepts are random vectors of signs; a pair of them is their product, several pairs are the sign of their sum. An encoder
-learns to make that vector of the stream at a prompt's last token, and is asked for one concept of a pair by the other.
+Concepts are random vectors of signs; a pair of them is their product, several pairs are the sign of their sum. An
+encoder learns to make that vector of the stream at a prompt's last token, and is asked for one concept of a pair by
+the other.
 """
 
 import lazy_loader

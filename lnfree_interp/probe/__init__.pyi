@@ -7,3 +7,4 @@ from .hyperprobe import HyperProbe as HyperProbe
 from .reading import ProbeReading as ProbeReading
 from .symbols import Codebook as Codebook
 from .tasks import analogy_data as analogy_data, recall_data as recall_data
+from .training import Training as Training

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import Places, Progress, indices, whole
+from ..arguments import listener, one_of, whole
+from ..batching import Places, Progress, indices
 from ..lens import ModelOrName
 from ..models import as_model
 from ..results import Result, by, drawing, name_of
-from ..statistics import mean_interval
 from .data import SPLITS, ProbeData, answer_tokens
-from .hyperprobe import HyperProbe
+from .hyperprobe import HyperProbe, check_model, linear_logits, observed, output, pool
+from .shares import share_interval
 from .streams import Observed
 from .symbols import similarity, unbind
 
@@ -96,17 +98,18 @@ class ConceptSwap(Result):
 
         return swap_figure({self.model or "model": self})
 
-    def table(self, *, draws: int = 1000, seed: int = 0):
-        """One row per point, edit and who: point, edit, who, moved, to_other with its 95% interval over prompts (low,
-        high), together (moved where the model did, and not where it did not)."""
+    def table(self):
+        """One row per point, edit and who: point, edit, who, moved, to_other and its 95% interval (low, high), together
+        (moved where the model did, and not where it did not)."""
         import pandas as pd
 
         index = [(p, e, w) for p in self.points for e in self.edits for w in self.who]
         table = pd.DataFrame(index, columns=["point", "edit", "who"])
-        low, high = mean_interval(self.to_other.flatten(0, 2).T.numpy(), draws=draws, seed=seed)
+        hits, counts = self.to_other.flatten(0, 2).T.numpy(), np.ones(len(self.original))
+        low, high = share_interval(hits, counts)
         table["moved"] = self.moved.mean(-1).flatten().tolist()
         table["to_other"] = self.to_other.mean(-1).flatten().tolist()
-        table["low"], table["high"] = low.clip(0, 1), high.clip(0, 1)
+        table["low"], table["high"] = low, high
         table["together"] = self.together.mean(-1).flatten().tolist()
         return table
 
@@ -135,15 +138,18 @@ def swap_concepts(
 
     Example:
         >>> from lnfree_interp import fit_probe, load_model, recall_data, swap_concepts
-        >>> from lnfree_interp.probe.training import Training
+        >>> from lnfree_interp.probe import Training
         >>> model = load_model("tiny-noLN")
-        >>> data = recall_data(model, 80, keys=2, values=4)
+        >>> data = recall_data(model, 80, keys=4, values=4)
         >>> probe = fit_probe(model, data, dim=64, mastered=False, training=Training(hidden=16, epochs=2))
         >>> swap_concepts(model, probe, data, layers=-1, n=8).after.shape[:3]
         torch.Size([1, 3, 3])
     """
     model = as_model(model)
-    probe.check_model(model)
+    check_model(probe, model)
+    one_of(data, "data", ProbeData, "ProbeData")
+    n, seed = whole(n, "n", least=1), whole(seed, "seed", least=0)
+    listener(progress)
     there = range(len(probe.layers))
     which = list(there) if layers is None else _named_layers(probe, layers)
     tokens = answer_tokens(model, data)
@@ -154,14 +160,14 @@ def swap_concepts(
     rows = [i for i in probe.splits.rows(data, *SPLITS) if data.prompts[i].value in probe.answers]
     if not rows:
         raise ValueError("no held-out prompt has an answer that the probe was trained on")
-    seen = probe.observed(model, [data.prompts[i].prompt for i in rows], columns)
+    seen = observed(probe, model, [data.prompts[i].prompt for i in rows], columns)
     original = torch.tensor([probe.answers.index(data.prompts[i].value) for i in rows])
     keys = probe.codebook.of([data.prompts[i].key for i in rows])
     right = (seen.logits.argmax(-1) == original).nonzero()[:, 0]
-    used = (right if len(right) else torch.arange(len(rows)))[: whole(n, "n", least=1)]
+    used = (right if len(right) else torch.arange(len(rows)))[:n]
     prompts = [data.prompts[rows[i]].prompt for i in used.tolist()]
     original, keys = original[used], keys[used]
-    generator = torch.Generator().manual_seed(whole(seed, "seed"))
+    generator = torch.Generator().manual_seed(seed)
     steps = torch.randint(1, len(probe.answers), (len(used),), generator=generator)
     other = (original + steps) % len(probe.answers)
     noise = torch.randn(len(used), probe.d_model, generator=generator, dtype=torch.float64)
@@ -171,7 +177,7 @@ def swap_concepts(
         means = probe.tensors["raw_means"][i]
         for edit in EDITS:
             change = _editor(edit, means, original, other, noise)
-            edited = probe.observed(model, prompts, columns, edit=(probe.layers[i], change))
+            edited = observed(probe, model, prompts, columns, edit=(probe.layers[i], change))
             after.append(_answers(probe, edited, keys))
             done += 1
             if progress is not None:
@@ -204,9 +210,9 @@ def _some(seen: Observed, rows: Int[Tensor, " n"]) -> Observed:
 
 def _answers(probe: HyperProbe, seen: Observed, keys: Float[Tensor, "n dim"]) -> Int[Tensor, "who n"]:
     """What the model, the encoder and the linear probe answer."""
-    pooled, _ = probe.pool(seen.streams)
-    near = similarity(unbind(probe.output(pooled), keys.to(pooled)), probe.codebook.of(probe.answers))
-    return torch.stack([x.argmax(-1) for x in (seen.logits, near, probe.linear(pooled))])
+    pooled, _ = pool(probe, seen.streams)
+    near = similarity(unbind(output(probe, pooled), keys.to(pooled)), probe.codebook.of(probe.answers))
+    return torch.stack([x.argmax(-1) for x in (seen.logits, near, linear_logits(probe, pooled))])
 
 
 def _editor(edit: str, means: Tensor, original: Tensor, other: Tensor, noise: Tensor):

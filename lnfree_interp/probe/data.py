@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from ..arguments import as_path, as_text, one_of
 from ..batching import encode
 from ..documents import read_text
 from ..files import replace_file
@@ -37,12 +38,35 @@ class ProbePrompt:
     answer: str | int
     template: str = ""
 
+    def __post_init__(self):
+        if not isinstance(self.prompt, (str, tuple)) or not self.prompt:
+            raise ValueError("a prompt must be a text or a tuple of token ids, not empty")
+        if not isinstance(self.prompt, str) and not all(isinstance(i, int) for i in self.prompt):
+            raise ValueError("a prompt must be a text or a tuple of token ids, all whole numbers")
+        if not isinstance(self.pairs, (tuple, list)) or not self.pairs or not all(map(_is_pair, self.pairs)):
+            raise ValueError(
+                f"pairs of prompt {str(self.prompt)[:40]!r} must be a list of (key, value), names of concepts"
+            )
+        answer = self.answer
+        if (
+            isinstance(answer, bool)
+            or not isinstance(answer, (str, int))
+            or answer == ""
+            or (isinstance(answer, int) and answer < 0)
+        ):
+            raise ValueError(f"the answer of prompt {str(self.prompt)[:40]!r} must be a text or a token id")
+        as_text(self.template, "template")
+        pairs = tuple((concept_of(key), concept_of(value)) for key, value in self.pairs)
+        object.__setattr__(self, "pairs", pairs)
+
     @property
     def key(self) -> str:
+        """What is asked about."""
         return self.pairs[-1][0]
 
     @property
     def value(self) -> str:
+        """The answer's concept."""
         return self.pairs[-1][1]
 
 
@@ -68,23 +92,19 @@ class ProbeData:
     left_out: str = ""
 
     def __post_init__(self):
-        object.__setattr__(self, "prompts", tuple(map(_checked, self.prompts)))
-        if not self.prompts:
+        prompts = one_of(self.prompts, "prompts", (tuple, list), "a list of ProbePrompts")
+        if not prompts:
             raise ValueError("a probe's data have no prompts")
+        for prompt in prompts:
+            one_of(prompt, "a prompt", ProbePrompt, "a ProbePrompt")
+        as_text(self.left_out, "left_out")
+        object.__setattr__(self, "prompts", tuple(prompts))
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __iter__(self) -> Iterator[ProbePrompt]:
         return iter(self.prompts)
-
-    def chosen(self, rows: Iterable[int]) -> ProbeData:
-        """Some of the prompts.
-
-        Raises:
-            ValueError: none are left.
-        """
-        return ProbeData(tuple(self.prompts[i] for i in rows), self.left_out)
 
     @cached_property
     def concepts(self) -> tuple[str, ...]:
@@ -106,16 +126,18 @@ class ProbeData:
         Raises:
             ValueError: the disk refuses.
         """
+        as_path(path, "path")
         lines = [json.dumps(_as_json(prompt), ensure_ascii=False) + "\n" for prompt in self.prompts]
         replace_file(path, lambda beside: beside.write_text("".join(lines), encoding="utf-8"))
 
     @classmethod
     def from_file(cls, path: str | Path) -> ProbeData:
-        """Prompts of a .jsonl file, plain or .gz: {"prompt", "pairs": [[key, value], ...], "answer", "template"} a line.
+        """Prompts of a .jsonl file: {"prompt", "pairs": [[key, value], ...], "answer", "template"} a line.
 
         Raises:
             ValueError: no such file, a line that is no such prompt.
         """
+        as_path(path, "path")
         rows = []
         for number, line in enumerate(read_text(path, "probe data").splitlines(), 1):
             if not line.strip():
@@ -125,7 +147,7 @@ class ProbeData:
                 prompt, answer = given["prompt"], given["answer"]
                 pairs = tuple((pair[0], pair[1]) for pair in given["pairs"])
                 prompt = tuple(prompt) if isinstance(prompt, list) else prompt
-                rows.append(_checked(ProbePrompt(prompt, pairs, answer, given.get("template", ""))))
+                rows.append(ProbePrompt(prompt, pairs, answer, given.get("template", "")))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number} is no JSON: {error.msg}") from None
             except (KeyError, TypeError, IndexError, AttributeError):
@@ -142,24 +164,8 @@ def _as_json(prompt: ProbePrompt) -> dict:
     return {"prompt": prompt.prompt, "pairs": prompt.pairs, "answer": prompt.answer, "template": prompt.template}
 
 
-def _checked(prompt: object) -> ProbePrompt:
-    """A prompt with its concepts in lower case.
-
-    Raises:
-        ValueError: something is missing or of another kind.
-    """
-    if not isinstance(prompt, ProbePrompt):
-        raise ValueError(f"a prompt of a probe's data must be a ProbePrompt, not {type(prompt).__name__}")
-    if not isinstance(prompt.prompt, (str, tuple)) or not prompt.prompt:
-        raise ValueError("a prompt is empty, or neither text nor token ids")
-    if not prompt.pairs or any(len(pair) != 2 or not all(isinstance(x, str) for x in pair) for pair in prompt.pairs):
-        raise ValueError(f"prompt {prompt.prompt!r} has no pairs of (key, value)")
-    if isinstance(prompt.answer, bool) or not isinstance(prompt.answer, (str, int)) or prompt.answer == "":
-        raise ValueError(f"prompt {prompt.prompt!r} has no answer, a text or a token id")
-    pairs = tuple((concept_of(key), concept_of(value)) for key, value in prompt.pairs)
-    if any("" in pair for pair in pairs):
-        raise ValueError(f"prompt {prompt.prompt!r} has a concept without a name")
-    return ProbePrompt(prompt.prompt, pairs, prompt.answer, str(prompt.template))
+def _is_pair(pair: object) -> bool:
+    return isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, str) and x.strip() for x in pair)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -14,17 +14,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import Progress, whole
+from ..arguments import listener, one_of
+from ..batching import Progress
 from ..dla import attribution_to
 from ..dla.readers import Reader
 from ..forward import unembed
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
 from ..results import Result, by, drawing, name_of
-from ..statistics import ratio_interval
 from .data import SPLITS, ProbeData, answer_tokens
 from .fitting import targets
-from .hyperprobe import HyperProbe
+from .hyperprobe import HyperProbe, check_model, linear_logits, observed, output, pool
+from .shares import share_interval
 from .streams import Observed, by_length, token_rows
 from .symbols import Codebook, signs, similarity, unbind
 
@@ -128,19 +129,12 @@ class ProbeEvaluation(Result):
 
 @torch.no_grad()
 def evaluate_probe(
-    model: ModelOrName,
-    probe: HyperProbe,
-    data: ProbeData,
-    *,
-    draws: int = 1000,
-    seed: int = 0,
-    progress: Progress | None = None,
+    model: ModelOrName, probe: HyperProbe, data: ProbeData, *, progress: Progress | None = None
 ) -> ProbeEvaluation:
     """A probe and its yardsticks on the prompts that it was not trained on.
 
     Args:
         data: that it was fitted on, or others: what of them is held out, the probe's splits say.
-        draws, seed: of the bootstrap.
         progress: told of the prompts run.
 
     Raises:
@@ -148,17 +142,18 @@ def evaluate_probe(
 
     Example:
         >>> from lnfree_interp import evaluate_probe, fit_probe, load_model, recall_data
-        >>> from lnfree_interp.probe.training import Training
+        >>> from lnfree_interp.probe import Training
         >>> model = load_model("tiny-noLN")
-        >>> data = recall_data(model, 80, keys=2, values=4)
+        >>> data = recall_data(model, 80, keys=4, values=4)
         >>> probe = fit_probe(model, data, dim=64, mastered=False, training=Training(hidden=16, epochs=2))
-        >>> found = evaluate_probe(model, probe, data, draws=50)
+        >>> found = evaluate_probe(model, probe, data)
         >>> found.yardsticks[0], found.chance
         ('probe', 0.25)
     """
     model = as_model(model)
-    probe.check_model(model)
-    whole(draws, "draws", least=1)
+    check_model(probe, model)
+    one_of(data, "data", ProbeData, "ProbeData")
+    listener(progress)
     tokens = answer_tokens(model, data)
     book, answers = probe.codebook, data.answers
     for concept in data.concepts:
@@ -166,11 +161,11 @@ def evaluate_probe(
     rows = probe.splits.rows(data, *SPLITS)
     if not rows:
         raise ValueError("none of the prompts is held out: the probe has nothing to be tested on")
-    held = data.chosen(rows)
+    held = ProbeData(tuple(data.prompts[i] for i in rows))
     columns = [tokens[answer] for answer in answers]
     prompts = [prompt.prompt for prompt in held]
-    seen = probe.observed(model, prompts, columns, progress=progress)
-    pooled, weights = probe.pool(seen.streams)
+    seen = observed(probe, model, prompts, columns, progress=progress)
+    pooled, weights = pool(probe, seen.streams)
     truth = torch.tensor([answers.index(prompt.value) for prompt in held])
     right = seen.logits.argmax(-1) == truth
     outputs = _outputs(probe, pooled)
@@ -202,8 +197,7 @@ def evaluate_probe(
                 continue
             hits, counts = _by_answer(found[:, inside], truth[inside])
             at_1[:, j, k] = torch.from_numpy(hits.sum(0) / counts.sum())
-            bounds = ratio_interval(hits, np.broadcast_to(counts[:, None], hits.shape), draws=draws, seed=seed)
-            low[:, j, k], high[:, j, k] = (torch.from_numpy(np.clip(x, 0, 1)) for x in bounds)
+            low[:, j, k], high[:, j, k] = map(torch.from_numpy, share_interval(hits, counts))
             for i, name in enumerate(SYMBOLIC):
                 near[i, j, k] = cosines[name][inside].mean()
                 same, decided = agrees[name]
@@ -229,7 +223,7 @@ def evaluate_probe(
 
 def _outputs(probe: HyperProbe, pooled: Tensor) -> dict[str, tuple[Tensor, Codebook, Tensor]]:
     """Signs that are read, with which codebook's names, and which vector each name has."""
-    out, vectors = probe.output(pooled), probe.codebook.vectors
+    out, vectors = output(probe, pooled), probe.codebook.vectors
     handed_round = vectors.roll(1, 0)
     return {
         "probe": (out, probe.codebook, vectors),
@@ -249,7 +243,7 @@ def _unbound(out: Tensor, book: Codebook, vectors: Tensor, data: ProbeData, answ
 
 
 def _context(out: Tensor, book: Codebook, vectors: Tensor, data: ProbeData) -> tuple[Tensor, Tensor]:
-    """Of each prompt's other pairs, how many are found among the values that other pairs have, and how many there are."""
+    """Of each prompt's other pairs, how many are found among all values of such, and how many there are."""
     values = sorted({value for prompt in data for _, value in prompt.pairs[:-1]})
     hits, counts = torch.zeros(len(out)), torch.zeros(len(out))
     candidates = vectors[_numbers(book, values)]
@@ -265,7 +259,10 @@ def _classes(probe: HyperProbe, pooled: Tensor, answers: Sequence[str]) -> dict[
     """Scores of what knows the training's answers alone: the others have none."""
     known = [i for i, name in enumerate(answers) if name in probe.answers]
     classes = [probe.answers.index(answers[i]) for i in known]
-    of_class = {"linear probe": probe.linear(pooled), "nearest mean": -torch.cdist(pooled, probe.tensors["means"])}
+    of_class = {
+        "linear probe": linear_logits(probe, pooled),
+        "nearest mean": -torch.cdist(pooled, probe.tensors["means"]),
+    }
     found = {}
     for name, values in of_class.items():
         found[name] = values.new_full((len(values), len(answers)), -torch.inf)

@@ -1,9 +1,9 @@
 """The evidence for a concept, split over the components that wrote it.
 
-A readout of the pooled stream is a weighted sum of readings of each layer's stream, and each of these is a sum over what
-components wrote before it (`attribution_to`). Without LayerNorm that is exact in both senses: the parts add up to the
-readout, and it falls by a component's part if that is taken out of the streams. With a norm they still add up, the norm's
-scale held; what taking a component out does is `effect_on`, and the difference is the price of the norm.
+A readout of the pooled stream is a weighted sum of readings of each layer's stream, and each of these is a sum over
+what components wrote before it (`attribution_to`). Without LayerNorm that is exact in both senses: the parts add up
+to the readout, and it falls by a component's part if that is taken out of the streams. With a norm they still add
+up, the norm's scale held; what taking a component out does is `effect_on`, and the difference is the price of the norm.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..arguments import choice, text_or_none
+from ..batching import Tokens
 from ..dla import attribution_to, effect_on
-from ..dla.record import component_labels
+from ..dla.record import DECOMPOSITIONS, component_labels
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
-from ..results import Prompts, Result, by as shape_of, drawing
+from ..results import Prompts, Result, drawing
+from ..results import by as shape_of
 from ..statistics import ratio
-from .hyperprobe import HyperProbe
+from .hyperprobe import HyperProbe, answer_number, check_model, observed, pool
 from .reading import named
-from .streams import Prompt, reader, token_rows
+from .streams import reader, token_rows
 
 READOUTS = ("linear", "encoder")
 
@@ -34,15 +37,15 @@ class ConceptEvidence(Result):
 
     Attributes:
         concept: whose evidence.
-        readout: "linear", the linear probe's logit less the mean of all answers'; "encoder", the encoder's output before
-            the signs, bound with the key, along the concept's vector less the mean of all answers' (over dim).
+        readout: "linear", the linear probe's logit less the mean of all answers'; "encoder", the encoder's output
+            before the signs, bound with the key, along the concept's vector less the mean of all answers' (over dim).
         labels: the components.
         values: Float[Tensor, "component layer"], what each adds by way of each layer's stream, its scale held.
         effect: Float[Tensor, "component layer"], by how much that layer's reading falls without it: `values` where the
             norm is linear.
         bias: what no component adds. The sum of the values and the bias is
-        total: the readout. Of the encoder it is that of the encoder as it is linear around this prompt, exactly since its
-            neurons are rectified.
+        total: the readout. Of the encoder it is that of the encoder as it is linear around this prompt, exactly
+            since its neurons are rectified.
         points: the layers.
         prompts: the prompt and its model.
     """
@@ -104,7 +107,7 @@ class ConceptEvidence(Result):
 def concept_evidence(
     model: ModelOrName,
     probe: HyperProbe,
-    prompt: Prompt,
+    prompt: Tokens,
     concept: str | None = None,
     *,
     readout: str = "linear",
@@ -121,32 +124,35 @@ def concept_evidence(
         by: "component", "head" or "neuron", as in `attribution_to`.
 
     Raises:
-        ValueError: a model of another shape; an unknown readout; a concept that is no answer; what `attribution_to` raises.
+        ValueError: a model of another shape; an unknown readout; a concept that is no answer; what `attribution_to`
+            raises.
 
     Example:
         >>> from lnfree_interp import concept_evidence, fit_probe, load_model, recall_data
-        >>> from lnfree_interp.probe.training import Training
+        >>> from lnfree_interp.probe import Training
         >>> model = load_model("tiny-noLN")
-        >>> data = recall_data(model, 80, keys=2, values=4)
+        >>> data = recall_data(model, 80, keys=4, values=4)
         >>> probe = fit_probe(model, data, dim=64, mastered=False, training=Training(hidden=16, epochs=2))
         >>> found = concept_evidence(model, probe, data.prompts[0].prompt)
         >>> abs(float(found.values.sum()) + found.bias - found.total) < 1e-3, found.error < 1e-4
         (True, True)
     """
     model = as_model(model)
-    probe.check_model(model)
-    if readout not in READOUTS:
-        raise ValueError(f"readout {readout!r} is unknown; allowed are {', '.join(READOUTS)}")
+    check_model(probe, model)
+    choice(readout, "readout", READOUTS)
+    text_or_none(concept, "concept")
+    text_or_none(key, "key")
+    choice(by, "by", DECOMPOSITIONS)
     (row,) = token_rows(model, [prompt])
     tokens = torch.tensor([row], device=model.cfg.device)
-    pooled, weights = probe.pool(probe.observed(model, [row], [0]).streams)
+    pooled, weights = pool(probe, observed(probe, model, [row], [0]).streams)
     if readout == "linear":
         directions, biases = probe.tensors["linear.weight"], probe.tensors["linear.bias"]
     else:
         directions, biases = _linearised(probe, pooled[0], _key(probe, prompt, key))
     directions, biases = directions - directions.mean(0), biases - biases.mean()
     scores = directions @ pooled[0] + biases
-    chosen = int(scores.argmax()) if concept is None else probe.answer(concept)
+    chosen = int(scores.argmax()) if concept is None else answer_number(probe, concept)
     parts = _split(model, probe, tokens, directions[chosen], weights[:, 0], by)
     labels, values, effect, bias = parts
     return ConceptEvidence(
@@ -162,7 +168,7 @@ def concept_evidence(
     )
 
 
-def _key(probe: HyperProbe, prompt: Prompt, key: str | None) -> Tensor:
+def _key(probe: HyperProbe, prompt: Tokens, key: str | None) -> Tensor:
     if key is None:
         found = named(prompt, probe.codebook.concepts) if isinstance(prompt, str) else []
         if not found:

@@ -1,4 +1,4 @@
-"""Fitting a probe: the model is run once, the encoder trained on what it had, and the readouts that it is compared with."""
+"""Fitting a probe: the model is run once; on what it had, the encoder and its yardsticks are trained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..batching import Places, Progress, indices, switch, whole
+from ..arguments import choice, listener, one_of, switch, whole
+from ..batching import Places, Progress, indices
 from ..lens import ModelOrName
 from ..models import as_model
 from ..results import name_of
@@ -40,9 +41,10 @@ def fit_probe(
 ) -> HyperProbe:
     """Fit a hyperdimensional probe (arXiv 2509.25045) to a model.
 
-    The stream at the last token of each prompt is read where it enters some layers, each layer's is centred and brought to
-    one scale, and they are pooled into one vector; an encoder learns to make of it the bundle of the prompt's pairs. Beside
-    it the readouts that it must be compared with are fitted to the same vectors: `evaluate_probe`.
+    The stream at the last token of each prompt is read where it enters some layers, each layer's is centred and
+    brought to one scale, and they are pooled into one vector; an encoder learns to make of it the bundle of the
+    prompt's pairs. Beside it the readouts that it must be compared with are fitted to the same vectors:
+    `evaluate_probe`.
 
     Args:
         model: any HookedTransformer or TransformerBridge, or a name.
@@ -51,7 +53,8 @@ def fit_probe(
             None: from the middle up, n_layers // 2 to n_layers.
         pooling: "mean" of the layers; "kmeans": of the centroids of `clusters` clusters of layers, as in the paper;
             "last": the last of the layers alone.
-        normalised: read each stream through the norm that reads it there, as the model does; nothing where there is none.
+        normalised: read each stream through the norm that reads it there, as the model does; nothing where there is
+            none.
         codebook: the symbols; None: those of the data, of `dim` signs.
         mastered: train on the prompts alone that the model gets right: the answer's token has the largest logit of all
             answers'.
@@ -63,33 +66,36 @@ def fit_probe(
         HyperProbe.
 
     Raises:
-        ValueError: fewer than two answers, or answers that the tokenizer does not tell apart; layers that are not there, or
-            fewer than clusters; concepts that the codebook lacks; too few prompts left to train on.
+        ValueError: fewer than two answers, or answers that the tokenizer does not tell apart; layers that are not
+            there, or fewer than clusters; concepts that the codebook lacks; too few prompts left to train on.
 
     Example:
         >>> from lnfree_interp import fit_probe, load_model, recall_data
-        >>> from lnfree_interp.probe.training import Training
+        >>> from lnfree_interp.probe import Training
         >>> model = load_model("tiny-noLN")
-        >>> data = recall_data(model, 80, keys=2, values=4)
+        >>> data = recall_data(model, 80, keys=4, values=4)
         >>> probe = fit_probe(model, data, dim=64, mastered=False, training=Training(hidden=16, epochs=2))
         >>> probe.points[-1]
         'final'
     """
-    model, training = as_model(model), training or Training()
+    model = as_model(model)
+    training = Training() if training is None else one_of(training, "training", Training, "a Training")
     n_layers = model.cfg.n_layers
-    seed, clusters = whole(seed, "seed"), whole(clusters, "clusters", least=1)
-    if pooling not in POOLINGS:
-        raise ValueError(f"pooling {pooling!r} is unknown; allowed are {', '.join(POOLINGS)}")
+    seed, clusters = whole(seed, "seed", least=0), whole(clusters, "clusters", least=1)
+    choice(pooling, "pooling", POOLINGS)
     switch(normalised, "normalised")
+    switch(mastered, "mastered")
+    listener(progress)
     which = slice(n_layers // 2, None) if layers is None else layers
     at = sorted(set(indices(which, n_layers + 1, "layer", range(n_layers + 1), "the streams")))
     if pooling == "kmeans":
         check_clusters(len(at), clusters)
-    if not isinstance(data, ProbeData):
-        raise ValueError(f"data is a {type(data).__name__}, not ProbeData")
+    one_of(data, "data", ProbeData, "ProbeData")
     if len(data.answers) < 2:
         raise ValueError(f"a probe wants two answers at least, not {data.answers[0]!r} alone")
-    book = codebook or Codebook(data.concepts, dim, seed)
+    book = Codebook(data.concepts, dim, seed)
+    if codebook is not None:
+        book = one_of(codebook, "codebook", Codebook, "a Codebook")
     for concept in data.concepts:
         book.number(concept)
     tokens = answer_tokens(model, data)
@@ -99,7 +105,7 @@ def fit_probe(
     )
     truth = torch.tensor([data.answers.index(prompt.value) for prompt in data])
     right = seen.logits.argmax(-1) == truth
-    use = right if switch(mastered, "mastered") else torch.ones_like(right)
+    use = right if mastered else torch.ones_like(right)
     rows, stop = ([i for i in splits.rows(data, name) if use[i]] for name in ("train", "stop"))
     classes = tuple(sorted({data.prompts[i].value for i in rows}))
     if len(classes) < 2:
@@ -118,7 +124,9 @@ def fit_probe(
         encoder = encoder_of(model.cfg.d_model, book.dim, training).to(pooled.dtype)
         linear = nn.Linear(model.cfg.d_model, len(classes)).to(pooled.dtype)
     goal = targets(book, data).to(pooled)
-    history = train(encoder, bundle_loss, (pooled[rows], goal[rows]), (pooled[stop], goal[stop]), training, seed, progress)
+    history = train(
+        encoder, bundle_loss, (pooled[rows], goal[rows]), (pooled[stop], goal[stop]), training, seed, progress
+    )
     known = [i for i in stop if data.prompts[i].value in classes]
     number = torch.tensor([classes.index(p.value) if p.value in classes else -1 for p in data])
     train(linear, F.cross_entropy, (pooled[rows], number[rows]), (pooled[known], number[known]), training, seed)
@@ -163,9 +171,7 @@ def targets(codebook: Codebook, data: ProbeData | Sequence) -> Float[Tensor, "pr
     return torch.stack(rows)
 
 
-def _ridge(
-    x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]
-) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]:
+def _ridge(x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]:
     """y = x W^T + b by least squares, W kept small."""
     x0, y0 = x.mean(0), y.mean(0)
     a, b = x - x0, y - y0

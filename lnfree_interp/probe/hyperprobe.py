@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..arguments import as_path, one_of
+from ..batching import Tokens
 from ..files import as_value_error, replace_file
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
@@ -41,8 +43,8 @@ class HyperProbe:
         splits: what was held out.
         training: how the encoder was trained.
         encoder: from a pooled stream, [batch, d_model], to [batch, dim].
-        tensors: by name. mean [layer, d_model] and scale [layer]: what is taken from each layer's stream, and what it is
-            divided by, so that no layer outweighs the others; linear.weight [answer, d_model], linear.bias; means
+        tensors: by name. mean [layer, d_model] and scale [layer]: what is taken from each layer's stream, and what
+            it is divided by, so that no layer outweighs the others; linear.weight [answer, d_model], linear.bias; means
             [answer, d_model] of pooled streams, raw_means [layer, answer, d_model] of the stream itself; tuned.weight
             [d_model, d_model], tuned.bias: from a pooled stream to the final one.
         facts: numbers of the training: n_train, n_stop, right (share of all prompts that the model itself gets right).
@@ -74,49 +76,7 @@ class HyperProbe:
         """The layers by name: "L4", "final"."""
         return tuple("final" if layer == self.n_layers else f"L{layer}" for layer in self.layers)
 
-    def check_model(self, model: LensModel) -> None:
-        """Raise ValueError unless the model has the shape of the one that the probe was fitted on."""
-        there = (model.cfg.n_layers, model.cfg.d_model)
-        if there != (self.n_layers, self.d_model):
-            raise ValueError(
-                f"the probe is of a model of {self.n_layers} layers and d_model {self.d_model} ({self.model}), "
-                f"this one has {there[0]} and {there[1]}"
-            )
-
-    def standard(self, streams: Float[Tensor, "layer batch d_model"]) -> Float[Tensor, "layer batch d_model"]:
-        """Streams less their mean, divided by each layer's scale."""
-        mean, scale = self.tensors["mean"], self.tensors["scale"]
-        return (streams.to(mean) - mean[:, None]) / scale[:, None, None]
-
-    def pool(
-        self, streams: Float[Tensor, "layer batch d_model"]
-    ) -> tuple[Float[Tensor, "batch d_model"], Float[Tensor, "layer batch"]]:
-        """One vector for each prompt, and how much each layer counts in it."""
-        x = self.standard(streams)
-        weights = pool_weights(x, self.pooling, self.clusters)
-        return torch.einsum("lbd,lb->bd", x, weights), weights
-
-    @torch.no_grad()
-    def output(self, pooled: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch dim"]:
-        """The encoder's output as signs."""
-        return signs(self.encoder(pooled))
-
-    def linear(self, pooled: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch answer"]:
-        """The linear probe's logits of the answers."""
-        return pooled @ self.tensors["linear.weight"].T + self.tensors["linear.bias"]
-
-    def answer(self, concept: str) -> int:
-        """Which of the answers a concept is.
-
-        Raises:
-            ValueError: none of them.
-        """
-        name = self.codebook.concepts[self.codebook.number(concept)]
-        if name not in self.answers:
-            raise ValueError(f"concept {concept!r} is no answer that the probe was trained on")
-        return self.answers.index(name)
-
-    def read(self, model: ModelOrName, prompt: Prompt, keys: Sequence[str] | None = None) -> Any:
+    def read(self, model: ModelOrName, prompt: Tokens, keys: Sequence[str] | None = None) -> Any:
         """Which concepts the probe finds in the stream at a prompt's last token.
 
         Args:
@@ -133,12 +93,8 @@ class HyperProbe:
         from .reading import reading_of
 
         model = as_model(model)
-        self.check_model(model)
+        check_model(self, model)
         return reading_of(self, model, prompt, keys)
-
-    def observed(self, model: LensModel, prompts: Sequence[Prompt], answers: Sequence[int], **options: Any):
-        """`observe` at the probe's layers."""
-        return observe(model, prompts, self.layers, answers, normalised=self.normalised, **options)
 
     def save(self, path: str | Path) -> None:
         """Write a .safetensors file.
@@ -167,6 +123,7 @@ class HyperProbe:
         }
         tensors = {f"encoder.{name}": x for name, x in self.encoder.state_dict().items()} | self.tensors
         tensors = {name: x.contiguous() for name, x in tensors.items()}
+        path = Path(as_path(path, "path"))
         replace_file(path, lambda beside: save_file(tensors, beside, {"probe": json.dumps(facts)}))
 
     @classmethod
@@ -176,9 +133,10 @@ class HyperProbe:
         Raises:
             ValueError: there is no such file, or it holds no probe.
         """
+        as_path(path, "path")
         with as_value_error(f"read probe {path}"), safe_open(path, "pt") as file:
             about = (file.metadata() or {}).get("probe")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in [*file.keys()]}
         try:
             facts = json.loads(about or "{}")
             if facts.get("format") != FORMAT:
@@ -204,3 +162,61 @@ class HyperProbe:
             )
         except (ValueError, KeyError, TypeError, RuntimeError):
             raise ValueError(f"{path} holds no probe of this package") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a probe makes of streams
+
+
+def check_model(probe: HyperProbe, model: LensModel) -> None:
+    """Raise ValueError unless the model has the shape of the one that the probe was fitted on."""
+    one_of(probe, "probe", HyperProbe, "a HyperProbe")
+    there = (model.cfg.n_layers, model.cfg.d_model)
+    if there != (probe.n_layers, probe.d_model):
+        raise ValueError(
+            f"the probe is of a model of {probe.n_layers} layers and d_model {probe.d_model} ({probe.model}), "
+            f"this one has {there[0]} and {there[1]}"
+        )
+
+
+def observed(probe: HyperProbe, model: LensModel, prompts: Sequence[Prompt], answers: Sequence[int], **options: Any):
+    """`observe` at the probe's layers."""
+    return observe(model, prompts, probe.layers, answers, normalised=probe.normalised, **options)
+
+
+def standard(probe: HyperProbe, streams: Float[Tensor, "layer batch d"]) -> Float[Tensor, "layer batch d"]:
+    """Streams less their mean, divided by each layer's scale."""
+    mean, scale = probe.tensors["mean"], probe.tensors["scale"]
+    return (streams.to(mean) - mean[:, None]) / scale[:, None, None]
+
+
+def pool(
+    probe: HyperProbe, streams: Float[Tensor, "layer batch d"]
+) -> tuple[Float[Tensor, "batch d"], Float[Tensor, "layer batch"]]:
+    """One vector for each prompt, and how much each layer counts in it."""
+    x = standard(probe, streams)
+    weights = pool_weights(x, probe.pooling, probe.clusters)
+    return torch.einsum("lbd,lb->bd", x, weights), weights
+
+
+@torch.no_grad()
+def output(probe: HyperProbe, pooled: Float[Tensor, "batch d"]) -> Float[Tensor, "batch dim"]:
+    """The encoder's output as signs."""
+    return signs(probe.encoder(pooled))
+
+
+def linear_logits(probe: HyperProbe, pooled: Float[Tensor, "batch d"]) -> Float[Tensor, "batch answer"]:
+    """The linear probe's logits of the answers."""
+    return pooled @ probe.tensors["linear.weight"].T + probe.tensors["linear.bias"]
+
+
+def answer_number(probe: HyperProbe, concept: str) -> int:
+    """Which of the answers a concept is.
+
+    Raises:
+        ValueError: none of them.
+    """
+    name = probe.codebook.concepts[probe.codebook.number(concept)]
+    if name not in probe.answers:
+        raise ValueError(f"concept {concept!r} is no answer that the probe was trained on")
+    return probe.answers.index(name)

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..arguments import whole
+from ..batching import Tokens, indices
 from ..lens import LensModel
 from ..results import Prompts, Result, by, drawing
-from .hyperprobe import HyperProbe
-from .streams import Prompt, token_rows
+from .hyperprobe import HyperProbe, observed, output, pool, standard
+from .streams import token_rows
 from .symbols import similarity, unbind
 
 
@@ -27,7 +29,8 @@ class ProbeReading(Result):
         concepts: the codebook's.
         similarity: Float[Tensor, "key point concept"], from -1 to 1. A key's own concept is nan: of any vector, bound
             with itself, nothing would be left to say.
-        dim: signs of the codebook; what nothing has to do with has a cosine of 0 with a standard deviation of 1/sqrt(dim).
+        dim: signs of the codebook; what nothing has to do with has a cosine of 0 with a standard deviation of
+            1/sqrt(dim).
         prompts: the prompt and its model.
     """
 
@@ -40,8 +43,9 @@ class ProbeReading(Result):
 
     def top(self, key: int = -1, k: int = 5) -> list[tuple[str, float]]:
         """(concept, cosine) of the k nearest to what a key is bound with, of all layers together."""
-        values = self.similarity[key, 0].nan_to_num(nan=-2.0)
-        best = values.topk(min(k, len(values) - 1))
+        at = indices(key, len(self.keys), "key", range(len(self.keys)), "the keys")[0]
+        values = self.similarity[at, 0].nan_to_num(nan=-2.0)
+        best = values.topk(min(whole(k, "k", least=1), len(values) - 1))
         return [(self.concepts[i], value) for i, value in zip(best.indices.tolist(), best.values.tolist())]
 
     def summary(self) -> str:
@@ -69,7 +73,7 @@ class ProbeReading(Result):
         return reading_figure(self, key=key, top=top)
 
     def table(self):
-        """One row per key, point and concept: key, point, concept, similarity, sds (in standard deviations of chance)."""
+        """One row per key, point and concept: key, point, concept, similarity, sds (standard deviations of chance)."""
         import pandas as pd
 
         index = [(k, p, c) for k in self.keys for p in self.points for c in self.concepts]
@@ -80,9 +84,7 @@ class ProbeReading(Result):
 
 
 @torch.no_grad()
-def reading_of(
-    probe: HyperProbe, model: LensModel, prompt: Prompt, keys: Sequence[str] | None = None
-) -> ProbeReading:
+def reading_of(probe: HyperProbe, model: LensModel, prompt: Tokens, keys: Sequence[str] | None = None) -> ProbeReading:
     """`HyperProbe.read`, of a model that fits."""
     (row,) = token_rows(model, [prompt])
     if keys is None:
@@ -91,14 +93,14 @@ def reading_of(
         keys = named(prompt, probe.codebook.concepts)
         if not keys:
             raise ValueError(f"prompt {prompt!r} names none of the {len(probe.codebook.concepts)} concepts: give keys")
-    elif isinstance(keys, str):
-        keys = [keys]
+    elif isinstance(keys, str) or not isinstance(keys, Sequence):
+        raise ValueError("keys must be a list of concepts")
     numbers = [probe.codebook.number(key) for key in keys]
     if not numbers:
         raise ValueError("keys name no concept")
-    streams = probe.observed(model, [row], [0]).streams
-    pooled, _ = probe.pool(streams)
-    outputs = probe.output(torch.cat([pooled, probe.standard(streams)[:, 0]]))  # point dim
+    streams = observed(probe, model, [row], [0]).streams
+    pooled, _ = pool(probe, streams)
+    outputs = output(probe, torch.cat([pooled, standard(probe, streams)[:, 0]]))  # point dim
     vectors = probe.codebook.vectors
     found = torch.stack([similarity(unbind(outputs, vectors[i].to(outputs)), vectors) for i in numbers])
     found[torch.arange(len(numbers)), :, numbers] = torch.nan

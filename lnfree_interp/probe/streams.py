@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import Progress, as_ids, check_tokens
+from ..batching import Progress, Tokens, as_ids, check_tokens
 from ..dla.readers import Reader
 from ..dla.reading import resolve
 from ..forward import run, unembed
@@ -21,7 +21,7 @@ from ..through_hooks import Hook
 POOLINGS = ("mean", "kmeans", "last")
 # Tokens per pass.
 TOKENS_PER_PASS = 4096
-Prompt = str | Sequence[int]
+Prompt = Tokens
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,11 @@ def token_rows(model: LensModel, prompts: Sequence[Prompt]) -> list[list[int]]:
     """
     rows = []
     for prompt in prompts:
-        given = prompt if isinstance(prompt, str) else as_ids(prompt, "tokens")[None]
-        rows.append(check_tokens(model, given)[0].tolist())
+        ids = prompt if isinstance(prompt, str) else as_ids(prompt, "tokens")
+        tokens = check_tokens(model, ids[None] if isinstance(ids, Tensor) and ids.ndim == 1 else ids)
+        if len(tokens) != 1:
+            raise ValueError(f"a probe reads one prompt at a time, not tokens of {len(tokens)}")
+        rows.append(tokens[0].tolist())
     return rows
 
 

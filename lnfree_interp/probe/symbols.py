@@ -1,8 +1,8 @@
 """Symbols as vectors of signs (MAP: multiply, add, permute; Gayler 1998), and the algebra on them.
 
-Two random vectors of D signs have a cosine of 0 with a standard deviation of 1/sqrt(D). `bind` multiplies and is its own
-inverse; `bundle` adds and keeps the sign, drawn at random where the sum is 0: a sum of two ties in half of its numbers,
-and were all ties -1, a vector of nothing but -1 would score a cosine of 0.5 with every bundle.
+Two random vectors of D signs have a cosine of 0 with a standard deviation of 1/sqrt(D). `bind` multiplies and is its
+own inverse; `bundle` adds and keeps the sign, drawn at random where the sum is 0: a sum of two ties in half of its
+numbers, and were all ties -1, a vector of nothing but -1 would score a cosine of 0.5 with every bundle.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..batching import whole
+from ..arguments import as_text, whole
 
 
 def concept_of(text: str) -> str:
@@ -31,7 +31,8 @@ def concept_of(text: str) -> str:
 class Codebook:
     """A vector of random signs for each concept.
 
-    A concept's vector follows from its name, dim and seed alone: codebooks agree on what they share, whatever the order.
+    A concept's vector follows from its name, dim and seed alone: codebooks agree on what they share, whatever the
+    order.
 
     Attributes:
         concepts: their names, in lower case.
@@ -55,18 +56,18 @@ class Codebook:
     seed: int = 0
 
     def __post_init__(self):
-        if isinstance(self.concepts, str) or not all(isinstance(name, str) for name in self.concepts):
+        if not isinstance(self.concepts, (tuple, list)) or not all(isinstance(name, str) for name in self.concepts):
             raise ValueError("concepts must be a list of names")
         names = tuple(concept_of(name) for name in self.concepts)
         if len(set(names)) < 2:
-            raise ValueError(f"a codebook wants two concepts at least, not {len(set(names))}: {', '.join(names)}")
+            raise ValueError(f"concepts must be two at least, not {len(set(names))}: {', '.join(names)}")
         if "" in names:
             raise ValueError("a concept has an empty name")
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
             raise ValueError(f"concept {twice[0]!r} is given twice (names count in lower case)")
         object.__setattr__(self, "concepts", names)
         object.__setattr__(self, "dim", whole(self.dim, "dim", least=1))
-        object.__setattr__(self, "seed", whole(self.seed, "seed"))
+        object.__setattr__(self, "seed", whole(self.seed, "seed", least=0))
 
     @cached_property
     def vectors(self) -> Float[Tensor, "concept dim"]:
@@ -87,7 +88,7 @@ class Codebook:
         Raises:
             ValueError: none of them.
         """
-        name = concept_of(concept)
+        name = concept_of(as_text(concept, "concept"))
         if name not in self._numbers:
             near = difflib.get_close_matches(name, self.concepts, n=1)
             hint = f"; nearest: {near[0]}" if near else ""
@@ -95,7 +96,13 @@ class Codebook:
         return self._numbers[name]
 
     def of(self, concepts: Sequence[str]) -> Float[Tensor, "n dim"]:
-        """The vectors of some concepts."""
+        """The vectors of some concepts.
+
+        Raises:
+            ValueError: one of them is none of the codebook's.
+        """
+        if isinstance(concepts, str) or not isinstance(concepts, Sequence):
+            raise ValueError("concepts must be a list of names")
         return self.vectors[[self.number(concept) for concept in concepts]]
 
 

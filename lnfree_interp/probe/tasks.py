@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import random
+import re
 
-from ..batching import encode, whole
-from ..lens import ModelOrName
+from ..arguments import one_of, shown, whole
+from ..batching import check_next_token, encode
+from ..lens import LensModel, ModelOrName
 from ..models import as_model
 from .data import ProbeData, ProbePrompt
-from .words import KINDS, RECALL, TEMPLATES, WORDS
+from .words import KINDS, RECALL, TEMPLATES
+
+# What a word is, for recall.
+WORD = re.compile(r" [a-z]{4,}")
 
 
 def recall_data(
-    model: ModelOrName,
-    n: int = 3000,
-    *,
-    keys: int = 8,
-    values: int = 32,
-    pairs: int = 4,
-    reads: int = 3,
-    seed: int = 0,
+    model: ModelOrName, n: int = 2000, *, keys: int = 8, values: int = 20, pairs: int = 4, reads: int = 3, seed: int = 0
 ) -> ProbeData:
     """Lists of words in pairs, read several times, the last time as far as a key: what was it paired with?
 
@@ -28,13 +26,14 @@ def recall_data(
 
     Args:
         n: how many prompts.
-        keys, values: how many words there are of each; each one token.
+        keys, values: how many words there are of each: single tokens from the rarer half of the vocabulary (of common
+            words a model expects what usually follows them).
         pairs: in a list.
         reads: how often it is read, the last time in part.
         seed: of what is drawn.
 
     Raises:
-        ValueError: the tokenizer has too few of the words as one token; more pairs than keys or values.
+        ValueError: the tokenizer has too few words of one token; more pairs than keys or values.
 
     Example:
         >>> from lnfree_interp import load_model, recall_data
@@ -47,11 +46,9 @@ def recall_data(
     pairs, reads = whole(pairs, "pairs", least=2), whole(reads, "reads", least=2)
     if pairs > min(keys, values):
         raise ValueError(f"lists of {pairs} pairs cannot be made of {keys} keys and {values} values")
-    words = [word for word in WORDS if len(encode(model, f" {word}")) == 1]
-    if len(words) < keys + values:
-        raise ValueError(f"the tokenizer has {len(words)} of the words as one token, {keys + values} are wanted")
-    of_keys, of_values = words[:keys], words[keys : keys + values]
-    rng, templates, prompts = random.Random(whole(seed, "seed")), list(RECALL), []
+    words = _words(model, keys + values)
+    of_keys, of_values = words[:keys], words[keys:]
+    rng, templates, prompts = random.Random(whole(seed, "seed", least=0)), list(RECALL), []
     for i in range(n):
         template = templates[i % len(templates)]
         pair, between = RECALL[template]
@@ -63,6 +60,20 @@ def recall_data(
         text = between.join([*[whole_list] * (reads - 1), *last])
         prompts.append(ProbePrompt(text, (chosen[at - 1], chosen[at]), f" {chosen[at][1]}", template))
     return ProbeData(tuple(prompts))
+
+
+def _words(model: LensModel, n: int) -> list[str]:
+    """Words of one token, evenly spaced over the second half of the vocabulary, which has what is rarer."""
+    check_next_token(model)
+    encode(model, "")  # there is a tokenizer
+    found = []
+    for i in range(model.cfg.d_vocab // 2, min(model.cfg.d_vocab, len(model.tokenizer))):
+        text = model.tokenizer.decode([i])
+        if WORD.fullmatch(text) and encode(model, text) == [i]:
+            found.append(text.strip())
+    if len(found) < n:
+        raise ValueError(f"the tokenizer has {len(found)} words of one token, {n} are wanted")
+    return [found[i * len(found) // n] for i in range(n)]
 
 
 def analogy_data(model: ModelOrName, n: int = 3000, *, kinds: list[str] | None = None, seed: int = 0) -> ProbeData:
@@ -86,9 +97,10 @@ def analogy_data(model: ModelOrName, n: int = 3000, *, kinds: list[str] | None =
         (True, 20)
     """
     model, n = as_model(model), whole(n, "n", least=1)
-    chosen = list(KINDS) if kinds is None else list(kinds)
+    chosen = list(KINDS) if kinds is None else list(one_of(kinds, "kinds", (list, tuple), "a list of kinds"))
+    seed = whole(seed, "seed", least=0)
     if unknown := [kind for kind in chosen if kind not in KINDS]:
-        raise ValueError(f"kind {unknown[0]!r} is unknown; allowed are {', '.join(KINDS)}")
+        raise ValueError(f"unknown kind {shown(unknown[0])}; allowed are {', '.join(KINDS)}")
     concept_at: dict[int, str] = {}
     kept: dict[str, list[tuple[str, str]]] = {}
     total = 0
@@ -110,6 +122,6 @@ def analogy_data(model: ModelOrName, n: int = 3000, *, kinds: list[str] | None =
     if not prompts:
         raise ValueError("the tokenizer tells too few of the words apart")
     left = total - sum(map(len, kept.values()))
-    drawn = random.Random(whole(seed, "seed")).sample(prompts, min(n, len(prompts)))
+    drawn = random.Random(seed).sample(prompts, min(n, len(prompts)))
     said = f"{left} of {total} pairs: their values begin with the token of another" if left else ""
     return ProbeData(tuple(drawn), said)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..batching import Progress, whole
+from ..arguments import number, whole
+from ..batching import Progress
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,16 @@ class Training:
     def __post_init__(self):
         for name in ("hidden", "depth", "epochs", "patience", "batch"):
             whole(getattr(self, name), name, least=1)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is outside 0..1 (1 excluded)")
-        if not (self.learning_rate > 0 and self.weight_decay >= 0):
-            raise ValueError("the learning rate must be above 0, the weight decay not below")
+        number(self.dropout, "dropout", least=0, below=1)
+        number(self.learning_rate, "learning_rate", above=0)
+        number(self.weight_decay, "weight_decay", least=0)
 
 
 def encoder_of(d_model: int, dim: int, training: Training) -> nn.Sequential:
     """The network from a pooled stream to the codebook's space: ReLU, so that it is linear around every prompt."""
     widths = [d_model, *[training.hidden] * training.depth]
     parts: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:]):
+    for a, b in pairwise(widths):
         parts += [nn.Linear(a, b), nn.ReLU(), nn.Dropout(training.dropout)]
     return nn.Sequential(*parts, nn.Linear(widths[-1], dim))
 

@@ -1,4 +1,4 @@
-"""Words that prompts are made of: pairs of a kind, how a prompt states them, and plain words."""
+"""What prompts are made of: pairs of words of a kind, and how a prompt states them."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ KINDS: dict[str, tuple[tuple[str, str], ...]] = {
         """France Paris, England London, Italy Rome, Spain Madrid, Germany Berlin, Russia Moscow, Japan Tokyo, China
         Beijing, Egypt Cairo, Greece Athens, Portugal Lisbon, Austria Vienna, Ireland Dublin, Norway Oslo, Sweden
         Stockholm, Finland Helsinki, Poland Warsaw, Hungary Budapest, Turkey Ankara, Cuba Havana, Peru Lima, Chile
-        Santiago, Kenya Nairobi, Iran Tehran, Iraq Baghdad, Syria Damascus, Canada Ottawa, Denmark Copenhagen, Belgium
-        Brussels, Ukraine Kiev"""
+        Santiago, Kenya Nairobi, Iran Tehran, Iraq Baghdad, Syria Damascus, Canada Ottawa, Denmark Copenhagen,
+        Belgium Brussels, Ukraine Kiev"""
     ),
     "currency": _pairs(
         """Japan yen, Mexico peso, India rupee, Russia ruble, China yuan, Britain pound, America dollar, Denmark krone,
         Poland zloty, Thailand baht, Israel shekel, Korea won, Brazil real, Turkey lira, Germany mark, France franc"""
     ),
     "plural": _pairs(
-        """man men, woman women, child children, foot feet, tooth teeth, mouse mice, goose geese, ox oxen, knife knives,
-        wife wives, life lives, leaf leaves, wolf wolves, house houses, tree trees, bird birds, horse horses, city
-        cities, lady ladies, story stories, baby babies, box boxes, church churches, hand hands, word words, road
-        roads, ship ships, king kings, door doors, book books"""
+        """man men, woman women, child children, foot feet, tooth teeth, mouse mice, goose geese, ox oxen, knife
+        knives, wife wives, life lives, leaf leaves, wolf wolves, house houses, tree trees, bird birds, horse
+        horses, city cities, lady ladies, story stories, baby babies, box boxes, church churches, hand hands, word
+        words, road roads, ship ships, king kings, door doors, book books"""
     ),
     "comparative": _pairs(
-        """good better, bad worse, big bigger, small smaller, old older, young younger, tall taller, short shorter, long
-        longer, strong stronger, weak weaker, fast faster, slow slower, hot hotter, cold colder, warm warmer, rich
-        richer, poor poorer, dark darker, bright brighter, happy happier, heavy heavier, easy easier, high higher, low
-        lower, deep deeper, wide wider, great greater, soft softer, cheap cheaper"""
+        """good better, bad worse, big bigger, small smaller, old older, young younger, tall taller, short shorter,
+        long longer, strong stronger, weak weaker, fast faster, slow slower, hot hotter, cold colder, warm warmer,
+        rich richer, poor poorer, dark darker, bright brighter, happy happier, heavy heavier, easy easier, high
+        higher, low lower, deep deeper, wide wider, great greater, soft softer, cheap cheaper"""
     ),
     "opposite": _pairs(
-        """hot cold, up down, day night, black white, good bad, big small, old new, early late, left right, north south,
-        east west, open closed, rich poor, love hate, war peace, life death, true false, first last, high low, fast
-        slow, light dark, happy sad, hard soft, strong weak, full empty, begin end, friend enemy, always never, more
-        less, inside outside"""
+        """hot cold, up down, day night, black white, good bad, big small, old new, early late, left right, north
+        south, east west, open closed, rich poor, love hate, war peace, life death, true false, first last, high
+        low, fast slow, light dark, happy sad, hard soft, strong weak, full empty, begin end, friend enemy, always
+        never, more less, inside outside"""
     ),
     "family": _pairs(
-        """father mother, son daughter, brother sister, husband wife, king queen, uncle aunt, nephew niece, boy girl, man
-        woman, prince princess, he she, him her, grandfather grandmother, actor actress, waiter waitress, duke duchess,
-        gentleman lady, sir madam, groom bride, bull cow"""
+        """father mother, son daughter, brother sister, husband wife, king queen, uncle aunt, nephew niece, boy girl,
+        man woman, prince princess, he she, him her, grandfather grandmother, actor actress, waiter waitress, duke
+        duchess, gentleman lady, sir madam, groom bride, bull cow"""
     ),
     "past": _pairs(
-        """go went, see saw, take took, give gave, come came, make made, say said, know knew, find found, think thought,
-        tell told, leave left, bring brought, begin began, keep kept, hold held, write wrote, stand stood, hear heard,
-        meet met, run ran, sit sat, speak spoke, lie lay, lead led, read read, grow grew, lose lost, fall fell, send
-        sent, build built, break broke, rise rose, drive drove, buy bought, wear wore"""
+        """go went, see saw, take took, give gave, come came, make made, say said, know knew, find found, think
+        thought, tell told, leave left, bring brought, begin began, keep kept, hold held, write wrote, stand stood,
+        hear heard, meet met, run ran, sit sat, speak spoke, lie lay, lead led, read read, grow grew, lose lost,
+        fall fell, send sent, build built, break broke, rise rose, drive drove, buy bought, wear wore"""
     ),
     "home": _pairs(
-        """bee hive, bird nest, lion den, dog kennel, horse stable, spider web, king palace, monk monastery, nun convent,
-        priest church, soldier barracks, prisoner prison, pig sty, cow barn, sailor ship, farmer farm, doctor hospital,
-        teacher school, judge court, actor theatre"""
+        """bee hive, bird nest, lion den, dog kennel, horse stable, spider web, king palace, monk monastery, nun
+        convent, priest church, soldier barracks, prisoner prison, pig sty, cow barn, sailor ship, farmer farm,
+        doctor hospital, teacher school, judge court, actor theatre"""
     ),
 }
 """Kind of pair -> (key, value)."""
@@ -71,17 +71,11 @@ TEMPLATES: dict[str, str] = {
 RECALL: dict[str, tuple[str, str]] = {
     "blanks": (" {k} {v}", ""),
     "commas": (" {k} {v}", ","),
-    "colons": (" {k}: {v}", ";"),
-    "dashes": (" {k} - {v}", ","),
+    "semicolons": (" {k} {v}", ";"),
+    "stops": (" {k} {v}", "."),
+    "calls": (" {k} {v}", "!"),
+    "lines": (" {k} {v}", "\n"),
+    "articles": (" the {k} {v}", ","),
+    "and": (" {k} and {v}", ","),
 }
 """How a list of pairs is written for recall: a pair, and what stands between two."""
-
-WORDS = tuple(
-    """time hand night door house room head life face world father mother morning water heart voice table window street
-    letter ground horse fire girl boy book garden doctor captain king church sea wind sun moon tree river light road town
-    country child friend wife husband brother sister son daughter name word story money gold silver black white red green
-    blue brown bed chair coat hat dress wall floor paper glass wine tea bread dog cat bird ship boat sword gun knife music
-    song war peace love death truth fear hope mind soul spirit summer winter spring evening day year month week hour
-    minute north south east west city village hotel school office station train carriage man woman people eyes""".split()
-)
-"""Plain words, for recall: the first ones that a tokenizer has as one token are keys, the next values."""
