@@ -1,6 +1,7 @@
 """What the commands share: flags, loading, progress, tables and figures on disk, errors as one line.
 
-Nothing heavy is imported before the flags are read: --help and a mistyped flag are answered at once.
+Nothing heavy is imported before the flags are read: --help and a mistyped flag are answered at once. `asked` has what a
+command was asked, `outputs` what it prints and writes.
 """
 
 from __future__ import annotations
@@ -15,14 +16,21 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from . import distributed
+from .asked import clip as clip
+from .asked import parsed as parsed
+from .asked import remark, unused
 from .documents import Document, documents_of, hub_documents, kind_of, read_documents, read_text
-from .files import as_value_error, replace_file
 from .lens import LensModel
-from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, dtype_name, locate_checkpoint
+from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, display_name, dtype_name, locate_checkpoint
+from .outputs import report as report
+from .outputs import save as save
+from .outputs import show as show
 
 # Tokens that are read from their file together.
 ROWS_AT_ONCE = 2**16
 CONTEXT = 512
+# Pairs that are made, and the flags that are for them.
+MADE = {"induction": ("n_pairs", "length"), "ioi": ("n_pairs", "template")}
 # What an extra of this package brings, for the line that says that it is not there.
 EXTRAS = {"plotly": "plot", "accelerate": "train", "datasets": "train", "gguf": "gguf"}
 
@@ -66,18 +74,23 @@ def prog(module: str) -> str:
 
 
 def parser(
-    module: str, description: str | None, *, tokens: int = 16384, out: str = "out", examples: Sequence[str] = ()
+    module: str, description: str | None, *, tokens: int | None = 16384, out: str = "out", examples: Sequence[str] = ()
 ) -> argparse.ArgumentParser:
-    """The flags every command has: --model, --text, --data, --tokens, --device, --dtype, --seed, --out."""
+    """The flags every command has: --model, --text, --data, --tokens, --device, --dtype, --seed, --out.
+
+    Args:
+        tokens: None: the command reads no text, and has none of --text, --data, --tokens.
+    """
     p = OneLineParser(prog=prog(module), description=description, examples=examples)
     add = p.add_argument
     models_help = "names of available_models(), hub ids or directories (default: the embedded models)"
     add("--model", nargs="+", default=list(EMBEDDED), metavar="NAME", help=models_help)
-    source = p.add_mutually_exclusive_group()
-    source.add_argument("--text", metavar="FILE", help="text file, plain or .gz (default: the embedded one)")
-    data_help = "hub dataset, streamed, e.g. Skylion007/openwebtext"
-    source.add_argument("--data", metavar="DATASET", help=data_help)
-    add("--tokens", type=positive_int, default=tokens, metavar="N", help=f"tokens to use ({tokens:,})")
+    if tokens is not None:
+        source = p.add_mutually_exclusive_group()
+        source.add_argument("--text", metavar="FILE", help="text file, plain or .gz (default: the embedded one)")
+        data_help = "hub dataset, streamed, e.g. Skylion007/openwebtext"
+        source.add_argument("--data", metavar="DATASET", help=data_help)
+        add("--tokens", type=positive_int, default=tokens, metavar="N", help=f"tokens to use ({tokens:,})")
     add("--device", help="cpu, cuda, cuda:N or mps (default: a GPU if there is one)")
     add("--dtype", default="float32", help=f"{', '.join(DTYPES)} (float32)")
     add("--seed", type=int, default=0, metavar="N", help="of what is drawn at random (0)")
@@ -91,7 +104,13 @@ def add_context(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=positive_int, metavar="N", help=text)
 
 
-def add_pairs(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+def add_embed(parser: argparse._ActionsContainer) -> argparse.Action:
+    """The flag --embed, for `report`."""
+    text = "the plotting library within the report, 5 MB, not in a file beside it"
+    return parser.add_argument("--embed", action="store_true", help=text)
+
+
+def add_pairs(parser: argparse._ActionsContainer) -> list[argparse.Action]:
     """The flags of commands on pairs of prompts: --pairs, --n-pairs, --length, --template."""
     add, which = parser.add_argument, "induction, ioi, or a .jsonl or .csv file (induction)"
     return [
@@ -120,8 +139,12 @@ def check(args: argparse.Namespace, *, several: bool = False) -> None:
     dtype_name(args.dtype)
     for name in args.model:
         locate_checkpoint(name)
-    if args.text:
+    if getattr(args, "text", None):
         next(iter(documents(args)))
+    check_out(args)
+
+
+def check_out(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is not a directory")
 
@@ -136,11 +159,14 @@ def check_alone() -> None:
 
 
 def check_pairs(args: argparse.Namespace) -> None:
-    """What can be known to be wrong with --pairs."""
-    if args.pairs not in ("induction", "ioi"):
+    """What can be known to be wrong with --pairs; what of the other flags of pairs is not for these is said."""
+    if args.pairs not in MADE:
         if Path(args.pairs.removesuffix(".gz")).suffix not in (".jsonl", ".csv"):
             raise ValueError(f"--pairs {args.pairs!r} is none of induction, ioi, or a .jsonl or .csv file")
         read_text(args.pairs, "pairs file")
+    for name in ("n_pairs", "length", "template"):
+        if name not in MADE.get(args.pairs, ()):
+            unused(args, name, f"--pairs {args.pairs}")
 
 
 def guard(
@@ -204,11 +230,22 @@ def models(args: argparse.Namespace) -> Iterator[tuple[str, LensModel]]:
 
     for name in args.model:
         say(f"loading {name} ...")
-        yield display_name(name), load_model(name, device=args.device, dtype=args.dtype)
+        model = load_model(name, device=args.device, dtype=args.dtype)
+        describe(args, display_name(name), model)
+        yield display_name(name), model
 
 
-def display_name(name: str) -> str:
-    return Path(name).name if Path(name).is_dir() else name
+def describe(args: argparse.Namespace, name: str, model: LensModel) -> None:
+    """Put a model into the report, and what it runs on."""
+    if hasattr(args, "asked"):
+        cfg, kind = model.cfg, model.cfg.normalization_type or "no normalisation"
+        shape = f"{cfg.n_layers} layers of {cfg.n_heads} heads, d_model {cfg.d_model}, {kind}"
+        args.asked.note("models", f"{name}: {shape}; {args.dtype} on {cfg.device}")
+
+
+def source(args: argparse.Namespace) -> str:
+    """What the text is called."""
+    return args.data or (Path(args.text).name if args.text else "the embedded validation text")
 
 
 def documents(args: argparse.Namespace) -> Iterable[Document]:
@@ -258,9 +295,9 @@ def token_rows(
 
     if model.tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so text cannot be read for it")
-    if context is not None and context > model.cfg.n_ctx and distributed.rank() == 0:
-        name, holds = model.cfg.model_name, model.cfg.n_ctx
-        print(f"{name}: sequences of {holds} tokens, not {context}: its context holds no more", file=sys.stderr)
+    name, holds = model.cfg.model_name, model.cfg.n_ctx
+    if context is not None and context > holds:
+        remark(args, f"{name}: sequences of {holds} tokens, not {context}: its context holds no more")
     context = min(context or CONTEXT, model.cfg.n_ctx)
     writes, path = distributed.local_rank() == 0, ""
     try:
@@ -272,6 +309,7 @@ def token_rows(
         first = distributed.rank() - distributed.local_rank()
         rows = np.memmap(distributed.exchange(path)[first], dtype=np.int32, mode="r").reshape(-1, context)
         distributed.exchange(None)  # all have it open
+        _tell_tokens(args, name, rows)
         return rows
     except OSError as error:
         raise ValueError(f"cannot keep tokens in {tempfile.gettempdir()}: {error.strerror or error}") from None
@@ -279,6 +317,18 @@ def token_rows(
         if path:
             with suppress(PermissionError):  # of Windows, as long as it is open
                 os.unlink(path)
+
+
+def _tell_tokens(args: argparse.Namespace, name: str, rows) -> None:
+    """Put into the report what is read; say it where it is not as many tokens as --tokens asks for."""
+    if not hasattr(args, "asked"):
+        return
+    n, context = rows.shape
+    args.asked.note("text", f"{source(args)}, of which {name} reads {n:,} sequences of {context:,} tokens")
+    if "tokens" in args.asked.given and rows.size != args.tokens:
+        short = n < args.tokens // context
+        why = "the text has no more" if short else f"sequences are of {context:,}"
+        remark(args, f"{name}: {rows.size:,} tokens, not {args.tokens:,}: {why}")
 
 
 def _write_rows(
@@ -314,13 +364,17 @@ def load_pairs(args: argparse.Namespace, model: LensModel):
     """The pairs that --pairs asks for, by token length: dict[int, PromptPairs]."""
     from .pairs import groups_from_file, induction_pairs, ioi_pairs
 
-    if args.pairs == "induction":
-        pairs = induction_pairs(model, args.n_pairs, length=args.length, seed=args.seed)
-    elif args.pairs == "ioi":
-        pairs = ioi_pairs(model, args.n_pairs, seed=args.seed, template=args.template)
+    if args.pairs not in MADE:
+        found = groups_from_file(args.pairs, model)
     else:
-        return groups_from_file(args.pairs, model)
-    return {pairs.clean.shape[1]: pairs}
+        if args.pairs == "induction":
+            pairs = induction_pairs(model, args.n_pairs, length=args.length, seed=args.seed)
+        else:
+            pairs = ioi_pairs(model, args.n_pairs, seed=args.seed, template=args.template)
+        found = {pairs.clean.shape[1]: pairs}
+    counts = ", ".join(f"{len(pairs)} of {n} tokens" for n, pairs in found.items())
+    args.asked.note("pairs", f"{args.pairs}: {counts} ({model.cfg.model_name})")
+    return found
 
 
 @contextmanager
@@ -336,27 +390,3 @@ def bar(label: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
             shown.update(done - shown.n)
 
         yield report
-
-
-def show(table, title: str | None = None) -> None:
-    """Print a DataFrame."""
-    if title:
-        print(f"\n{title}")
-    print(table.to_string(index=False, float_format=lambda x: f"{x:.4g}"))
-
-
-def save(out: Path, stem: str, table=None, figure=None) -> None:
-    """Write out/stem.csv and out/stem.html: beside, then renamed, so that neither is ever half-written.
-
-    Raises:
-        ValueError: the disk refuses.
-    """
-    with as_value_error(f"write {out}"):
-        out.mkdir(parents=True, exist_ok=True)
-    if table is not None:
-        replace_file(out / f"{stem}.csv", lambda path: table.to_csv(path, index=False))
-    if figure is not None:
-        # The plotting library is linked, not embedded: 4 MB less per file.
-        replace_file(out / f"{stem}.html", lambda path: figure.write_html(path, include_plotlyjs="cdn"))
-    files = [f"{stem}.csv"] * (table is not None) + [f"{stem}.html"] * (figure is not None)
-    print(f"wrote {' and '.join(str(out / f) for f in files)}")

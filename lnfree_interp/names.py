@@ -44,6 +44,11 @@ def known_models() -> dict[str, Source]:
     return known
 
 
+def display_name(name: str) -> str:
+    """What a model is called in tables: a directory without those that it is in."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
 def available_models():
     """The names `load_model` knows besides hub ids and directories.
 

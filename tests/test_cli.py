@@ -1,4 +1,4 @@
-"""Commands: a table on stdout, a .csv and an .html on disk; bad input is one line, status 2, nothing written."""
+"""Commands: tables on stdout, a report and .csv files on disk; bad input is one line, status 2, nothing written."""
 
 import argparse
 import gzip
@@ -41,45 +41,32 @@ def test_dla_on_the_embedded_models(tmp_path, capsys):
     assert dla.main(["--tokens", "1024", "--out", str(out), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("tiny", "tiny-vanilla", "tiny-noLN"))
-    table = pd.read_csv(out / "dla.csv")
+    stem = "dla-tiny+tiny-vanilla+tiny-noLN-tokens=1024"
+    table = pd.read_csv(out / f"{stem}.csv")
     heads = table[table.component.str.fullmatch(r"L\d+H\d+")]
     free, normed = (heads[heads.model == name] for name in ("tiny-noLN", "tiny"))
     assert len(free) == len(normed) == 16
     assert free.nmae.max() < 1e-4 < normed.nmae.min()
-    assert "<html>" in (out / "dla.html").read_text()
-    assert sorted(f.name for f in out.iterdir()) == ["dla.csv", "dla.html"]
+    assert "Plotly.newPlot" in (out / f"{stem}.html").read_text()
+    assert sorted(f.name for f in out.iterdir()) == [f"{stem}.csv", f"{stem}.html", "plotly.min.js"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "flags", "files"),
+    ("name", "flags", "of_it", "tables"),
     [
-        ("norms", [], ["norms.csv", "norms.html", "sinks.csv", "sinks.html"]),
+        ("norms", ["--tokens", "512"], "tokens=512", ["sinks"]),
         (
             "evaluate",
-            ["--hellaswag", "ITEMS"],
-            [
-                "calibration.csv",
-                "calibration.html",
-                "evaluate.csv",
-                "evaluate.html",
-                "evaluate_worst.csv",
-                "hellaswag.csv",
-            ],
+            ["--tokens", "512", "--hellaswag", "ITEMS"],
+            "tokens=512-hellaswag=items.jsonl",
+            ["compared", "hellaswag", "worst"],
         ),
-        (
-            "neurons",
-            ["--neurons", "3", "5"],
-            ["neurons.csv", "neurons.html", "neurons_cumulative.csv", "neurons_cumulative.html", "neurons_ranking.csv"],
-        ),
-        (
-            "patching",
-            ["--n-pairs", "2"],
-            ["patching-resid_pre-effects.csv", "patching-resid_pre.csv", "patching-resid_pre.html"],
-        ),
+        ("neurons", ["--tokens", "512", "--neurons", "3", "5"], "tokens=512-neurons=3+5", ["cumulative", "ranking"]),
+        ("patching", ["--n-pairs", "2"], "induction-resid_pre-gradient-n_pairs=2", ["effects"]),
     ],
 )
-def test_a_command_shows_bars_and_writes_its_files(name, flags, files, tmp_path, monkeypatch, capsys):
+def test_a_command_shows_bars_and_writes_its_files(name, flags, of_it, tables, tmp_path, monkeypatch, capsys):
     told = []
 
     @contextmanager
@@ -91,9 +78,11 @@ def test_a_command_shows_bars_and_writes_its_files(name, flags, files, tmp_path,
     items.write_text('{"ctx": "He opened the door", "endings": ["and went in.", "of the sea."], "label": 0}')
     flags = [str(items) if flag == "ITEMS" else flag for flag in flags]
     main = import_module(f"lnfree_interp.{name}.__main__").main
-    arguments = ["--model", "tiny", "tiny-noLN", "--tokens", "512", "--device", "cpu", "--out", str(tmp_path / "out")]
+    arguments = ["--model", "tiny", "tiny-noLN", "--device", "cpu", "--out", str(tmp_path / "out")]
     assert main([*arguments, *flags]) == 0
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == files
+    stem = f"{name}-tiny+tiny-noLN-{of_it}"
+    wanted = {f"{stem}.html", f"{stem}.csv", *(f"{stem}.{table}.csv" for table in tables), "plotly.min.js"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == wanted
     assert "tiny-noLN" in capsys.readouterr().out
     assert told and all(0 <= done <= total for done, total in told) and told[-1][0] == told[-1][1]
 
@@ -159,7 +148,7 @@ def test_gzipped_text_reads_the_same(tmp_path, text_file):
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
-    class Table:
+    class Table(pd.DataFrame):
         def to_csv(self, path, index):
             path.write_text("half")
             raise OSError("disk full")

@@ -130,17 +130,42 @@ def test_defaults_that_are_not_written_are_added(capsys):
     )
 
 
-def tokens_of(context, capsys):
-    args = cli.parser("dla", "").parse_args(["--tokens", "300"])
-    shape = cli.load_tokens(args, load_model("tiny-noLN"), context=context).shape
-    return tuple(shape), capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("given", "context", "shape", "said"),
+    [
+        (["--tokens", "256"], 4096, (1, 256), "sequences of 256 tokens, not 4096: its context holds no more"),
+        (["--tokens", "300"], None, (1, 256), "256 tokens, not 300: sequences are of 256"),
+        (["--tokens", "300"], 64, (4, 64), "256 tokens, not 300: sequences are of 64"),
+        (["--tokens", "100"], None, (1, 256), "256 tokens, not 100: sequences are of 256"),
+        (["--tokens", "256"], 64, (4, 64), ""),
+        (["--tokens", "4096", "--text", "TEXT"], None, (3, 256), "768 tokens, not 4,096: the text has no more"),
+        (["--text", "TEXT"], None, (3, 256), ""),  # of the default nothing is said but in the report
+    ],
+)
+def test_what_is_clipped_of_a_text_is_said(given, context, shape, said, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("It was the best of times, it was the worst of times. " * 60)
+    given = [str(tmp_path / "text.txt") if word == "TEXT" else word for word in given]
+    args = cli.parsed(cli.parser("dla", ""), given, "dla")
+    rows = cli.load_tokens(args, load_model("tiny-noLN"), context=context)
+    printed = capsys.readouterr().err
+    assert tuple(rows.shape) == shape and printed.count("\n") == bool(said) and said in printed
+    (of_text,) = args.asked.notes["text"]
+    assert f"reads {shape[0]} sequences of {shape[1]} tokens" in of_text
+    assert [*args.asked.notes.get("other than asked", [])] == printed.splitlines()
 
 
-def test_a_clipped_context_is_said(capsys):
-    clipped, said = tokens_of(4096, capsys)
-    assert clipped == (1, 256) and said.count("\n") == 1 and "256 tokens, not 4096" in said
-    for context, shape in ((None, (1, 256)), (256, (1, 256)), (64, (4, 64))):
-        assert tokens_of(context, capsys) == (shape, "")
+@pytest.mark.parametrize("name", ["graph", "patching"])
+def test_a_command_that_reads_no_text_has_no_flag_for_it(name, capsys):
+    main = import_module(f"lnfree_interp.{name}.__main__").main
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert "--prompt" in said or "--pairs" in said
+    for flag in ("--text", "--data", "--tokens"):
+        assert not re.search(rf"{flag}\b", said)
+        with pytest.raises(SystemExit) as stopped:
+            main([flag, "5"])
+        assert stopped.value.code == 2 and f"unrecognized arguments: {flag} 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

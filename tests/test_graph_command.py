@@ -21,11 +21,12 @@ def test_graphs_of_a_prompt(tmp_path, capsys):
     flags = ["--model", "tiny-noLN", "tiny", "--nodes", "mlp", "--share", "0.6", "--target", " hat", "--versus", " bed"]
     assert run(tmp_path, *flags, "--prompt", prompt, "--top", "3") == 0
     printed = capsys.readouterr().out
-    files = ["graph-nodes.csv", "graph-tiny-noLN.json", "graph-tiny.json", "graph.csv", "graph.html"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    stem = "graph-tiny-noLN+tiny-She-put-on-her-top=3-target=hat-versus=bed-nodes=mlp-share=0.6"
+    files = {f"{stem}.{rest}" for rest in ("html", "csv", "nodes.csv", "tiny-noLN.json", "tiny.json")}
+    assert {path.name for path in tmp_path.iterdir()} == files
     assert all(f"{tmp_path / name}" in printed for name in files)
     graph = attribution_graph("tiny-noLN", prompt, " hat", versus=" bed", nodes="mlp", share=0.6)
-    edges, nodes = (pd.read_csv(tmp_path / name) for name in ("graph.csv", "graph-nodes.csv"))
+    edges, nodes = (pd.read_csv(tmp_path / f"{stem}.{rest}") for rest in ("csv", "nodes.csv"))
     assert edges.model.unique().tolist() == nodes.model.unique().tolist() == ["tiny-noLN", "tiny"]
     mine = edges[edges.model == "tiny-noLN"]
     assert len(mine) == int(graph.adjacency.count_nonzero()) and mine.influence.is_monotonic_decreasing
@@ -36,11 +37,11 @@ def test_graphs_of_a_prompt(tmp_path, capsys):
     head = next(node.label for node in graph.nodes if node.kind == "head")
     wanted = float(graph.influence[[node.label for node in graph.nodes].index(head)])
     assert mine[mine.sender == head].influence.sum() == pytest.approx(wanted, rel=1e-4)
-    of_page = data_of((tmp_path / "graph.html").read_text())
+    of_page = data_of((tmp_path / f"{stem}.html").read_text())
     assert [g["model"] for g in of_page] == ["tiny-noLN", "tiny"]
     assert [len(g["nodes"]) for g in of_page] == nodes.groupby("model", sort=False).size().tolist()
     assert of_page[0]["discrepancy"] < 1e-4 < of_page[1]["discrepancy"]
-    assert json.loads((tmp_path / "graph-tiny.json").read_text())["metadata"]
+    assert json.loads((tmp_path / f"{stem}.tiny.json").read_text())["metadata"]
     summary = next(line for line in printed.splitlines() if line.split()[:1] == ["tiny-noLN"])
     assert "' hat' - ' bed'" in summary and "0.00%" in summary
 
@@ -48,7 +49,8 @@ def test_graphs_of_a_prompt(tmp_path, capsys):
 def test_the_default_prompt_and_target(tmp_path, capsys):
     assert run(tmp_path, "--model", "tiny-noLN", "--nodes", "mlp", "--share", "0.3") == 0
     assert "'It was the best of times, it was the worst of'" in capsys.readouterr().out
-    assert data_of((tmp_path / "graph.html").read_text())[0]["prompt"].startswith("It was the best")
+    (page,) = tmp_path.glob("graph-tiny-noLN-It-was-the-best-of-times-*.html")
+    assert data_of(page.read_text())[0]["prompt"].startswith("It was the best")
 
 
 def test_models_of_one_name_have_files_of_their_own():
@@ -60,9 +62,10 @@ def test_edges_on_pairs(tmp_path, capsys):
     flags = ["--edges", "--model", "tiny", "tiny-noLN", "--n-pairs", "3", "--length", "8", "--exact", "4"]
     assert run(tmp_path, *flags, "--method", "gradient", "relp", "--top", "5") == 0
     printed = capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["edges.csv", "edges.html"]
+    stem = "edges-tiny+tiny-noLN-induction-gradient+relp-top=5-n_pairs=3-length=8-exact=4"
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.csv", f"{stem}.html", "plotly.min.js"}
     assert "clean higher on" in printed and "tiny-noLN: edges with the largest effects on logit_diff, relp" in printed
-    table = pd.read_csv(tmp_path / "edges.csv")
+    table = pd.read_csv(tmp_path / f"{stem}.csv")
     assert table.columns[:2].tolist() == ["model", "method"]
     for key, part in table.groupby(["model", "method"], sort=False):
         assert not part.duplicated(["sender", "receiver"]).any()
@@ -83,7 +86,7 @@ def test_edges_on_pairs_of_several_lengths(tmp_path, capsys):
     pairs.write_text("\n".join(["clean,corrupted,right,wrong", *rows]) + "\n")
     assert run(tmp_path / "out", "--edges", "--model", "tiny-noLN", "--pairs", str(pairs)) == 0
     assert "of 2" in capsys.readouterr().out
-    table = pd.read_csv(tmp_path / "out" / "edges.csv")
+    table = pd.read_csv(tmp_path / "out" / "edges-tiny-noLN-pairs.csv-gradient.csv")
     assert table.low.notna().all() and "exact_effect" not in table
 
 
@@ -95,8 +98,8 @@ BAD = [
     (["--exact", "3"], "--exact needs --edges"),
     (["--n-pairs", "16"], "--n-pairs needs --edges"),
     (["--method", "relp"], "--method needs --edges"),
-    (["--text", "book.txt"], "--text is not for this command"),
-    (["--tokens", "5"], "--tokens is not for this command"),
+    (["--embed"], "--embed needs --edges"),
+    (["--text", "book.txt"], "unrecognized arguments: --text"),
     (["--edges", "--exact", "0"], "'0' is not a positive whole number"),
     (["--edges", "--pairs", "missing.csv"], "cannot read pairs file missing.csv"),
     (["--edges", "--pairs", "ioo"], "--pairs 'ioo' is none of induction, ioi"),

@@ -376,13 +376,14 @@ def test_command(checkpoints, tmp_path, capsys):
     assert main([*arguments, *methods, "--out", str(tmp_path), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "second_order" in out and "free" in out and "pearson" in out
-    rows = list(csv.DictReader((tmp_path / "patching-resid_pre.csv").open()))
+    stem = "patching-original+free-induction-resid_pre-gradient+second_order+integrated-n_pairs=4-length=8-least=1e-06"
+    rows = list(csv.DictReader((tmp_path / f"{stem}.csv").open()))
     assert {(r["model"], r["method"]) for r in rows} == {
         (m, method) for m in ("original", "free") for method in ("gradient", "second_order", "integrated")
     }
-    effects = list(csv.DictReader((tmp_path / "patching-resid_pre-effects.csv").open()))
+    effects = list(csv.DictReader((tmp_path / f"{stem}.effects.csv").open()))
     assert len(effects) == 2 * 4 * 4 * 2 * 8  # models, methods with the exact one, prompts, layers, positions
-    html = (tmp_path / "patching-resid_pre.html").read_text()
+    html = (tmp_path / f"{stem}.html").read_text()
     assert "free: activation" in html and "original: integrated" in html
 
 
@@ -398,7 +399,7 @@ def test_command_counts_what_it_uses_and_says_whether_the_model_does_the_task(ki
     assert 0 < used < 24
     assert f"logit_diff moves by 0.5 or more on {used} of 24 pairs, {right} of them the right way" in out
     assert ("does not do this task" in out) == (not does)
-    table = pd.read_csv(tmp_path / "patching-resid_pre.csv")
+    table = pd.read_csv(tmp_path / f"patching-tiny-noLN-{kind}-resid_pre-gradient-n_pairs=24.csv")
     error = patching_error(attribution_patching(model, pairs), exact)
     assert set(table.prompts) == {used} and set(table.left_out) == {24 - used}
     assert table.set_index("measure").value["total"] == pytest.approx(error.total, rel=1e-5)

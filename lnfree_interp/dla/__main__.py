@@ -18,7 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--draws", type=cli.positive_int, default=1000, help="bootstrap draws (1,000)")
     parser.add_argument("--prompt", default="It was the best of times, it was the worst of", help="sample prompt")
     parser.add_argument("--top", type=cli.positive_int, default=8, help="components shown for the prompt (8)")
-    return cli.guard(_run, parser.parse_args(argv), parser.prog, check=_check, several=True)
+    cli.add_embed(parser)
+    args = cli.parsed(parser, argv, "dla")
+    return cli.guard(_run, args, parser.prog, check=_check, several=True)
 
 
 def _check(args) -> None:

@@ -8,6 +8,7 @@ import torch
 from .. import cli, distributed
 from ..batching import check_tokens, token_batches
 from ..figures.dla import head_heatmaps, heads_of
+from ..figures.report import Part
 from ..lens import LensModel
 from .attribution import logit_attributions
 from .error import HEADS, ErrorSums, add, error_of, merged, no_sums
@@ -21,7 +22,7 @@ def run(args) -> None:
     for name, model in cli.models(args):
         rows = cli.token_rows(args, model, context=args.context)
         if first:
-            prompts.append((name, *_sample(model, args.prompt, args.top)))
+            prompts.append((name, *_sample(args, name, model)))
         for target in ("next token", "token just read"):
             parts = distributed.gather(_summed(model, rows, target == "next token", args.positions == "last", name))
             if not first:
@@ -31,7 +32,7 @@ def run(args) -> None:
             errors.append(
                 {
                     "model": name,
-                    "normalization": str(model.cfg.normalization_type),
+                    "normalization": model.cfg.normalization_type or "none",
                     "target": target,
                     "NMAE": f"{error.pooled:.2%}",
                     "95% interval": f"[{error.interval[0]:.2%}, {error.interval[1]:.2%}]",
@@ -49,15 +50,16 @@ def run(args) -> None:
                 components.append(pd.DataFrame(columns).merge(per_head, on="component", how="left"))
     if not first:
         return
-    cli.show(pd.DataFrame(errors), "Direct logit attribution against direct effect, attention heads (pooled NMAE)")
+    title = "Direct logit attribution against direct effect, attention heads (pooled NMAE)"
+    shown = [Part(title, table=pd.DataFrame(errors))]
     for name, target, table in prompts:
-        cli.show(table, f"{name}: {args.prompt!r} -> {target!r}, components of the logit")
+        shown.append(Part(f"{name}: {args.prompt!r} -> {target!r}, components of the logit", table=table))
     figure = head_heatmaps(
         panels["attribution"] | panels["direct effect"] | panels["difference"],
         title="Mean attribution of each head to the next token's logit",
         columns=len(args.model),
     )
-    cli.save(args.out, "dla", pd.concat(components), figure)
+    cli.report(args, [*shown, Part("Heads", figure=figure)], {"": pd.concat(components)})
 
 
 def _summed(model: LensModel, rows, to_next: bool, at_last: bool, name: str) -> ErrorSums | None:
@@ -82,8 +84,9 @@ def _summed(model: LensModel, rows, to_next: bool, at_last: bool, name: str) -> 
     return sums
 
 
-def _sample(model: LensModel, prompt: str, top: int):
+def _sample(args, name: str, model: LensModel):
     """(most likely next token, table of the components with the largest attribution to its logit)."""
+    prompt = args.prompt
     if model.tokenizer is None:
         raise ValueError(f"{model.cfg.model_name} has no tokenizer, so the prompt cannot be read for it")
     if not prompt:
@@ -92,7 +95,8 @@ def _sample(model: LensModel, prompt: str, top: int):
     check_tokens(model, tokens)
     target = model(tokens)[:, -1].argmax(-1)
     linear, exact = logit_attributions(model, tokens, target, by="head")
-    largest = linear.values[:, 0, 0].abs().topk(min(top, len(linear.labels))).indices.tolist()
+    top = cli.clip(args, "top", len(linear.labels), f"components of {name}")
+    largest = linear.values[:, 0, 0].abs().topk(top).indices.tolist()
     table = pd.DataFrame(
         {
             "component": [linear.labels[i] for i in largest],

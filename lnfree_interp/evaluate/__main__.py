@@ -26,7 +26,8 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--items", type=cli.positive_int, metavar="N", help="HellaSwag items to use (all)")
     parser.add_argument("--prompt", help="show what each model writes after this")
-    args = parser.parse_args(argv)
+    cli.add_embed(parser)
+    args = cli.parsed(parser, argv, "evaluate")
     return cli.guard(_run, args, parser.prog, check=_check, several=True)
 
 
@@ -34,6 +35,8 @@ def _check(args) -> None:
     cli.check(args, several=True)
     if args.hellaswag and args.hellaswag.endswith((".jsonl", ".jsonl.gz")):
         read_text(args.hellaswag, "HellaSwag file")
+    if not args.hellaswag:
+        cli.unused(args, "items", "no --hellaswag")
 
 
 def _run(args) -> None:

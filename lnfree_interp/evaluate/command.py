@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 
 from .. import cli, distributed
 from ..figures.evaluate import loss_figure, reliability_figure
+from ..figures.report import Part
 from ..lens import LensModel
 from .compare import comparison_of, comparison_sums
 from .hellaswag import ending_scores, hellaswag_items, hellaswag_of
@@ -29,6 +28,8 @@ def baselines(models: dict[str, bool]) -> dict[str, str | None]:
 
 def run(args) -> None:
     items = hellaswag_items(args.hellaswag, limit=args.items) if args.hellaswag else []
+    if items and args.items:
+        cli.clip(args, "items", len(items), "HellaSwag items")
     models = dict(cli.models(args))
     rows, first, tokens = _same_rows(args, models)
     losses, scores = {}, {}
@@ -73,23 +74,21 @@ def _report(args, n_tokens: int, ln_free: dict[str, bool], losses, comparison, s
     details = pd.concat([r.table() for r in losses.values()], ignore_index=True)
     details.insert(0, "model", list(losses))
     worst = pd.DataFrame([{"model": name, **vars(w)} for name, r in losses.items() for w in r.worst])
-    tables = {"evaluate": gaps.merge(details, on="model", sort=False), "evaluate_worst": worst}
+    compared = comparison.table()
+    tables = {"": gaps.merge(details, on="model", sort=False), "compared": compared, "worst": worst}
+    title = f"Loss on {n_tokens:,} tokens of {cli.source(args)} (nats per token; gap in brackets)"
+    of_both = "Divergence (nats), agreement, entropy (nats), calibration"
+    parts = [
+        Part(title, table=gaps, figure=loss_figure(losses)),
+        Part("Tokens' losses", table=details),
+        Part(of_both, table=compared, figure=reliability_figure(comparison)),
+        Part("Worst sequences", table=worst),
+    ]
     if scores:
         table = pd.concat([r.table() for r in scores.values()], ignore_index=True)
         table.insert(0, "model", list(scores))
         tables["hellaswag"] = table
-
-    source = args.data or (Path(args.text).name if args.text else "the embedded validation text")
-    cli.show(gaps, f"Loss on {n_tokens:,} tokens of {source} (nats per token; gap in brackets)")
-    cli.show(details, "Tokens' losses")
-    cli.show(comparison.table(), "Divergence (nats), agreement, entropy (nats), calibration")
-    cli.show(worst, "Worst sequences")
-    if scores:
-        cli.show(tables["hellaswag"], "HellaSwag")
+        parts.append(Part("HellaSwag", table=table))
     if samples is not None:
-        for name, text in zip(samples.names, samples.texts):
-            print(f"\n--- {name}\n{samples.prompt}{text[0]}")
-    cli.save(args.out, "evaluate", tables.pop("evaluate"), loss_figure(losses))
-    cli.save(args.out, "calibration", comparison.table(), reliability_figure(comparison))
-    for stem, table in tables.items():
-        cli.save(args.out, stem, table)
+        parts += [Part(f"{n} writes", f"{samples.prompt}{text[0]}") for n, text in zip(samples.names, samples.texts)]
+    cli.report(args, parts, tables)

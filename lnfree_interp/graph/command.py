@@ -10,7 +10,7 @@ import pandas as pd
 
 from .. import cli
 from ..figures.graph import graph_page
-from ..files import replace_file
+from ..figures.report import Part
 from .build import attribution_graph
 from .result import AttributionGraph
 
@@ -23,20 +23,22 @@ def run(args) -> None:
             model, args.prompt, args.target, versus=args.versus, nodes=args.nodes, share=args.share
         )
         graphs.append(replace(graph, model=name))
-    cli.show(pd.DataFrame([_summary(graph) for graph in graphs]), f"Attribution graphs of {args.prompt!r}")
+    parts = [Part(f"Attribution graphs of {args.prompt!r}", table=pd.DataFrame([_summary(graph) for graph in graphs]))]
     for graph in graphs:
         nodes = graph.node_table().sort_values("influence", ascending=False, kind="stable")
-        cli.show(nodes.head(args.top), f"{graph.model}: nodes with the largest influence on {graph.nodes[-1].label}")
-        cli.show(graph.table(args.top), f"{graph.model}: edges that carry the most of it")
-    tables = {"graph": AttributionGraph.table, "graph-nodes": AttributionGraph.node_table}
-    for stem, table in tables.items():
-        cli.save(args.out, stem, pd.concat([_with_model(table(graph), graph.model) for graph in graphs]))
-    page = graph_page(graphs)
-    replace_file(args.out / "graph.html", lambda path: path.write_text(page, encoding="utf-8"))
-    files = {args.out / f"graph-{stem}.json": graph for stem, graph in zip(_stems(g.model for g in graphs), graphs)}
-    for path, graph in files.items():
-        graph.save(path)
-    print(f"wrote {args.out / 'graph.html'} and {', '.join(map(str, files))}")
+        edges = graph.table(
+            cli.clip(args, "top", int(graph.adjacency.count_nonzero()), f"edges in {graph.model}'s graph")
+        )
+        nodes = nodes.head(cli.clip(args, "top", len(nodes), f"nodes in {graph.model}'s graph"))
+        title = f"{graph.model}: nodes with the largest influence on {graph.nodes[-1].label}"
+        parts += [Part(title, table=nodes), Part(f"{graph.model}: edges that carry the most of it", table=edges)]
+    of_tables = {"": AttributionGraph.table, "nodes": AttributionGraph.node_table}
+    tables = {
+        name: pd.concat([_with_model(table(graph), graph.model) for graph in graphs])
+        for name, table in of_tables.items()
+    }
+    files = {f".{stem}.json": graph.save for stem, graph in zip(_stems(graph.model for graph in graphs), graphs)}
+    cli.report(args, parts, tables, page=graph_page(graphs), others=files)
 
 
 def _summary(graph: AttributionGraph) -> dict:

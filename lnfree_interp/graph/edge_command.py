@@ -13,6 +13,7 @@ import torch
 
 from .. import cli, metrics
 from ..figures.edges import edge_heatmaps
+from ..figures.report import Part
 from ..lens import LensModel
 from ..patching.edges import EdgeEffect, edge_attribution, edge_patching
 from ..patching.sites import METRICS
@@ -27,7 +28,9 @@ def run(args) -> None:
             found[method] = _measured(args, model, measure, f"{name}: {method}", "prompt")
         exact = None
         if args.exact:
-            measure = partial(edge_patching, edges=_strongest(next(iter(found.values())), args.exact))
+            first = next(iter(found.values()))
+            k = cli.clip(args, "exact", int(first.edges.sum()), f"edges in {name}")
+            measure = partial(edge_patching, edges=_strongest(first, k))
             exact = _measured(args, model, measure, f"{name}: exact", "edge").table(seed=args.seed)
             exact = exact.rename(columns={c: f"exact_{c}" for c in ("effect", "low", "high")})
         for method, effect in found.items():
@@ -39,14 +42,16 @@ def run(args) -> None:
             table.insert(1, "method", method)
             tables.append(table)
         notes.append(f"{name}: {_of_the_task(effect)}")
-    print("\n".join(notes))
+    parts = [Part("The task", "\n".join(notes))]
     for table in tables:
         name, method = table["model"].iloc[0], table["method"].iloc[0]
         title = f"{name}: edges with the largest effects on {args.metric}, {method} [95% interval]"
-        cli.show(_readable(table.head(args.top)), title)
+        top = cli.clip(args, "top", len(table), f"edges in {name}")
+        parts.append(Part(title, table=_readable(table.head(top))))
     pairs = args.pairs if args.pairs in ("induction", "ioi") else Path(args.pairs).name
     title = f"Effects of edges, {pairs} pairs, mean over prompts"
-    cli.save(args.out, "edges", pd.concat(tables), edge_heatmaps(panels, unit=args.metric, title=title))
+    parts.append(Part("Edges", figure=edge_heatmaps(panels, unit=args.metric, title=title)))
+    cli.report(args, parts, {"": pd.concat(tables)})
 
 
 def _of_the_task(effect: EdgeEffect) -> str:

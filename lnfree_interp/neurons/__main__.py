@@ -30,7 +30,8 @@ def main(argv=None) -> int:
     parser.add_argument("--method", choices=METHODS, default="auto", help="how a layer is scanned (auto)")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="largest error of a series, nats (1e-5)")
     cli.add_context(parser)
-    args = parser.parse_args(argv)
+    cli.add_embed(parser)
+    args = cli.parsed(parser, argv, "neurons")
     return cli.guard(_run, args, parser.prog)
 
 

@@ -11,7 +11,8 @@ def main(argv=None) -> int:
     parser = cli.parser("norms", __doc__, examples=EXAMPLES)
     parser.add_argument("--threshold", type=float, default=0.3, help="attention on position 0 that makes a sink (0.3)")
     parser.add_argument("--per-position", action="store_true", help="norms at every position, not by kind of token")
-    args = parser.parse_args(argv)
+    cli.add_embed(parser)
+    args = cli.parsed(parser, argv, "norms")
     return cli.guard(_run, args, parser.prog, check=_check, several=True)
 
 

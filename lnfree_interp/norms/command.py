@@ -6,6 +6,7 @@ import pandas as pd
 
 from .. import cli, distributed
 from ..figures.norms import norms_figure, sinks_figure
+from ..figures.report import Part
 from .residual import norm_sums, norms_of
 from .sinks import sink_sums, sinks_of
 
@@ -31,8 +32,7 @@ def run(args) -> None:
     groups = table[table.tokens > 0].pivot_table(
         index=["group", "point"], columns="model", values="norm_mean", sort=False, observed=True
     )
-    if not args.per_position:
-        cli.show(groups[list(norms)].reset_index(), "Mean norm of the residual stream")
+    means = None if args.per_position else groups[list(norms)].reset_index()
     rates = [
         {
             "model": name,
@@ -42,6 +42,10 @@ def run(args) -> None:
         }
         for name, s in sinks.items()
     ]
-    cli.show(pd.DataFrame(rates), f"Attention on position 0 (sink: at least {args.threshold:g})")
-    cli.save(args.out, "norms", table[["model", *table.columns[:-1]]], norms_figure(norms))
-    cli.save(args.out, "sinks", heads[["model", *heads.columns[:-1]]], sinks_figure(sinks))
+    title = f"Attention on position 0 (sink: at least {args.threshold:g})"
+    shown = [
+        Part("Mean norm of the residual stream", table=means, figure=norms_figure(norms)),
+        Part(title, table=pd.DataFrame(rates), figure=sinks_figure(sinks)),
+    ]
+    tables = {"": table[["model", *table.columns[:-1]]], "sinks": heads[["model", *heads.columns[:-1]]]}
+    cli.report(args, shown, tables)

@@ -16,7 +16,7 @@ EXAMPLES = (
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = cli.parser("patching", __doc__, examples=EXAMPLES)
+    parser = cli.parser("patching", __doc__, tokens=None, examples=EXAMPLES)
     add, positive_int = parser.add_argument, cli.positive_int
     cli.add_pairs(parser)
     add("--site", default="resid_pre", choices=list(SITES), help="what to patch (resid_pre)")
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     least = f"leave out pairs between which the metric moves by less, unless --raw ({LEAST})"
     add("--least", type=float, default=LEAST, metavar="X", help=least)
     add("--max-memory", type=size, metavar="SIZE", help="memory to stay within, e.g. 500M or 4G (from the device)")
-    args = parser.parse_args(argv)
+    cli.add_embed(parser)
+    args = cli.parsed(parser, argv, "patching", named=("pairs", "site", "method"))
     return cli.guard(_run, args, parser.prog, check=_check)
 
 
@@ -57,6 +58,9 @@ def _check(args) -> None:
         raise ValueError(f"--least {args.least} is not a number above 0")
     if "atp_star" in args.method and not SITES[args.site].scores:
         raise ValueError(f"--method atp_star is for sites q and k, not {args.site}")
+    for name, method in (("steps", "integrated"), ("path", "integrated"), ("joint", "second_order")):
+        if method not in args.method:
+            cli.unused(args, name, f"--method {' '.join(args.method)}: it is for {method}")
 
 
 def _run(args) -> None:

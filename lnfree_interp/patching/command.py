@@ -9,6 +9,7 @@ import torch
 
 from .. import cli, metrics
 from ..figures.patching import axis_of, effect_heatmaps
+from ..figures.report import Part
 from .activation import activation_patching
 from .attribution import attribution_patching
 from .effect import PatchingEffect, moved, normalized, patching_error, solved
@@ -54,14 +55,14 @@ def run(args) -> None:
                 labels = _labels(exact)
     if not errors:
         raise ValueError(f"there is nothing to normalise by, --raw compares effects as they are. {'. '.join(notes)}")
-    print("\n".join(notes))
     error_table, effect_table = (_model_first(pd.concat(t, ignore_index=True)) for t in (errors, effects))
-    cli.show(
-        summary(error_table), f"{args.site}, {'raw' if args.raw else 'normalised per prompt'}: error against patching"
-    )
-    stem = f"patching-{args.site}"
-    cli.save(args.out, stem, error_table, _figure(args, panels, labels, exact))
-    cli.save(args.out, f"{stem}-effects", effect_table)
+    title = f"{args.site}, {'raw' if args.raw else 'normalised per prompt'}: error against patching"
+    parts = [
+        Part("The task", "\n".join(notes)),
+        Part(title, table=summary(error_table)),
+        Part("Effects", figure=_figure(args, panels, labels, exact)),
+    ]
+    cli.report(args, parts, {"": error_table, "effects": effect_table})
 
 
 def _of_the_task(exact: PatchingEffect, args, used: torch.Tensor) -> str:
