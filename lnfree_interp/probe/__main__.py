@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--clusters", type=positive_int, default=5, metavar="K", help="of layers, for --pooling kmeans (5)")
     add("--dim", type=positive_int, default=1024, metavar="D", help="signs of a concept's vector (1,024)")
     add("--hidden", type=positive_int, default=512, metavar="N", help="width of the encoder's hidden layer (512)")
-    add("--epochs", type=positive_int, default=60, metavar="N", help="of the encoder's training, at most (60)")
+    add("--epochs", type=positive_int, default=80, metavar="N", help="of the encoder's training, at most (80)")
     add("--all-prompts", action="store_true", help="train on prompts that the model gets wrong too")
     add("--readout", default="linear", choices=("linear", "encoder"), help="whose evidence is attributed (linear)")
     add("--evidence", type=positive_int, default=32, metavar="N", help="prompts whose evidence is attributed (32)")

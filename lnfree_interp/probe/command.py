@@ -97,7 +97,7 @@ def _fitted(name: str, probe: HyperProbe) -> dict:
         "trained on": int(probe.facts["n_train"]),
         "stopped by": int(probe.facts["n_stop"]),
         "epochs": len(probe.history),
-        "held-out loss": best[1],
+        "held-out distance": best[1],
     }
 
 

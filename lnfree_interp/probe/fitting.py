@@ -18,7 +18,7 @@ from .data import ProbeData, Splits, answer_tokens
 from .hyperprobe import HyperProbe
 from .streams import POOLINGS, check_clusters, observe, one_hot, pool_weights
 from .symbols import Codebook, bind
-from .training import Training, bundle_loss, encoder_of, train
+from .training import Training, bundle_loss, distance, encoder_of, train
 
 # Of the ridge regression to the final stream, in parts of the mean variance.
 RIDGE = 1e-2
@@ -124,9 +124,8 @@ def fit_probe(
         encoder = encoder_of(model.cfg.d_model, book.dim, training).to(pooled.dtype)
         linear = nn.Linear(model.cfg.d_model, len(classes)).to(pooled.dtype)
     goal = targets(book, data).to(pooled)
-    history = train(
-        encoder, bundle_loss, (pooled[rows], goal[rows]), (pooled[stop], goal[stop]), training, seed, progress
-    )
+    of_encoder = (pooled[rows], goal[rows]), (pooled[stop], goal[stop])
+    history = train(encoder, bundle_loss, *of_encoder, training, seed, progress, judge=distance)
     known = [i for i in stop if data.prompts[i].value in classes]
     number = torch.tensor([classes.index(p.value) if p.value in classes else -1 for p in data])
     train(linear, F.cross_entropy, (pooled[rows], number[rows]), (pooled[known], number[known]), training, seed)

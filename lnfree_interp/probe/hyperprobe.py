@@ -48,7 +48,7 @@ class HyperProbe:
             [answer, d_model] of pooled streams, raw_means [layer, answer, d_model] of the stream itself; tuned.weight
             [d_model, d_model], tuned.bias: from a pooled stream to the final one.
         facts: numbers of the training: n_train, n_stop, right (share of all prompts that the model itself gets right).
-        history: (loss, held-out loss) of each epoch.
+        history: (loss, 1 less the mean cosine of what is held out) of each epoch.
     """
 
     model: str

@@ -17,7 +17,7 @@ WORD = re.compile(r" [a-z]{4,}")
 
 
 def recall_data(
-    model: ModelOrName, n: int = 2000, *, keys: int = 8, values: int = 20, pairs: int = 4, reads: int = 3, seed: int = 0
+    model: ModelOrName, n: int = 2000, *, keys: int = 4, values: int = 20, pairs: int = 4, reads: int = 3, seed: int = 0
 ) -> ProbeData:
     """Lists of words in pairs, read several times, the last time as far as a key: what was it paired with?
 

@@ -25,7 +25,7 @@ class Training:
         depth: how many of them.
         dropout: share of hidden numbers that are dropped in training.
         epochs: at most.
-        patience: epochs without a better loss on the held-out prompts, after which it stops; the best are kept.
+        patience: epochs without a nearer output on the held-out prompts, after which it stops; the best are kept.
 
     Raises:
         ValueError: a number outside its range.
@@ -34,8 +34,8 @@ class Training:
     hidden: int = 512
     depth: int = 1
     dropout: float = 0.1
-    epochs: int = 60
-    patience: int = 8
+    epochs: int = 80
+    patience: int = 15
     batch: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
@@ -63,6 +63,12 @@ def bundle_loss(out: Float[Tensor, "batch dim"], target: Float[Tensor, "batch di
     return of_signs + 0.1 * F.mse_loss(torch.tanh(out / 2), target)
 
 
+def distance(out: Float[Tensor, "batch dim"], target: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
+    """1 less the mean cosine: what stops the training. Of answers that it has never seen an encoder can know nothing, and
+    their cross-entropy grows with all that it learns of the others; their cosine does not."""
+    return 1 - F.cosine_similarity(torch.tanh(out / 2), target).mean()
+
+
 def train(
     module: nn.Module,
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -71,14 +77,17 @@ def train(
     training: Training,
     seed: int,
     progress: Progress | None = None,
+    *,
+    judge: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> list[tuple[float, float]]:
     """Train a module in place, and leave it with the best weights, in eval mode.
 
     Args:
         data, held_out: inputs and targets; without any held out the training's own loss decides.
+        judge: in place of the loss on what is held out, smaller is better.
 
     Returns:
-        (loss, loss on what is held out) after each epoch.
+        (loss, judge's number or loss on what is held out) after each epoch.
     """
     x, y = data
     optimizer = torch.optim.AdamW(module.parameters(), training.learning_rate, weight_decay=training.weight_decay)
@@ -97,7 +106,7 @@ def train(
                 total += value.item() * len(rows)
             module.eval()
             with torch.no_grad():
-                other = loss(module(held_out[0]), held_out[1]).item() if len(held_out[0]) else total / len(x)
+                other = (judge or loss)(module(held_out[0]), held_out[1]).item() if len(held_out[0]) else total / len(x)
             history.append((total / len(x), other))
             if progress is not None:
                 progress(epoch + 1, training.epochs)
