@@ -104,11 +104,9 @@ def probe():
 
 @cache
 def probe_data():
-    prompts = [
-        ((i % 7, i % 5, 3 + i % 4), (("key", f"v{(i + 1) % 4}"), (f"k{i % 2}", f"v{i % 4}")), 3 + i % 4)
-        for i in range(60)
-    ]
-    return ProbeData(tuple(ProbePrompt(*row) for row in prompts))
+    rows = [(i, (("key", f"v{(i + 1) % 4}"), (f"k{i % 2}", f"v{i % 4}"))) for i in range(60)]
+    prompts = [ProbePrompt((i % 7, i % 5, 3 + i % 4), pairs, 3 + i % 4) for i, pairs in rows]
+    return ProbeData(tuple(prompts))
 
 
 def probe_file() -> str:

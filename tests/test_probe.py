@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def probes(random_model):
     made = {}
 
     def factory(model, **more):
-        key = id(model), *sorted(more.items())
+        key = id(model), str(sorted(more.items()))
         if key not in made:
             made[key] = model, probe_of(model, **more)
         return made[key][1]
@@ -171,8 +172,9 @@ def test_recall_is_what_the_prompt_says():
     data = recall_data(load_model("tiny-noLN", device="cpu"), 24, pairs=3, reads=3, seed=2)
     for prompt in data:
         (_, before), (key, value) = prompt.pairs
-        assert prompt.prompt.endswith(key) and prompt.prompt.count(key) == 3 and prompt.prompt.count(value) == 2
-        assert before in prompt.prompt and prompt.answer == f" {value}"
+        words = re.findall(r"\w+", prompt.prompt)
+        assert words[-1 - (prompt.template == "and")] == key and words.count(key) == 3 and words.count(value) == 2
+        assert before in words and prompt.answer == f" {value}"
     assert len(data.templates) == 8
 
 
@@ -259,7 +261,7 @@ def test_a_planted_answer_is_read_and_the_yardsticks_know_theirs():
     of_constant = found.yardsticks.index("constant")
     n = int(found.n[0, 0])
     assert abs(found.similarity[of_constant, 0, 0]) < 4 / math.sqrt(256)
-    assert abs(found.bits[of_constant, 0, 0] - 0.5) < 4 / math.sqrt(256) and found.similarity[0, 0, 0] > 0.3
+    assert abs(found.bits[of_constant, 0, 0] - 0.5) < 4 / math.sqrt(256) and found.similarity[0, 0, 0] > 0.1
     assert n == len(probe.splits.rows(data, "prompts"))
 
 
@@ -467,27 +469,29 @@ def prompt_of(value, answer=5, key="key 0"):
 
 
 MODEL = make_model(None)
-TOO_FEW = tuple(prompt_of(f"v{i}", 10 + i) for i in range(2))
+TOO_FEW = ProbeData(tuple(prompt_of(f"v{i}", 10 + i) for i in range(2)))
+TWICE = ProbeData((prompt_of("a", 4), prompt_of("a", 5), prompt_of("b", 6)))
+HELD_OUT = next(seed for seed in range(99) if not Splits.of(TOO_FEW, seed).rows(TOO_FEW, "train"))
 BAD = [
     (lambda probe: Codebook(("a",)), "two at least"),
     (lambda probe: Codebook(("a", "A", "b")), "given twice"),
     (lambda probe: Codebook(("a", "b")).number("c"), "none of the codebook's 2"),
     (lambda probe: ProbeData(()), "no prompts"),
     (lambda probe: probe_of(MODEL, ProbeData((prompt_of("a"), prompt_of("b")))), "does not tell them apart"),
-    (lambda probe: probe_of(MODEL, ProbeData((prompt_of("a", 4), prompt_of("a", 5)))), "different tokens"),
+    (lambda probe: probe_of(MODEL, TWICE), "different tokens"),
     (lambda probe: probe_of(MODEL, ProbeData((prompt_of("a"),))), "two answers at least"),
     (lambda probe: probe_of(MODEL, ProbeData((prompt_of("a", 99), prompt_of("b")))), "outside the model's vocabulary"),
     (lambda probe: probe_of(MODEL, pooling="kmeans"), "5 clusters of 2 layers"),
     (lambda probe: probe_of(MODEL, pooling="median"), "unknown pooling 'median'"),
     (lambda probe: probe_of(MODEL, layers=[7]), "layer 7 is out of range"),
     (lambda probe: probe_of(MODEL, codebook=Codebook(("a", "b"))), "none of the codebook's 2"),
-    (lambda probe: probe_of(MODEL, ProbeData(TOO_FEW)), "to train on"),
+    (lambda probe: probe_of(MODEL, TOO_FEW, seed=HELD_OUT), "to train on"),
     (lambda probe: probe.read(make_model(None, d_model=12, n_heads=1), (1, 2), keys=["key 0"]), "d_model 24"),
     (lambda probe: probe.read(MODEL, (1, 2)), "give keys"),
     (lambda probe: probe.read(MODEL, (1, 2), keys=["Mexico"]), "concept 'Mexico' is none"),
     (lambda probe: probe.read(MODEL, (1, 200), keys=["key 0"]), "token id 200 is outside"),
     (lambda probe: evaluate_probe(make_model(None, n_layers=3), probe, DATA), "this one has 3"),
-    (lambda probe: evaluate_probe(MODEL, probe, ProbeData(TOO_FEW)), "concept 'v0' is none"),
+    (lambda probe: evaluate_probe(MODEL, probe, TOO_FEW), "concept 'v0' is none"),
     (lambda probe: concept_evidence(MODEL, probe, (1, 2), "key 0"), "no answer that the probe was trained on"),
     (lambda probe: concept_evidence(MODEL, probe, (1, 2), readout="both"), "unknown readout 'both'"),
     (lambda probe: swap_concepts(MODEL, probe, DATA, layers=0), "layer 0 is none that the probe reads"),

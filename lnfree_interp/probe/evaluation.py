@@ -76,7 +76,7 @@ class ProbeEvaluation(Result):
     bits: Float[Tensor, "yardstick split group"]
     n: Int[Tensor, "split group"]
     chance: float
-    facts: dict[str, float]
+    facts: dict[str, float | int]
     model: str = ""
 
     def summary(self) -> str:

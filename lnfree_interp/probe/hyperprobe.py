@@ -64,7 +64,7 @@ class HyperProbe:
     training: Training
     encoder: nn.Sequential = field(repr=False)
     tensors: dict[str, Tensor] = field(repr=False)
-    facts: dict[str, float] = field(default_factory=dict)
+    facts: dict[str, float | int] = field(default_factory=dict)
     history: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:

@@ -32,4 +32,5 @@ def share_interval(hits: Float[Array, "cluster ..."], counts: Float[Array, " clu
     z2 = NORMAL**2 / size
     centre = (p + z2 / 2) / (1 + z2)
     half = NORMAL * np.sqrt((p * (1 - p) + z2 / 4) / size) / (1 + z2)
-    return (centre - half).clip(0, 1), (centre + half).clip(0, 1)
+    low, high = (np.asarray(np.clip(centre + sign * half, 0, 1)) for sign in (-1, 1))
+    return low, high

@@ -112,7 +112,7 @@ def signs(x: Float[Tensor, "*rows dim"], seed: int = 0) -> Float[Tensor, "*rows 
     return torch.where(x == 0, coins, x.sign())
 
 
-def bind(a: Float[Tensor, "*rows dim"], b: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows dim"]:
+def bind(a: Float[Tensor, "*rows dim"], b: Float[Tensor, "*others dim"]) -> Float[Tensor, ...]:
     """The pair of two symbols: like neither of them, and bound with one of them again the other."""
     return a * b
 

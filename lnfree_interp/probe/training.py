@@ -43,9 +43,9 @@ class Training:
     def __post_init__(self):
         for name in ("hidden", "depth", "epochs", "patience", "batch"):
             whole(getattr(self, name), name, least=1)
-        number(self.dropout, "dropout", least=0, below=1)
-        number(self.learning_rate, "learning_rate", above=0)
-        number(self.weight_decay, "weight_decay", least=0)
+        number(self.dropout, "dropout", least=0.0, below=1.0)
+        number(self.learning_rate, "learning_rate", above=0.0)
+        number(self.weight_decay, "weight_decay", least=0.0)
 
 
 def encoder_of(d_model: int, dim: int, training: Training) -> nn.Sequential:
@@ -64,8 +64,11 @@ def bundle_loss(out: Float[Tensor, "batch dim"], target: Float[Tensor, "batch di
 
 
 def distance(out: Float[Tensor, "batch dim"], target: Float[Tensor, "batch dim"]) -> Float[Tensor, ""]:
-    """1 less the mean cosine: what stops the training. Of answers that it has never seen an encoder can know nothing, and
-    their cross-entropy grows with all that it learns of the others; their cosine does not."""
+    """1 less the mean cosine: what stops the training.
+
+    Of answers that it has never seen an encoder can know nothing: their cross-entropy grows with all that it learns of
+    the others, their cosine does not.
+    """
     return 1 - F.cosine_similarity(torch.tanh(out / 2), target).mean()
 
 
