@@ -79,7 +79,7 @@ def reading_figure(result: ProbeReading, *, key: int = -1, top: int = 12) -> go.
         1
     """
     at = indices(key, len(result.keys), "key", range(len(result.keys)), "the keys")[0]
-    names = [name for name, _ in result.top(at, top)]
+    names = [name for name, _ in result.top(at, whole(top, "top", least=1))]
     values = result.similarity[at][:, [result.concepts.index(name) for name in names]]
     most = float(values.abs().max())
     trace = go.Heatmap(

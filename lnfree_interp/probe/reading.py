@@ -93,7 +93,7 @@ def reading_of(probe: HyperProbe, model: LensModel, prompt: Tokens, keys: Sequen
         keys = named(prompt, probe.codebook.concepts)
         if not keys:
             raise ValueError(f"prompt {prompt!r} names none of the {len(probe.codebook.concepts)} concepts: give keys")
-    elif isinstance(keys, str) or not isinstance(keys, Sequence):
+    elif isinstance(keys, str) or not isinstance(keys, Sequence) or not all(isinstance(key, str) for key in keys):
         raise ValueError("keys must be a list of concepts")
     numbers = [probe.codebook.number(key) for key in keys]
     if not numbers:

@@ -99,6 +99,8 @@ def analogy_data(model: ModelOrName, n: int = 3000, *, kinds: list[str] | None =
     model, n = as_model(model), whole(n, "n", least=1)
     chosen = list(KINDS) if kinds is None else list(one_of(kinds, "kinds", (list, tuple), "a list of kinds"))
     seed = whole(seed, "seed", least=0)
+    if not chosen:
+        raise ValueError("kinds name no kind of pair")
     if unknown := [kind for kind in chosen if kind not in KINDS]:
         raise ValueError(f"unknown kind {shown(unknown[0])}; allowed are {', '.join(KINDS)}")
     concept_at: dict[int, str] = {}
