@@ -35,10 +35,10 @@ def number(
     value: Any,
     what: str,
     *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
+    least: float | int | None = None,
+    above: float | int | None = None,
+    most: float | int | None = None,
+    below: float | int | None = None,
 ) -> float:
     """A real number of any make as a float.
 

@@ -312,7 +312,7 @@ class StreamedBlocks(torch.utils.data.IterableDataset):
         if n_blocks:
             yield self._blocks(np.concatenate(parts)[: n_blocks * self._content])
 
-    def _blocks(self, ids: Int[np.ndarray, " pos"]) -> Int[np.ndarray, "n pos"]:
+    def _blocks(self, ids: Int[np.ndarray, " token"]) -> Int[np.ndarray, "n pos"]:
         return begun(self._begin, torch.from_numpy(ids).view(-1, self._content)).numpy()
 
     def _documents(self, start: tuple[int, int, int]) -> Iterator[tuple[int, int, int, Int[np.ndarray, " pos"]]]:

@@ -45,7 +45,7 @@ def test_dla_on_the_embedded_models(tmp_path, capsys):
     table = pd.read_csv(out / f"{stem}.csv")
     heads = table[table.component.str.fullmatch(r"L\d+H\d+")]
     free, normed = (heads[heads.model == name] for name in ("tiny-noLN", "tiny"))
-    assert len(free) == len(normed) == 16
+    assert len(free) == len(normed) == 32
     assert free.nmae.max() < 1e-4 < normed.nmae.min()
     assert "Plotly.newPlot" in (out / f"{stem}.html").read_text()
     assert sorted(f.name for f in out.iterdir()) == [f"{stem}.csv", f"{stem}.html", "plotly.min.js"]

@@ -34,7 +34,7 @@ def test_nodes_are_labelled_in_order(tiny, graph):
     assert [node.label for node in graph.nodes[:2]] == ["'<|endoftext|>' @0", "'It' @1"]
     assert [node.unit for node in graph.nodes[: len(tokens)]] == tokens.tolist()
     assert [node.label for node in graph.nodes[-3:]] == ["bias", "left out", "logit ' night' - ' day'"]
-    assert graph.nodes[-1].pos == len(tokens) - 1 and graph.nodes[-1].layer == graph.n_layers == 4
+    assert graph.nodes[-1].pos == len(tokens) - 1 and graph.nodes[-1].layer == graph.n_layers == tiny.cfg.n_layers
     kinds = ("token", "head", "neuron", "bias", "error", "logit")
     inner = graph.nodes[len(tokens) : -3]
     keys = [(node.layer, kinds.index(node.kind), node.pos, node.unit) for node in inner]
@@ -250,7 +250,7 @@ def test_sets_alone_are_all_others_taken_out(tiny, graph, faithfulness):
     nodes = [node for node in graph.nodes if node.kind in ("head", "neuron")]
     everything = [
         replace(nodes[0], kind=kind, layer=layer, pos=pos, unit=unit)
-        for layer in range(4)
+        for layer in range(tiny.cfg.n_layers)
         for pos in range(len(tokens))
         for kind, n in (("head", 4), ("neuron", tiny.cfg.d_mlp))
         for unit in range(n)

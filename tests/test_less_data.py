@@ -343,7 +343,7 @@ def test_a_treated_run_that_was_interrupted_begins_again(small):
     for name in ("one", "other"):
         (small / name / "checkpoint-3").mkdir(parents=True)
         (small / name / "checkpoint-3" / "trainer_state.json").write_text("{}")
-        train_run.train((run, small / name, text, text, "cpu", None))
+        train_run.train((run, small / name, text, text, ("cpu", "float32"), None))
         losses.append(runs.read(run, small / name))
     assert losses[0].ce == losses[1].ce and len(losses[0].ce) == 14
     assert losses[0].events == tuple(tuple(event) for event in schedule.events(2))

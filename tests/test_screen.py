@@ -534,4 +534,4 @@ def test_bad_input(random_model, options, message, monkeypatch):
 def test_names_and_tuples_will_do():
     pairs = induction_pairs("tiny-noLN", 3, length=6)
     found = screen("tiny-noLN", (pairs.clean, pairs.corrupted, pairs.answers), method=SecondOrder(joint=True), budget=1)
-    assert found.effect.values.shape == (3, 4, 6) and found.flag == "correction"
+    assert found.effect.values.shape == (3, 8, 6) and found.flag == "correction"
