@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--epochs", type=positive_int, default=80, metavar="N", help="of the encoder's training, at most (80)")
     add("--all-prompts", action="store_true", help="train on prompts that the model gets wrong too")
     add("--readout", default="linear", choices=("linear", "encoder"), help="whose evidence is attributed (linear)")
-    add("--evidence", type=positive_int, default=32, metavar="N", help="prompts whose evidence is attributed (32)")
+    add("--evidence", type=positive_int, default=12, metavar="N", help="prompts whose evidence is attributed (12)")
     add("--edits", type=positive_int, default=64, metavar="N", help="prompts whose stream is edited (64)")
     add("--top", type=positive_int, default=10, metavar="K", help="components that are printed (10)")
     add("--save-probes", action="store_true", help="write each model's probe as .safetensors")
