@@ -85,5 +85,21 @@ from .patching import (
     screen as screen,
     screen_edges as screen_edges,
 )
+from .probe import (
+    Codebook as Codebook,
+    ConceptEvidence as ConceptEvidence,
+    ConceptSwap as ConceptSwap,
+    HyperProbe as HyperProbe,
+    ProbeData as ProbeData,
+    ProbeEvaluation as ProbeEvaluation,
+    ProbePrompt as ProbePrompt,
+    ProbeReading as ProbeReading,
+    analogy_data as analogy_data,
+    concept_evidence as concept_evidence,
+    evaluate_probe as evaluate_probe,
+    fit_probe as fit_probe,
+    recall_data as recall_data,
+    swap_concepts as swap_concepts,
+)
 from .schedule import RemovalSchedule as RemovalSchedule
 from .weights import read_weights as read_weights, why_not_read as why_not_read

@@ -25,9 +25,10 @@ from test_patching import make_pairs
 from transformers import Trainer, TrainerCallback
 
 import lnfree_interp
-from lnfree_interp import Reader, load_model
+from lnfree_interp import ProbeData, ProbePrompt, Reader, load_model
 from lnfree_interp.names import VALIDATION_TEXT
 from lnfree_interp.patching import Estimate
+from lnfree_interp.probe import Training
 from lnfree_interp.results import Result
 
 PACKAGE = Path(lnfree_interp.__file__).parent
@@ -97,12 +98,45 @@ _LOGITS = torch.zeros(2, 3, 5)
 
 
 @cache
+def probe():
+    return of("fit_probe")
+
+
+@cache
+def probe_data():
+    rows = [(i, (("key", f"v{(i + 1) % 4}"), (f"k{i % 2}", f"v{i % 4}"))) for i in range(60)]
+    prompts = [ProbePrompt((i % 7, i % 5, 3 + i % 4), pairs, 3 + i % 4) for i, pairs in rows]
+    return ProbeData(tuple(prompts))
+
+
+def probe_file() -> str:
+    probe_data().save("data.jsonl")
+    return "data.jsonl"
+
+
+def saved_probe() -> str:
+    probe().save("probe.safetensors")
+    return "probe.safetensors"
+
+
+_PROBED = {"prompt": (1, 2, 3)}
+
+
+@cache
 def effect():
     return of("activation_patching")
 
 
 # Function -> arguments that are right, made when wanted.
 RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
+    "analogy_data": lambda: {"model": tiny(), "n": 4},
+    "concept_evidence": lambda: _MODEL | _PROBED | {"probe": probe()},
+    "evaluate_probe": lambda: _MODEL | {"probe": probe(), "data": probe_data()},
+    "fit_probe": lambda: (
+        _MODEL | {"data": probe_data(), "dim": 8, "mastered": False, "training": Training(hidden=2, epochs=1)}
+    ),
+    "recall_data": lambda: {"model": tiny(), "n": 2},
+    "swap_concepts": lambda: _MODEL | {"probe": probe(), "data": probe_data(), "n": 2},
     "ablate_cumulatively": lambda: _TOKENS | {"neurons": [3]},
     "ablate_neurons": lambda: _TOKENS | {"neurons": [3]},
     "activation_patching": lambda: _PAIRS,
@@ -181,6 +215,17 @@ RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
     "virtual_weights": lambda: _MODEL | {"sender": "L0H1", "receiver": "L1.mlp"},
     "why_not_read": lambda: _MODEL,
     # What people make, and methods that want arguments.
+    "Codebook": lambda: {"concepts": ("a", "b"), "dim": 8},
+    "Codebook.number": lambda: {"concept": "a"},
+    "Codebook.of": lambda: {"concepts": ["a"]},
+    "HyperProbe.load": lambda: {"path": saved_probe()},
+    "HyperProbe.read": lambda: _MODEL | _PROBED | {"keys": ["k0"]},
+    "HyperProbe.save": lambda: {"path": "probe.safetensors"},
+    "ProbeData": lambda: {"prompts": probe_data().prompts},
+    "ProbeData.from_file": lambda: {"path": probe_file()},
+    "ProbeData.save": lambda: {"path": "data.jsonl"},
+    "ProbePrompt": lambda: {"prompt": "a b", "pairs": (("a", "b"),), "answer": " b"},
+    "Training": dict,
     "Guard": dict,
     "Guard.is_good": lambda: {"loss": 1.0, "baseline": 1.0},
     "Integrated": dict,
@@ -226,6 +271,11 @@ RIGHT: dict[str, Callable[[], dict[str, Any]]] = {
 }
 # Class -> one, to try its methods on.
 ONE: dict[str, Callable[[], Any]] = {
+    "ConceptEvidence": lambda: of("concept_evidence"),
+    "ConceptSwap": lambda: of("swap_concepts"),
+    "HyperProbe": probe,
+    "ProbeEvaluation": lambda: of("evaluate_probe"),
+    "ProbeReading": lambda: probe().read(**_MODEL, **_PROBED, keys=["k0"]),
     "AttentionPatterns": lambda: of("attention_patterns"),
     "AttentionSinks": lambda: of("attention_sinks"),
     "AttributionError": lambda: of("attribution_error"),
@@ -256,6 +306,7 @@ MADE_BY_OTHERS = {
     "Diverged": "an error",
     "ErrorLeft": "part of a Screening",
     "GraphNode": "part of an AttributionGraph",
+    "HyperProbe": "made by fit_probe",
     "Law": "part of a ModelCheck",
     "PairedPrompts": "part of a PatchingEffect",
     "Way": "part of a ModelCheck",

@@ -57,9 +57,14 @@ NO_RESULTS = {
     "Law": "a row of ModelCheck",
     "GraphNode": "a node of AttributionGraph",
     "PromptPairs": "what experiments are made on",
+    "Codebook": "what a probe reads, not what was read",
+    "HyperProbe": "what reads, not what was read",
+    "ProbeData": "what a probe is fitted on",
+    "ProbePrompt": "a row of ProbeData",
 }
-# Drawn elsewhere: tests/test_results_patching.py.
+# Drawn elsewhere: tests/test_results_patching.py, tests/test_probe_results.py.
 OTHERS = ("AttributionGraph", "EdgeEffect", "PatchingEffect", "PatchingError", "Screening", "Explanation", "Comparison")
+OTHERS += ("ConceptEvidence", "ConceptSwap", "ProbeEvaluation", "ProbeReading")
 
 
 class Hostile:
