@@ -79,15 +79,16 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    one_of(device, "device", (str, torch.device), "cpu, cuda, cuda:N or mps")
     try:
-        device = torch.device(one_of(device, "device", (str, torch.device), "cpu, cuda, cuda:N or mps"))
+        found = torch.device(device)
     except RuntimeError:
         raise ValueError(f"unknown device {device!r}; allowed are cpu, cuda, cuda:N, mps") from None
     here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= here.get(device.type, 0):
+    if (found.index or 0) >= here.get(found.type, 0):
         present = [kind for kind, n in here.items() if n]
-        raise ValueError(f"device {str(device)!r} is not there; present: {', '.join(present)}")
-    return device
+        raise ValueError(f"device {str(found)!r} is not there; present: {', '.join(present)}")
+    return found
 
 
 def resolve_dtype(dtype: str | torch.dtype) -> torch.dtype:

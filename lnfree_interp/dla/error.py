@@ -123,7 +123,7 @@ def attribution_error(
     sums = no_sums(tuple(exact.labels[i] for i in chosen), exact.values.shape[1])
     add(sums, approximate.values[chosen], exact.values[chosen])
     model = exact.prompts.model if exact.prompts else ""
-    return error_of(sums, model=model, **drawn)
+    return error_of(sums, draws=drawn["draws"], seed=drawn["seed"], model=model)
 
 
 def _matching(labels: tuple[str, ...], components: str | None) -> list[int]:

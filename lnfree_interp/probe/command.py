@@ -61,7 +61,7 @@ def run(args) -> None:
     evidence = _joined(sums)
     first = next(iter(readings.values()))
     errors = pd.DataFrame([_error(name, table) for name, table in sums.items()])
-    parts = [
+    sections = [
         Part("What was fitted", table=pd.DataFrame([_fitted(name, probe) for name, probe in probes.items()])),
         Part("Answers found among all answers (95% intervals over answers)", table=rates),
         Part(figure=evaluation_figure(found)),
@@ -77,7 +77,7 @@ def run(args) -> None:
     of_readings = _joined({name: reading.table() for name, reading in readings.items()})
     tables = {"": cells, "edits": moved, "evidence": evidence, "reading": of_readings}
     others = {f".{name}.safetensors": probe.save for name, probe in probes.items()} if args.save_probes else None
-    cli.report(args, parts, tables, others=others)
+    cli.report(args, sections, tables, others=others)
 
 
 def _data(args, model: LensModel) -> ProbeData:

@@ -213,7 +213,8 @@ def _split(
         bias += float(linear.bias)
         if "hooks" in linear.labels and "hooks" not in labels:
             labels = (*labels, "hooks")
-        found.append((linear.labels, *(x.values[0, :, 0, 0].cpu() for x in (linear, exact))))
+        value, real = (x.values[0, :, 0, 0].cpu() for x in (linear, exact))
+        found.append((linear.labels, value, real))
     last = found[-1][1]
     values, effect = (last.new_zeros(len(labels), len(found)) for _ in range(2))
     for i, (names, *parts) in enumerate(found):

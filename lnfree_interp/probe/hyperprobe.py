@@ -142,7 +142,7 @@ class HyperProbe:
             if facts.get("format") != FORMAT:
                 raise ValueError("format")
             training, splits = Training(**facts["training"]), facts["splits"]
-            concepts, templates = (tuple(map(tuple, splits[name])) for name in ("concepts", "templates"))
+            held_out: list[Any] = [tuple(map(tuple, splits[name])) for name in ("concepts", "templates")]
             encoder = encoder_of(facts["d_model"], facts["dim"], training)
             state = {n.removeprefix("encoder."): x for n, x in tensors.items() if n.startswith("encoder.")}
             encoder = encoder.to(tensors["mean"].dtype)
@@ -153,7 +153,7 @@ class HyperProbe:
                 codebook=Codebook(tuple(facts["concepts"]), facts["dim"], facts["codebook_seed"]),
                 layers=tuple(facts["layers"]),
                 answers=tuple(facts["answers"]),
-                splits=Splits(splits["seed"], concepts, templates),
+                splits=Splits(splits["seed"], *held_out),
                 training=training,
                 encoder=encoder,
                 tensors={name: tensors[name] for name in TENSORS},

@@ -73,7 +73,9 @@ def token_rows(model: LensModel, prompts: Sequence[Prompt]) -> list[list[int]]:
     return rows
 
 
-def by_length(rows: Sequence[Sequence[int]], device: object) -> Iterator[tuple[list[int], Int[Tensor, "batch pos"]]]:
+def by_length(
+    rows: Sequence[Sequence[int]], device: str | torch.device | int | None
+) -> Iterator[tuple[list[int], Int[Tensor, "batch pos"]]]:
     """Which prompts, and their tokens, some of one length at a time."""
     groups: dict[int, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
