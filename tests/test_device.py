@@ -298,6 +298,12 @@ NO_DEVICE = {
     "induction_pairs": "token ids, on the CPU",
     "ioi_pairs": "token ids, on the CPU",
     "logit_diff": "the metric of every patching case that names none",
+    "recall_data": "texts",
+    "analogy_data": "texts",
+    "fit_probe": "not run there yet",
+    "evaluate_probe": "not run there yet",
+    "concept_evidence": "not run there yet; made of attribution_to",
+    "swap_concepts": "not run there yet",
 }
 
 

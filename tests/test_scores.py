@@ -317,8 +317,8 @@ WRONG = [
     ({"layer": 2}, "layer 2 is out of range: layers reach from 0 to 1"),
     ({"head": -4}, "head -4 is out of range: heads reach from 0 to 2"),
     ({"by": "layer"}, "unknown by 'layer'"),
-    ({"queries": 7}, "query 7 is out of range: positions reach from 0 to 6"),
-    ({"keys": []}, "the keys given name none of 0 to 6"),
+    ({"queries": 7}, "query position 7 is out of range: positions reach from 0 to 6"),
+    ({"keys": []}, "the key positions given name none of 0 to 6"),
     ({"top": 0}, "top is 0; top must be a whole number from 1 up"),
 ]
 

@@ -117,7 +117,7 @@ class Reader:
             )
         if vector is None:
             raise ValueError("a direction wants a vector, [d_model] or [k, d_model], not None")
-        return cls("direction", layer, vector=vector, site=site, normalised=normalised)
+        return cls("direction", layer, vector=_vector(vector), site=site, normalised=normalised)
 
     @classmethod
     def logits(cls, targets: Targets | None = None, versus: Targets | None = None) -> Reader:

@@ -129,7 +129,7 @@ def table_element(table, most: int = ROWS) -> str:
 
     Example:
         >>> import pandas as pd
-        >>> table_element(pd.DataFrame({"name": ["<a>"], "x": [0.123456]}))[-58:]
+        >>> table_element(pd.DataFrame({"name": ["<a>"], "x": [0.123456]}))[-67:]
         "<td>&lt;a&gt;</td><td class='number'>0.1235</td></tr></table></div>"
     """
     columns = list(map(list, zip(*table.head(most).itertuples(index=False, name=None)))) or [[] for _ in table.columns]

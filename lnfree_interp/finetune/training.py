@@ -321,6 +321,8 @@ def remove_layernorm(
         as_ids(held_out, "held_out")
     if control is not None:
         as_path(control, "control")
+    if getattr(model, "loss_type", None) is None:
+        model.loss_type = "ForCausalLM"  # what transformers takes for a GPT-2, with a warning
     eot = tokenizer.eos_token_id
     config, layers = copy.deepcopy(model.config), n_layers(model)
     sequences = schedule.tokens_per_step // schedule.block_size
