@@ -85,17 +85,17 @@ class Reader:
             head: one, several, or all (None).
             direction: [d_head], or [k, d_head] for several: <q, direction> is read; None: every coordinate.
         """
-        return cls("query", layer, head, direction)
+        return cls("query", layer, head, _vector(direction))
 
     @classmethod
     def key(cls, layer: int, head: Places | None = None, direction: Any = None) -> Reader:
         """Keys (`attn.hook_k`), as `query`; where there are fewer heads of keys, those are counted."""
-        return cls("key", layer, head, direction)
+        return cls("key", layer, head, _vector(direction))
 
     @classmethod
     def value(cls, layer: int, head: Places | None = None, direction: Any = None) -> Reader:
         """Values (`attn.hook_v`), as `key`."""
-        return cls("value", layer, head, direction)
+        return cls("value", layer, head, _vector(direction))
 
     @classmethod
     def direction(cls, layer: int | None, vector: Any, site: str = "resid_pre", *, normalised: bool = False) -> Reader:
