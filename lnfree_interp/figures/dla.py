@@ -220,7 +220,7 @@ def errors_figure(result: AttributionError, top: int = 30) -> go.Figure:
     )
     figure.update_xaxes(title_text="normalised mean absolute error", tickformat=".3~%", rangemode="tozero")
     if float(x.abs().max()) < 1e-4:
-        figure.update_xaxes(range=[0, 0.01])  # nothing but rounding
+        figure.update_xaxes(range=[-0.0003, 0.01])  # nothing but rounding
     model = f" in {result.model}" if result.model else ""
     return styled(figure, title=f"How far attributions are from effects{model}", height=130 + 18 * len(chosen))
 
@@ -284,7 +284,7 @@ def waterfall(
     )
     figure = go.Figure(trace)
     low, high = min(0.0, *after), max(0.0, *after)
-    room = 0.12 * ((high - low) or 1.0)
+    room = 0.17 * ((high - low) or 1.0)  # for the numbers beside the bars, on a page of 400 pixels too
     figure.update_xaxes(title_text=unit, range=[low - room, high + room])
     figure.update_yaxes(autorange="reversed", automargin=True)
     return styled(figure, title=title, height=140 + 20 * (len(names) + 1)).update_layout(showlegend=False)

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from ..evaluate import HellaSwag, LossEvaluation, LossTable, ModelComparison
 from ..statistics import mean_interval
-from .style import MARK, band, colour, line, log_axis, styled, symbol
+from .style import MARK, band, colour, in_one, line, log_axis, styled, symbol
 
 
 def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
@@ -24,7 +24,7 @@ def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
         >>> model = load_model("tiny")
         >>> result = evaluate_loss(model, model.to_tokens("It was a dark and stormy night."))
         >>> loss_figure({"tiny": result}).layout.title.text
-        'Loss'
+        'Loss in tiny'
     """
     titles = ("mean by position, with 95% interval", "quantiles over tokens")
     figure = make_subplots(cols=2, subplot_titles=titles, horizontal_spacing=0.12)
@@ -58,7 +58,7 @@ def loss_figure(results: Mapping[str, LossEvaluation]) -> go.Figure:
     figure.update_xaxes(title_text="position (the first is 1)", **log_axis((1, n_pos)), row=1, col=1)
     figure.update_xaxes(title_text="share of tokens that lose less", tickformat=".0%", row=1, col=2)
     figure.update_yaxes(title_text="loss (nats per token)", title_standoff=4)
-    return styled(figure, title="Loss")
+    return styled(figure, title=f"Loss{in_one(results)}")
 
 
 def loss_table_figure(result: LossTable) -> go.Figure:
@@ -105,6 +105,9 @@ def loss_table_figure(result: LossTable) -> go.Figure:
         figure.add_vline(x=0, line=MARK, row=1, col=2)
     figure.update_xaxes(title_text="nats per token", nticks=5)
     figure.update_yaxes(autorange="reversed", automargin=True, type="category")
+    for col, n in enumerate((len(result.names), len(compared)), 1):
+        if n:  # half a row above the first and below the last
+            figure.update_yaxes(autorange=False, range=[n - 0.5, -0.5], row=1, col=min(col, len(titles)))
     return styled(figure, title="Loss, and gaps to the baselines", height=180 + 40 * len(result.names))
 
 
@@ -135,8 +138,8 @@ def hellaswag_figure(results: Mapping[str, HellaSwag]) -> go.Figure:
     chance = 1 / next(iter(results.values())).lengths.shape[1]
     figure.add_hline(y=chance, line=MARK, annotation_text="chance")
     figure.update_layout(scattermode="group")
-    figure.update_yaxes(title_text="items right", tickformat=".0%")
-    return styled(figure, title="HellaSwag (two standard errors)")
+    figure.update_yaxes(title_text="items right", tickformat=".0%", rangemode="tozero")
+    return styled(figure, title=f"HellaSwag, with two standard errors{in_one(results)}")
 
 
 def reliability_figure(result: ModelComparison) -> go.Figure:
@@ -146,7 +149,7 @@ def reliability_figure(result: ModelComparison) -> go.Figure:
         >>> from lnfree_interp import compare_models, load_model
         >>> models = {name: load_model(name) for name in ("tiny", "tiny-noLN")}
         >>> result = compare_models(models, models["tiny"].to_tokens("It was a dark and stormy night."))
-        >>> reliability_figure(result).layout.title.text
+        >>> reliability_figure(result).layout.title.text.partition(":")[0]
         'Reliability'
     """
     figure = make_subplots(rows=2, shared_xaxes=True, row_heights=[0.75, 0.25], vertical_spacing=0.05)
@@ -170,4 +173,5 @@ def reliability_figure(result: ModelComparison) -> go.Figure:
     figure.update_traces(hovertemplate="probability %{x:.3f}: right %{y:.1%}", selector={"type": "scatter"})
     figure.update_traces(hovertemplate="probability %{x:.2f}: %{y:.2%} of predictions", selector={"type": "bar"})
     figure.update_xaxes(title_text="probability of the top token", range=[0, 1], row=2, col=1)
-    return styled(figure, title="Reliability", height=520)
+    title = "Reliability: how often the likeliest token is right, by its probability"
+    return styled(figure, title=title, height=520)

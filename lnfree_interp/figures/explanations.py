@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import plotly.graph_objects as go
@@ -9,7 +10,7 @@ from plotly.subplots import make_subplots
 
 from ..explaining.result import Explanation
 from .panels import plain
-from .style import COLOURS, styled
+from .style import COLOURS, WIDTH, styled
 
 # Components that are drawn.
 TOP = 12
@@ -27,12 +28,13 @@ def explanation_figure(found: Mapping[str, Explanation], *, title: str | None = 
     """
     names, first = list(found), next(iter(found.values()))
     tokens = any(one.by_token is not None for one in found.values())
+    shown, several = ("components", "from each token")[: 1 + tokens], len(names) > 1
     figure = make_subplots(
         rows=1 + tokens,
         cols=len(names),
-        subplot_titles=names if len(names) > 1 else None,
+        subplot_titles=[f"{name}: {what}" if several else what for what in shown for name in names],
         row_heights=[0.68, 0.32][: 1 + tokens],
-        vertical_spacing=0.12,
+        vertical_spacing=0.16,
         horizontal_spacing=0.14 / len(names) + 0.03 * (len(names) > 1),
     )
     for col, (name, one) in enumerate(found.items(), 1):
@@ -63,15 +65,15 @@ def explanation_figure(found: Mapping[str, Explanation], *, title: str | None = 
             hovertemplate=f"%{{customdata}}: %{{y:.4f}} logits<extra>{name}: from this token</extra>",
         )
         figure.add_trace(bars, row=2, col=col)
-        step = max(1, len(labels) * len(names) // 40)
+        step = max(1, math.ceil(14 * len(labels) * len(names) / (WIDTH - 150)))
         ticks = list(range(0, len(labels), step))
         figure.update_xaxes(
             tickvals=ticks, ticktext=[labels[i] for i in ticks], tickangle=-90, title_text=None, row=2, col=col
         )
-        figure.update_yaxes(title_text="logits, by token" if col == 1 else None, row=2, col=col)
+        figure.update_yaxes(title_text="logits" if col == 1 else None, row=2, col=col)
     of = f" in {names[0]}" if len(names) == 1 else ""
     told = plain(f"{first.what}{of}: where it comes from") if title is None else title
-    figure = styled(figure, title=told, height=220 + 20 * TOP + 170 * tokens)
+    figure = styled(figure, title=told, height=220 + 20 * TOP + 190 * tokens)
     return figure.update_layout(margin={"b": 90}) if tokens else figure
 
 

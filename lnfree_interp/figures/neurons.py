@@ -10,7 +10,7 @@ import torch
 from plotly.subplots import make_subplots
 
 from ..neurons import NeuronAblation
-from .style import colour, line, log_axis, styled
+from .style import colour, in_one, line, log_axis, styled
 
 QUANTITIES = {"loss": "cross-entropy", "entropy": "entropy"}
 
@@ -44,6 +44,7 @@ def effects_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
                 upperfence=high,
                 name=name,
                 legendgroup=name,
+                offsetgroup=name,  # a model's boxes stand at the same place in both panels
                 showlegend=col == 1,
                 marker={"color": colour(i)},
             )
@@ -51,7 +52,8 @@ def effects_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
     figure.update_yaxes(title_text="nats", title_standoff=4, rangemode="tozero")
     figure.update_xaxes(title_text="neuron")
     figure.update_layout(boxmode="group")
-    return styled(figure, title="Ablating confidence neurons (boxes: quartiles; whiskers: 5% to 95% of tokens)")
+    title = f"Neurons ablated alone{in_one(results)} (boxes: quartiles; whiskers: 5% to 95% of tokens)"
+    return styled(figure, title=title)
 
 
 def _quantiles(row: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -90,7 +92,7 @@ def cumulative_figure(results: Mapping[str, NeuronAblation]) -> go.Figure:
     for col in (1, 2):  # where nothing changes but by rounding, a scale of rounding errors would be drawn
         if max(abs(y) for trace in figure.data[col - 1 :: 2] for y in trace.y) < 1e-3:
             figure.update_yaxes(range=[-0.1, 0.1], row=1, col=col)
-    return styled(figure, title="Neurons ablated one on top of the other")
+    return styled(figure, title=f"Neurons ablated one on top of the other{in_one(results)}")
 
 
 def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, Any]) -> go.Figure:
@@ -134,6 +136,9 @@ def scan_figure(results: Mapping[str, NeuronAblation], rankings: Mapping[str, An
             )
             figure.add_trace(trace, row=i + 1, col=col)
             all_sizes += trace.y
+            if not any(trace.y):  # a log axis shows no zeros
+                middle = {"x": 0.5, "y": 0.5, "xref": "x domain", "yref": "y domain", "showarrow": False}
+                figure.add_annotation(text="0 for every neuron", **middle, row=i + 1, col=col)
         all_scores += scores
     figure.update_xaxes(**log_axis(all_scores))
     figure.update_yaxes(**log_axis(all_sizes))

@@ -9,7 +9,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..norms import AttentionSinks, ResidualNorms
-from .style import MARK, colour, line, log_axis, styled
+from .style import MARK, colour, in_one, line, log_axis, styled
+
+# What titles call a group.
+_GROUPS = {"rest": "other positions"}
 
 
 def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean") -> go.Figure:
@@ -36,7 +39,7 @@ def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean
         rows=len(groups),
         cols=3,
         shared_xaxes=True,
-        subplot_titles=[f"{group}: {word}" for group in groups for word in quantities.values()],
+        subplot_titles=[f"{_GROUPS.get(group, group)}: {word}" for group in groups for word in quantities.values()],
         vertical_spacing=min(0.5, 40 / height) if len(groups) > 1 else 0,
         horizontal_spacing=0.07,
     )
@@ -65,7 +68,7 @@ def norms_figure(results: Mapping[str, ResidualNorms], *, statistic: str = "mean
     step = max(1, math.ceil(len(first.points) / 13))
     ticks = {"tickvals": list(range(0, len(first.points), step)), "ticktext": list(first.points)[::step]}
     figure.update_xaxes(**ticks, tickangle=-90)
-    return styled(figure, title=f"Residual stream ({statistic} over sequences)", height=height + 60)
+    return styled(figure, title=f"Residual stream{in_one(results)} ({statistic} over sequences)", height=height + 60)
 
 
 def _over_positions(results: Mapping[str, ResidualNorms], statistic: str) -> go.Figure:
@@ -77,7 +80,8 @@ def _over_positions(results: Mapping[str, ResidualNorms], statistic: str) -> go.
     figure.update_yaxes(**log_axis(y for trace in figure.data for y in trace.y), title_text="L2 norm")
     figure.update_xaxes(title_text="position")
     last = next(iter(results.values())).points[-1]
-    return styled(figure, title=f"Norm of the residual stream at {last} ({statistic} over sequences)")
+    told = f"Norm of the residual stream at {last}{in_one(results)} ({statistic} over sequences)"
+    return styled(figure, title=told)
 
 
 def sinks_figure(results: Mapping[str, AttentionSinks]) -> go.Figure:
@@ -112,10 +116,12 @@ def sinks_figure(results: Mapping[str, AttentionSinks]) -> go.Figure:
     threshold = next(iter(results.values())).threshold
     most = max(result.attention.max().item() for result in results.values())
     if most >= threshold:
-        figure.add_hline(y=threshold, line=MARK, annotation_text="a sink")
+        figure.add_hline(y=threshold, line=MARK)
     figure.update_yaxes(title_text="attention on position 0", range=[0, min(1.02, 1.12 * most) or 1.0])
     figure.update_xaxes(title_text="layer")
     figure.update_layout(boxmode="group")
-    none = "" if most >= threshold else ": no head is one"
-    title = f"Attention on position 0, each head; a sink has at least {threshold:g} there{none}"
+    told = "dotted" if most >= threshold else "no head is one"
+    title = f"Attention of each head on position 0{in_one(results)}; a sink has at least {threshold:g} there ({told})"
+    if len(results) == 1:
+        title += f": {result.head_rate:.0%} of heads, {result.query_rate:.0%} of queries"
     return styled(figure, title=title)

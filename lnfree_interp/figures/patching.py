@@ -14,7 +14,7 @@ from torch import Tensor
 from ..patching import PatchingEffect, PatchingError
 from ..patching.shown import panel, unit_of
 from .panels import plain
-from .style import DIVERGING, line, styled
+from .style import DIVERGING, in_one, line, styled
 
 # Pixels across for cells, on a page of 800.
 DRAWN_ON = 650
@@ -103,7 +103,7 @@ def error_lines(errors: Mapping[str, PatchingError], *, title: str | None = None
         )
     figure.update_xaxes(title_text="layer", dtick=max(1, len(first.layers) // 12))
     figure.update_yaxes(title_text=f"error, {unit}", rangemode="tozero")
-    told = f"Error of {first.method} against patching, {first.site}, by layer [95% over prompts]"
+    told = f"Error of {first.method} against patching, {first.site}, by layer [95% over prompts]{in_one(errors)}"
     return styled(figure, title=told if title is None else title, height=360)
 
 
@@ -151,10 +151,10 @@ def effect_heatmaps(
     beyond = max(sizes.values()) > most
     # Space for titles and for tokens that stand on end, in pixels of the whole.
     each = max(130, 16 * len(layers))
-    longest = max(map(len, labels))
-    bottom = 60 + (min(7 * longest, 150) if longest > 3 else 20)
+    longest = max(len(_short(label)) for label in labels)
+    bottom = (40 + min(6 * longest, 130)) if longest > 3 else 50
     height = 90 + bottom + len(methods) * each + (len(methods) - 1) * 45
-    step = max(1, math.ceil((16 if longest <= 3 else 14) * len(labels) * len(models) / DRAWN_ON))
+    step = max(1, math.ceil((7 * longest + 8 if longest <= 3 else 14) * len(labels) * len(models) / DRAWN_ON))
     ticks = list(range(0, len(labels), step))
     axis, _, told = axis.partition(":")
     figure = make_subplots(

@@ -52,7 +52,7 @@ def styled(figure: go.Figure, *, title: str, height: int = 420) -> go.Figure:
         title: what is seen, of any length.
         height: in pixels, without what a long title and the legend take.
     """
-    lines = textwrap.wrap(title, 88) or [""]
+    lines = wrapped(title, 88)
     panels = panel_titles(figure)
     above = max((1 + str(a.text).count("<br>") for a in panels), default=0)
     figure.update_layout(
@@ -67,7 +67,43 @@ def styled(figure: go.Figure, *, title: str, height: int = 420) -> go.Figure:
     figure.update_layout(title={"yref": "container", "yanchor": "top", "y": 1, "pad": {"t": title_pad(len(lines))}})
     for annotation in panels:
         annotation.font.size = 13
+    figure.update_yaxes(ticks="outside", ticklen=4, tickcolor="rgba(0,0,0,0)")  # labels keep clear of what is drawn
+    _colour_bars(figure)
+    if len(_entries(figure)) == 1:  # alone: no legend, and no dash that tells it from others
+        figure.update_layout(showlegend=False)
+        figure.update_traces(line={"dash": "solid"}, selector=lambda t: t.type == "scatter" and t.line.dash == "dash")
     return figure
+
+
+def in_one(names: Iterable[str]) -> str:
+    """What a title says of the only model that is drawn; of several, the legend does.
+
+    Example:
+        >>> in_one(["tiny"]), in_one(["tiny", "tiny-noLN"])
+        (' in tiny', '')
+    """
+    every = list(names)
+    return f" in {every[0]}" if len(every) == 1 and every[0] not in ("", "model") else ""
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Lines of a text, broken at blanks.
+
+    Example:
+        >>> wrapped("Loss of tiny-noLN", 12)
+        ['Loss of', 'tiny-noLN']
+    """
+    return textwrap.wrap(text, width, break_on_hyphens=False) or [""]
+
+
+def _colour_bars(figure: go.Figure) -> None:
+    """Beside the panels' top, no longer than is needed to read them."""
+    margin = figure.layout.margin
+    inside = figure.layout.height - margin.t - margin.b - legend_height(figure, WIDTH)
+    look = {"lenmode": "pixels", "len": max(100, min(inside, 280)), "y": 1, "yanchor": "top", "thickness": 18}
+    if figure.layout.coloraxis.colorbar.title.text is not None:
+        figure.update_layout(coloraxis={"colorbar": look})
+    figure.update_traces(colorbar=look, selector=lambda t: t.type == "heatmap" and t.colorbar.title.text is not None)
 
 
 def title_pad(lines: int) -> int:
@@ -77,12 +113,17 @@ def title_pad(lines: int) -> int:
 
 def legend_height(figure: go.Figure, width: int) -> int:
     """Pixels that the legend takes below the panels."""
-    entries = [t for t in figure.data if t.showlegend is not False and t.type not in ("heatmap", "waterfall")]
-    if figure.layout.showlegend is False or (len(entries) < 2 and not any(t.showlegend for t in entries)):
+    entries = _entries(figure)
+    if figure.layout.showlegend is False or len(entries) < 2:
         return 0
     longest = max(len(str(trace.name or "")) for trace in entries)
     beside = max(1, width // (50 + 7 * longest))  # its columns are of one width
     return 10 + 20 * math.ceil(len(entries) / beside)
+
+
+def _entries(figure: go.Figure) -> list:
+    """The traces that a legend names."""
+    return [t for t in figure.data if t.showlegend is not False and t.type not in ("heatmap", "waterfall")]
 
 
 def panel_titles(figure: go.Figure) -> list:

@@ -8,7 +8,7 @@ from ..batching import indices
 from ..dla import LogitLens
 from ..evaluate import TokenLosses
 from ..norms import AttentionPatterns
-from .style import colour, layer_axis, line, shown, styled, token_axis
+from .style import WIDTH, colour, layer_axis, line, shown, styled, token_axis
 
 
 def lens_figure(result: LogitLens, prompt: int = 0) -> go.Figure:
@@ -23,7 +23,7 @@ def lens_figure(result: LogitLens, prompt: int = 0) -> go.Figure:
     n, batch, pos = result.logit.shape
     at = indices(prompt, batch, "prompt", range(batch), "the prompts")[0]
     words = result.words()
-    model = f" of {result.prompts.model}" if result.prompts else ""
+    model = f" in {result.prompts.model}" if result.prompts else ""
     top = [words["top"][i * batch + at] for i in range(n)]
     if pos == 1:
         what = repr(words["target"][at][0]) + (f" - {words['versus'][at][0]!r}" if words["versus"] else "")
@@ -38,22 +38,28 @@ def lens_figure(result: LogitLens, prompt: int = 0) -> go.Figure:
         figure.update_xaxes(title_text="after")
         return styled(figure, title=f"Logit lens{model}: {what}")
     tokens = list(words["token"][at]) if words["token"] else [str(p) for p in result.positions]
+    room = int((WIDTH - 190) / pos / 6.5)  # characters in a cell
     texts = [[shown(word) for word in row] for row in top]
+    inside = [[shown(word if len(word) <= room else word[: room - 1] + "…") for word in row] for row in top]
     logits = result.logit[:, at].tolist()
     figure = go.Figure(
         go.Heatmap(
             z=result.top_prob[:, at].float().numpy(),
-            text=texts,
-            texttemplate="%{text}" if pos <= 14 else None,
-            customdata=[[(shown(token), x) for token, x in zip(tokens, row)] for row in logits],
+            text=inside,
+            texttemplate="%{text}" if room >= 4 else None,
+            textfont={"size": 11},
+            customdata=[
+                [(shown(token), x, text) for token, x, text in zip(tokens, row, said)]
+                for row, said in zip(logits, texts)
+            ],
             zmin=0,
             zmax=1,
             colorscale="Blues",
             colorbar={"title": "probability"},
             xgap=1,
             ygap=1,
-            hovertemplate="after %{y} at %{customdata[0]}: %{text} (%{z:.1%}); target %{customdata[1]:.3f} logits"
-            "<extra></extra>",
+            hovertemplate="after %{y} at %{customdata[0]}: %{customdata[2]} (%{z:.1%}); "
+            "target %{customdata[1]:.3f} logits<extra></extra>",
         )
     )
     step = layer_axis(n)["tickvals"]
@@ -145,5 +151,5 @@ def token_losses_figure(result: TokenLosses, prompt: int = 0) -> go.Figure:
     )
     figure.update_xaxes(**token_axis(strings), automargin=True)
     figure.update_yaxes(title_text="nats")
-    model = f" of {result.prompts.model}" if result.prompts else ""
+    model = f" in {result.prompts.model}" if result.prompts else ""
     return styled(figure, title=f"Loss of each token{model}")
