@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
+import math
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 
-from .style import PANEL_LINE, TITLE_LINE, WIDTH, legend_height, panel_titles, title_pad
+from .style import PANEL_LINE, TITLE_LINE, WIDTH, legend_height, panel_titles, title_pad, wrapped
 
 # Pixels of a page that is narrow, and up to which a page is one.
 NARROW, UP_TO = 400, 600
@@ -20,16 +21,20 @@ NARROW, UP_TO = 400, 600
 TITLE = 46
 # Pixels up to which a panel keeps its height where many follow each other.
 LOW = 220
+# Characters of a row's name that stand in a line, and pixels of a line of a note below the panels.
+NAME, NOTE_LINE = 32, 16
 _MARGIN = {"l": 60, "r": 15}
 
 _SCRIPT = """
-const plot = document.getElementById('{plot_id}'), layouts = LAYOUTS;
+const plot = document.getElementById('{plot_id}'), layouts = LAYOUTS, texts = TEXTS;
 let shown = 0;
 function fit() {
   const now = plot.parentElement.clientWidth < UP_TO ? 1 : 0;
   if (now === shown) return;
   shown = now;
-  plot.style.height = plot.parentElement.style.minHeight = layouts[now].height + 'px';
+  plot.style.height = plot.parentElement.style.height = layouts[now].height + 'px';
+  const templates = Object.values(texts).map(text => now ? '' : text);
+  if (templates.length) Plotly.restyle(plot, {texttemplate: templates}, Object.keys(texts).map(Number));
   Plotly.relayout(plot, structuredClone(layouts[now]));
 }
 new ResizeObserver(fit).observe(plot.parentElement);
@@ -49,7 +54,8 @@ def page_script(figure: go.Figure) -> str:
     layout = figure.to_plotly_json()["layout"]
     wide = {name: _at(layout, name) for name in narrow}
     layouts = json.dumps([wide, narrow], separators=(",", ":")).replace("<", "\\u003c")
-    return _SCRIPT.replace("LAYOUTS", layouts).replace("UP_TO", str(UP_TO))
+    texts = json.dumps({i: figure.data[i].texttemplate for i in _texts_in_cells(figure)}).replace("<", "\\u003c")
+    return _SCRIPT.replace("TEXTS", texts).replace("UP_TO", str(UP_TO)).replace("LAYOUTS", layouts)
 
 
 def narrow_figure(figure: go.Figure) -> go.Figure:
@@ -64,7 +70,15 @@ def narrow_figure(figure: go.Figure) -> go.Figure:
     made = go.Figure(figure)
     for name, value in narrow_layout(figure).items():
         made.layout[name] = value
+    for i in _texts_in_cells(figure):
+        made.data[i].texttemplate = ""
     return made.update_layout(width=NARROW)
+
+
+def _texts_in_cells(figure: go.Figure) -> list[int]:
+    """Which traces are heatmaps whose cells are too narrow for their texts on a page that is."""
+    written = [i for i, t in enumerate(figure.data) if t.type == "heatmap" and getattr(t, "texttemplate", None)]
+    return [i for i in written if len(figure.data[i].z[0]) > 5]
 
 
 def narrow_layout(figure: go.Figure) -> dict[str, Any]:
@@ -78,36 +92,62 @@ def narrow_layout(figure: go.Figure) -> dict[str, Any]:
         ['height', 'margin']
     """
     layout = figure.to_plotly_json()["layout"]
-    title = " ".join(str(figure.layout.title.text or "").split("<br>"))
-    lines = textwrap.wrap(title, TITLE) or [""]
+    lines = wrapped(_plain(figure.layout.title.text), TITLE)
     height, margin = figure.layout.height or 450, layout.get("margin", {})
     top, bottom = margin.get("t", 80), margin.get("b", 80)
-    found: dict[str, Any] = {
-        "title.text": "<br>".join(lines),
-        "title.font.size": 15,
-        "title.pad.t": title_pad(len(lines)),
-    }
-    before = max(1, title_lines(figure))
+    found: dict[str, Any] = {"title.text": "<br>".join(lines)}
+    found |= {"title.font.size": 15, "title.pad.t": title_pad(len(lines))}
     panels = _panels(layout)
-    found |= {f"{x}.tickangle": -90 for x, _ in panels if _crowded(figure, layout, x)}
+    across = NARROW - 20 - _left(figure) - _colour_bar(figure)
+    for x, y in panels:
+        found |= _ticks(figure, layout, x, across) | _rows(figure, y)
+        if layout.get(y, {}).get("scaleanchor"):  # cells are square: as many labels down as across
+            found |= {name.replace(x, y): value for name, value in found.items() if name.startswith(f"{x}.tick")}
+            found[f"{y}.tickangle"] = 0
+    notes = [_wrapped_note(note) for note in _notes(figure)]
+    notes_height = sum(10 + NOTE_LINE * len(note) for note in notes)
+    annotations = copy.deepcopy(layout.get("annotations", []))
     if len(panels) < 2:
-        more = TITLE_LINE * (len(lines) - before)
-        below = max([bottom, *(_below(figure, layout, x) for x, _ in panels)])
+        more = TITLE_LINE * (len(lines) - max(1, title_lines(figure)))
+        below = notes_height + max([_below(figure, layout, x, across) for x, _ in panels], default=bottom)
+        below = max(below, 0 if notes else bottom)
+        inside = height - top - bottom - legend_height(figure, WIDTH)
+        own = max([inside, *(_rows_height(figure, y) for _, y in panels)])
+        if panels and layout.get(panels[0][1], {}).get("scaleanchor"):
+            own = across
         found["margin"] = {**margin, **_MARGIN, "b": below, "t": top + more}
-        legend = legend_height(figure, NARROW) - legend_height(figure, WIDTH)
-        found["height"] = round(height + more + legend + below - bottom)
-        return found
-    inside = height - top - bottom - legend_height(figure, WIDTH)
+        found["height"] = round(top + more + own + below + legend_height(figure, NARROW))
+    else:
+        inside = height - top - bottom - legend_height(figure, WIDTH)
+        found |= _below_one_another(figure, layout, panels, inside, across, annotations)
+        head, below = 24 + TITLE_LINE * len(lines), notes_height + max(50, found.pop("below"))
+        found["margin"] = {**_MARGIN, "t": head, "b": below}
+        found["height"] = round(found.pop("whole") + head + below + legend_height(figure, NARROW))
+    for note, text in zip(_notes(figure), notes):
+        at = next(i for i, a in enumerate(layout["annotations"]) if a == note.to_plotly_json())
+        left = {"x": 0, "xanchor": "left", "xshift": -50, "align": "left"}
+        annotations[at] |= {"text": "<br>".join(text), "yshift": notes_height - below, **left}
+    if annotations:
+        found["annotations"] = annotations
+    return found
+
+
+def _below_one_another(
+    figure: go.Figure, layout: dict, panels: list[tuple[str, str]], inside: float | int, across: int, annotations: list
+) -> dict[str, Any]:
+    """Where panels are and what is above them, and pixels: of the whole, and below the last one."""
+    found: dict[str, Any] = {}
     titles = panel_titles(figure)
-    annotations = copy.deepcopy(layout["annotations"]) if titles else []
     order = _order(panels, layout)
     chars = int((NARROW - 20 - _left(figure)) / 6.6)  # above a panel
     boxes = []  # (pixels above, of, below) each panel
     for x, y in order:
-        texts = [textwrap.wrap(_plain(t.text), chars) for t in titles if _above(t, layout, x, y)]
-        above = PANEL_LINE * sum(map(len, texts)) + (6 if texts else 4)
+        texts = [wrapped(_plain(t.text), chars) for t in titles if _above(t, layout, x, y)]
+        above = PANEL_LINE * sum(map(len, texts)) + (10 if texts else 4)
         own = _span(layout, y) * inside
-        boxes.append((above, max(min(own, LOW), 0.8 * own), _below(figure, layout, x)))
+        own = max(min(own, LOW), 0.8 * own, _rows_height(figure, y))
+        title = _own_ticks(layout, panels, x, y).get(f"{x}.title.text")
+        boxes.append((above, own, _below(figure, layout, x, across, title)))
     whole = sum(map(sum, boxes)) - boxes[-1][2]
     at = whole
     for (x, y), (above, own, below) in zip(order, boxes):
@@ -117,16 +157,11 @@ def narrow_layout(figure: go.Figure) -> dict[str, Any]:
         for index, annotation in enumerate(annotations):
             title_of = next((t for t in titles if t.to_plotly_json() == layout["annotations"][index]), None)
             if title_of is not None and _above(title_of, layout, x, y):
-                text = "<br>".join(textwrap.wrap(_plain(title_of.text), chars))
+                text = "<br>".join(wrapped(_plain(title_of.text), chars))
                 annotation |= {"x": 0.5, "y": at / whole, "text": text}
         at -= own + below
         found |= _own_ticks(layout, panels, x, y)
-    if annotations:
-        found["annotations"] = annotations
-    head, bottom = 24 + TITLE_LINE * len(lines), max(bottom, boxes[-1][2])
-    found["margin"] = {**_MARGIN, "t": head, "b": bottom}
-    found["height"] = round(whole + head + bottom + legend_height(figure, NARROW))
-    return found
+    return found | {"whole": whole, "below": boxes[-1][2]}
 
 
 def title_lines(figure: go.Figure) -> int:
@@ -178,34 +213,96 @@ def _above(title: Any, layout: dict, x: str, y: str) -> bool:
     return abs(title.x - (left + right) / 2) < 0.01 and abs(title.y - _ends(layout, y)[1]) < 0.01
 
 
-def _below(figure: go.Figure, layout: dict, x: str) -> int:
-    """Pixels that ticks and title take below a panel."""
+def _below(figure: go.Figure, layout: dict, x: str, across: int, shared: str | None = None) -> int:
+    """Pixels that ticks and title, its own or the one it shares, take below a panel."""
     labels = _labels(figure, layout, x)
-    if layout.get(x, {}).get("tickangle") in (-90, 90) or _crowded(figure, layout, x):
-        return min(150, 7 * _longest(labels)) + 34
-    return 18 * (1 + max((label.count("<br>") for label in labels), default=0)) + 34
+    title = _at(layout, f"{x}.title.text") or shared
+    under = 4 if title is None else 30 + 16 * (len(_axis_title(title, across)) - 1)
+    if _stands(layout, x, labels, across):
+        return min(130, 6 * _longest(labels)) + 12 + under
+    return 18 * (1 + max((label.count("<br>") for label in labels), default=0)) + 12 + under
 
 
 def _labels(figure: go.Figure, layout: dict, x: str) -> list[str]:
     """The texts along an axis, if they are texts."""
     if texts := layout.get(x, {}).get("ticktext"):
         return [str(text) for text in texts]
-    of, found = x.replace("xaxis", "x"), dict[str, None]()
+    return list(dict.fromkeys(value for value in _values(figure, x) if isinstance(value, str)))
+
+
+def _values(figure: go.Figure, axis: str) -> list:
+    """What traces have along an axis such as "yaxis2"."""
+    letter, found = axis[0], []
     for trace in figure.data:
-        own = getattr(trace, "x", None)
-        if (getattr(trace, "xaxis", None) or "x") == of and own is not None:
-            found |= dict.fromkeys(value for value in own if isinstance(value, str))
-    return list(found)
+        own = getattr(trace, letter, None)
+        if (getattr(trace, f"{letter}axis", None) or letter) == axis.replace("axis", "") and own is not None:
+            found += list(own)
+    return found
 
 
 def _longest(labels: Sequence[str]) -> int:
-    return max((len(part) for label in labels for part in label.split("<br>")), default=1)
+    return max((len(_shown(part)) for label in labels for part in label.split("<br>")), default=1)
 
 
-def _crowded(figure: go.Figure, layout: dict, x: str) -> bool:
-    """Whether the labels of an axis do not lie beside each other on a narrow page, so that they must stand."""
-    labels = _labels(figure, layout, x)
-    return len(labels) * (7 * _longest(labels) + 8) > NARROW - 20 - _left(figure)
+def _shown(text: str) -> str:
+    return html.unescape(re.sub("<[^>]*>", "", text))
+
+
+def _stands(layout: dict, x: str, labels: Sequence[str], across: int) -> bool:
+    """Whether the labels of an axis stand on end: where they do on a wide page, or do not lie beside each other."""
+    if layout.get(x, {}).get("tickangle") in (-90, 90):
+        return True
+    longest = _longest(labels)
+    return longest > 3 and layout.get(x, {}).get("type") != "log" and len(labels) * (7 * longest + 8) > across
+
+
+def _ticks(figure: go.Figure, layout: dict, x: str, across: int) -> dict[str, Any]:
+    """The labels along an axis: standing where there is no room for them to lie, no more than can be read."""
+    found: dict[str, Any] = {}
+    own, labels = layout.get(x, {}), _labels(figure, layout, x)
+    stands = _stands(layout, x, labels, across)
+    if own.get("type") == "log" and labels:
+        found[f"{x}.tickangle"] = 0
+        if len(labels) * 34 > across and all(map(_is_power, own["tickvals"])):
+            step = math.ceil(len(labels) * 34 / across)
+            found |= {f"{x}.{name}": list(own[name])[::step] for name in ("tickvals", "ticktext")}
+    if stands:
+        found[f"{x}.tickangle"] = -90
+    step = math.ceil((14 if stands else 7 * _longest(labels) + 8) * len(labels) / across)
+    if step > 1 and own.get("ticktext") and own.get("tickvals") is not None and own.get("type") != "log":
+        found |= {f"{x}.{name}": list(own[name])[::step] for name in ("tickvals", "ticktext")}
+    if title := _at(own, "title.text"):
+        found[f"{x}.title.text"] = "<br>".join(_axis_title(title, across))
+    return found
+
+
+def _is_power(tick: float) -> bool:
+    """Whether a tick is a power of ten."""
+    exponent = math.log10(tick)
+    return abs(exponent - round(exponent)) < 1e-9
+
+
+def _axis_title(title: str, across: int) -> list[str]:
+    return wrapped(_plain(title), max(20, across // 7))
+
+
+def _names(figure: go.Figure, y: str) -> list[str]:
+    """The names of an axis of rows, where some are long."""
+    names = list(dict.fromkeys(value for value in _values(figure, y) if isinstance(value, str)))
+    return names if max((len(_shown(part)) for name in names for part in name.split("<br>")), default=0) > NAME else []
+
+
+def _rows(figure: go.Figure, y: str) -> dict[str, Any]:
+    """Names of rows in lines."""
+    if not (names := _names(figure, y)):
+        return {}
+    return {f"{y}.tickvals": names, f"{y}.ticktext": ["<br>".join(wrapped(_plain(name), NAME)) for name in names]}
+
+
+def _rows_height(figure: go.Figure, y: str) -> int:
+    """Pixels that names of rows take where they are in lines."""
+    names = _names(figure, y)
+    return len(names) * (6 + 13 * max((len(wrapped(_plain(name), NAME)) for name in names), default=0))
 
 
 def _left(figure: go.Figure) -> int:
@@ -214,7 +311,21 @@ def _left(figure: go.Figure) -> int:
     for trace in figure.data:
         y = trace.y if getattr(trace, "y", None) is not None else ()
         texts += [value for value in y if isinstance(value, str)]
-    return max(60, 7 * max((len(part) for text in texts for part in text.split("<br>")), default=0))
+    return max(60, 7 * min(NAME, _longest(texts)) if texts else 0)
+
+
+def _colour_bar(figure: go.Figure) -> int:
+    """Pixels that the bar of colours takes."""
+    return 85 if any(trace.type == "heatmap" and trace.showscale is not False for trace in figure.data) else 0
+
+
+def _notes(figure: go.Figure) -> list:
+    """What is said below the panels."""
+    return [a for a in figure.layout.annotations if a.xref == a.yref == "paper" and a.y == 0 and a.yanchor == "top"]
+
+
+def _wrapped_note(note: Any) -> list[str]:
+    return wrapped(_plain(note.text), 58)
 
 
 def _own_ticks(layout: dict, panels: list[tuple[str, str]], x: str, y: str) -> dict[str, Any]:
@@ -222,9 +333,9 @@ def _own_ticks(layout: dict, panels: list[tuple[str, str]], x: str, y: str) -> d
     found: dict[str, Any] = {}
     for axis, other in ((x, 0), (y, 1)):
         own = layout.get(axis, {})
-        if own.get("matches") and own.get("showticklabels") is False:
+        if own.get("showticklabels") is False:
             found[f"{axis}.showticklabels"] = True
-        if own.get("matches") and not _at(own, "title.text"):
+        if (own.get("matches") or axis == y) and not _at(own, "title.text"):
             line = [p for p in panels if _ends(layout, p[other]) == _ends(layout, (x, y)[other])]
             if said := [text for p in line if (text := _at(layout.get(p[other], {}), "title.text"))]:
                 found[f"{axis}.title.text"] = said[0]
