@@ -311,11 +311,25 @@ def on_page_markdown(markdown: str, page, **_) -> str:
     return filled(markdown).replace("](../figures/", f"]({up}figures/") if not up else filled(markdown)
 
 
+def with_narrow_pictures(content: str) -> str:
+    """Figures that have a picture for narrow pages beside them show that one there."""
+
+    def shown(found: re.Match) -> str:
+        narrow = f"{found[2]}-narrow.png"
+        if not (FIGURES / narrow).is_file():
+            return found[0]
+        source = f'<source media="(max-width: 600px)" srcset="{found[1]}{narrow}">'
+        return f"<picture>{source}{found[0]}</picture>"
+
+    return re.sub(r'<img [^>]*?src="([^"]*?figures/)([^"]+)\.png"[^>]*>', shown, content)
+
+
 def on_page_content(content: str, **_) -> str:
-    """Formulas as MathML, which browsers draw by themselves."""
+    """Pictures for narrow pages; formulas as MathML, which browsers draw by themselves."""
 
     def drawn(found: re.Match) -> str:
         display = "block" if found[1] == "div" else "inline"
         return convert(html.unescape(found[2]).strip(), display=display)
 
+    content = with_narrow_pictures(content)
     return re.sub(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', drawn, content, flags=re.S)

@@ -112,6 +112,19 @@ def test_a_notebook_is_shown_executed(tmp_path):
     assert "42" not in hooks.notebook_page(tmp_path / "one.ipynb", execute=False)
 
 
+def test_narrow_pages_show_the_narrow_pictures(figures):
+    (figures / "deep").mkdir()
+    for name in ("x-narrow.png", "deep/y-narrow.png"):
+        (figures / name).write_bytes(b"")
+    one, other = '<img alt="X" src="../figures/x.png" />', '<img alt="Y" src="figures/deep/y.png">'
+    shown = hooks.on_page_content(f"<p>{one}</p><a>{other}</a>")
+    source = '<source media="(max-width: 600px)" srcset="{}-narrow.png">'
+    assert f"<p><picture>{source.format('../figures/x')}{one}</picture></p>" in shown
+    assert f"<a><picture>{source.format('figures/deep/y')}{other}</picture></a>" in shown
+    alone = '<img alt="Z" src="../figures/z.png">'
+    assert hooks.on_page_content(alone) == alone
+
+
 def test_formulas_are_drawn_by_the_browser():
     shown = hooks.on_page_content('<p><span class="arithmatex">\\(a &lt; \\sum_c c\\)</span></p>')
     assert (shown.startswith("<p><math") and "arithmatex" not in shown and "&lt;" in shown) or "&#x0003C;" in shown
