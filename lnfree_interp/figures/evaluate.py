@@ -139,7 +139,7 @@ def hellaswag_figure(results: Mapping[str, HellaSwag]) -> go.Figure:
     figure.add_hline(y=chance, line=MARK, annotation_text="chance")
     figure.update_layout(scattermode="group")
     figure.update_yaxes(title_text="items right", tickformat=".0%", rangemode="tozero")
-    return styled(figure, title=f"HellaSwag, with two standard errors{in_one(results)}")
+    return styled(figure, title=f"HellaSwag{in_one(results)}, with two standard errors")
 
 
 def reliability_figure(result: ModelComparison) -> go.Figure:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..patching import PatchingEffect, PatchingError
 from ..patching.shown import panel, unit_of
+from .dla import ranked
 from .panels import plain
 from .style import DIVERGING, in_one, line, styled
 
@@ -20,6 +21,8 @@ from .style import DIVERGING, in_one, line, styled
 DRAWN_ON = 650
 # Heads or neurons that are drawn position by position.
 MOST_ROWS = 40
+# Columns that can be seen one by one; of more, the largest cells are drawn as bars.
+MOST_COLUMNS, MOST_BARS = 100, 30
 
 
 def patching_heatmaps(effects: Mapping[tuple[str, str], PatchingEffect], *, title: str | None = None) -> go.Figure:
@@ -45,6 +48,15 @@ def patching_heatmaps(effects: Mapping[tuple[str, str], PatchingEffect], *, titl
                 raise ValueError(f"effects in {model} have {name} {b}, others {a}: draw them one by one")
     panels = {key: panel(effect) for key, effect in effects.items()}
     shown = panels[next(iter(panels))]
+    told = f"{first.metric} with {first.site} patched, {first.direction}" if title is None else title
+    unit = unit_of(first.metric)
+    if len(effects) == 1 and shown.column != "position" and len(shown.columns) > MOST_COLUMNS:
+        cells, letter = shown.values.flatten(), "H" if shown.column == "head" else "N"
+        names = [f"{row}{letter}{column}" for row in shown.rows for column in shown.columns]
+        largest = cells.abs().nan_to_num().argsort(descending=True, stable=True)[:MOST_BARS].tolist()
+        of = f"{told}{in_one(model for _, model in effects)}: the {len(largest)} largest of {len(cells):,}"
+        of = of if title is None else title
+        return ranked([names[i] for i in largest], cells[largest].tolist(), of, unit)
     if shown.row != "layer":  # too many heads or neurons to draw all of them, position by position
         most = max(panels.values(), key=lambda p: float(p.values.abs().nan_to_num().amax())).largest(MOST_ROWS, 10**6)
         rows = [shown.rows.index(row) for row in most.rows]
@@ -56,8 +68,8 @@ def patching_heatmaps(effects: Mapping[tuple[str, str], PatchingEffect], *, titl
         row=shown.row,
         labels=shown.columns,
         axis=axis_of(shown.columns) if shown.column == "position" else shown.column,
-        unit=unit_of(first.metric),
-        title=f"{first.metric} with {first.site} patched, {first.direction}" if title is None else title,
+        unit=unit,
+        title=told,
     )
 
 
@@ -103,7 +115,7 @@ def error_lines(errors: Mapping[str, PatchingError], *, title: str | None = None
         )
     figure.update_xaxes(title_text="layer", dtick=max(1, len(first.layers) // 12))
     figure.update_yaxes(title_text=f"error, {unit}", rangemode="tozero")
-    told = f"Error of {first.method} against patching, {first.site}, by layer [95% over prompts]{in_one(errors)}"
+    told = f"Error of {first.method} against patching{in_one(errors)}, {first.site}, by layer [95% over prompts]"
     return styled(figure, title=told if title is None else title, height=360)
 
 
@@ -174,7 +186,7 @@ def effect_heatmaps(
             z=values.float().cpu().numpy(),
             y=list(layers),
             coloraxis="coloraxis",
-            xgap=1,
+            xgap=1 if len(labels) * len(models) <= MOST_COLUMNS else 0,
             ygap=1,
             hoverongaps=False,
             customdata=[[plain(label) for label in labels]] * len(layers),
