@@ -70,7 +70,7 @@ def explanation_figure(found: Mapping[str, Explanation], *, title: str | None = 
         figure.update_xaxes(
             tickvals=ticks, ticktext=[labels[i] for i in ticks], tickangle=-90, title_text=None, row=2, col=col
         )
-        figure.update_yaxes(title_text="logits" if col == 1 else None, row=2, col=col)
+        figure.update_yaxes(title_text="logits", row=2, col=col)
     of = f" in {names[0]}" if len(names) == 1 else ""
     told = plain(f"{first.what}{of}: where it comes from") if title is None else title
     figure = styled(figure, title=told, height=220 + 20 * TOP + 190 * tokens)

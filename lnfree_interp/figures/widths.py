@@ -97,7 +97,8 @@ def narrow_layout(figure: go.Figure) -> dict[str, Any]:
     top, bottom = margin.get("t", 80), margin.get("b", 80)
     found: dict[str, Any] = {"title.text": "<br>".join(lines)}
     found |= {"title.font.size": 15, "title.pad.t": title_pad(len(lines))}
-    panels = _panels(layout)
+    drawn = {(getattr(trace, "xaxis", None) or "x").replace("x", "xaxis") for trace in figure.data}
+    panels = [panel for panel in _panels(layout) if panel[0] in drawn or not figure.data]
     across = NARROW - 20 - _left(figure) - _colour_bar(figure)
     for x, y in panels:
         found |= _ticks(figure, layout, x, across) | _rows(figure, y)
@@ -138,7 +139,7 @@ def _below_one_another(
     """Where panels are and what is above them, and pixels: of the whole, and below the last one."""
     found: dict[str, Any] = {}
     titles = panel_titles(figure)
-    order = _order(panels, layout)
+    order = [panel for panel in _order(_panels(layout), layout) if panel in panels]
     chars = int((NARROW - 20 - _left(figure)) / 6.6)  # above a panel
     boxes = []  # (pixels above, of, below) each panel
     for x, y in order:
@@ -219,7 +220,7 @@ def _below(figure: go.Figure, layout: dict, x: str, across: int, shared: str | N
     title = _at(layout, f"{x}.title.text") or shared
     under = 4 if title is None else 30 + 16 * (len(_axis_title(title, across)) - 1)
     if _stands(layout, x, labels, across):
-        return min(130, 6 * _longest(labels)) + 12 + under
+        return min(240, 6 * _longest(labels)) + 12 + under
     return 18 * (1 + max((label.count("<br>") for label in labels), default=0)) + 12 + under
 
 
@@ -335,7 +336,7 @@ def _own_ticks(layout: dict, panels: list[tuple[str, str]], x: str, y: str) -> d
         own = layout.get(axis, {})
         if own.get("showticklabels") is False:
             found[f"{axis}.showticklabels"] = True
-        if (own.get("matches") or axis == y) and not _at(own, "title.text"):
+        if (own.get("matches") or (axis == y and own.get("showticklabels") is False)) and not _at(own, "title.text"):
             line = [p for p in panels if _ends(layout, p[other]) == _ends(layout, (x, y)[other])]
             if said := [text for p in line if (text := _at(layout.get(p[other], {}), "title.text"))]:
                 found[f"{axis}.title.text"] = said[0]
