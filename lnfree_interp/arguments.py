@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex, TypeVar
 
 T = TypeVar("T")
+SHORT = 60  # characters of a list that errors show
 
 
 def whole(value: object, what: str, *, least: int | None = None) -> int:
@@ -50,7 +51,7 @@ def number(
     wanted = f"{what} must be a number " + " and ".join(f"{end} {x}" for end, x in ends.items() if x is not None)
     wanted = wanted.rstrip()
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{wanted}, not {kind(value)}")
+        raise ValueError(f"{wanted}, not {shown(value)}")
     x = float(value)
     low = (least is None or x >= least) and (above is None or x > above)
     high = (most is None or x <= most) and (below is None or x < below)
@@ -135,5 +136,8 @@ def kind(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A name or number as it was given, in one line; of anything else what it is."""
-    return repr(value) if isinstance(value, (str, bool, int, float, type(None))) else kind(value)
+    """A name, a number or a short list of such as it was given, in one line; of anything else what it is."""
+    plain = (str, bool, int, float, type(None))
+    if isinstance(value, (list, tuple)) and all(isinstance(x, plain) for x in value) and len(repr(value)) <= SHORT:
+        return repr(value)
+    return repr(value) if isinstance(value, plain) else kind(value)

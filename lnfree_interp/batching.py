@@ -38,6 +38,15 @@ def check_tokens(model: LensModel, tokens: Tokens, *, least: int = 1) -> Int[Ten
     """The tokens on the model's device; texts are read as `model.to_tokens` does, with a BOS token where it puts one.
 
     Raises:
+        ValueError: as `tokens_as_given`.
+    """
+    return tokens_as_given(model, tokens, least=least).to(model.cfg.device)
+
+
+def tokens_as_given(model: LensModel, tokens: Tokens, *, least: int = 1) -> Int[Tensor, "batch pos"]:
+    """The tokens where they are; those of texts on the CPU.
+
+    Raises:
         ValueError: no integers, not [batch pos], empty, fewer than `least` positions, longer than the model's
             context, ids outside its vocabulary, or pads on the left; texts of several token lengths.
     """
@@ -51,7 +60,7 @@ def check_tokens(model: LensModel, tokens: Tokens, *, least: int = 1) -> Int[Ten
         raise ValueError(f"sequences have {tokens.shape[1]} tokens, the model's context holds {cfg.n_ctx}")
     check_ids(tokens, cfg.d_vocab)
     check_pads(model, tokens)
-    return tokens.to(cfg.device)
+    return tokens
 
 
 def _as_tokens(model: LensModel, tokens: object) -> Int[Tensor, ...]:
@@ -59,7 +68,7 @@ def _as_tokens(model: LensModel, tokens: object) -> Int[Tensor, ...]:
     if not _are_texts(texts):
         return as_ids(tokens, "tokens")
     _tokenizer(model)
-    rows = [model.to_tokens(_readable(text), truncate=False)[0] for text in texts]
+    rows = [model.to_tokens(_readable(text), move_to_device=False, truncate=False)[0] for text in texts]
     lengths = [len(row) for row in rows]
     if len(set(lengths)) > 1:
         raise ValueError(

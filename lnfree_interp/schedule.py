@@ -107,7 +107,8 @@ class RemovalSchedule:
 
     def __post_init__(self):
         for field in fields(RemovalSchedule):  # a subclass knows what its own are
-            _check_kind(field.name, getattr(self, field.name))
+            if not _is_a(value := getattr(self, field.name), str(field.type)):
+                raise ValueError(f"{field.name} is {shown(value)}, not {_KIND_OF_FIELD[str(field.type)]}")
         object.__setattr__(self, "order", tuple(self.order))  # a list, when it comes from JSON
         if self.order and sorted(self.order) != sorted(KINDS):
             raise ValueError(f"order {self.order} does not name each of {KINDS} once")
@@ -233,8 +234,6 @@ class RemovalSchedule:
         if missing:
             raise ValueError(f"schedule {path}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
         try:
-            for name, value in stored.items():
-                _check_kind(name, value)
             return cls(**stored)
         except ValueError as error:
             raise ValueError(f"schedule {path}: {error}") from None
@@ -343,12 +342,6 @@ _KIND_OF_FIELD = {
     "Sequence[str]": "a list of strings",
     "Mapping[str, float | int]": "an object of a number for each of " + ", ".join(KINDS),
 }
-
-
-def _check_kind(name: str, value: Any) -> None:
-    kind = next(str(field.type) for field in fields(RemovalSchedule) if field.name == name)
-    if not _is_a(value, kind):
-        raise ValueError(f"{name} is {shown(value)}, not {_KIND_OF_FIELD[kind]}")
 
 
 def _is_a(value: Any, kind: str) -> bool:

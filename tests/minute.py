@@ -1,9 +1,12 @@
 """A model, data and schedule of a minute size, for tests of whole removal runs."""
 
+from functools import cache
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
 
+from lnfree_interp import ProbeData, ProbePrompt
 from lnfree_interp.data import Blocks
 from lnfree_interp.finetune import remove_layernorm
 from lnfree_interp.finetune.removable import removal_sites
@@ -27,6 +30,14 @@ def minute_gpt2(n_positions=16, dtype=torch.float32, **config) -> GPT2LMHeadMode
 
 def minute_blocks(n=64, pos=16, seed=0) -> Blocks:
     return Blocks(torch.randint(0, 257, (n, pos), generator=torch.Generator().manual_seed(seed)))
+
+
+@cache
+def probe_data() -> ProbeData:
+    """Prompts of three tokens, of which the last one, 3 to 6, decides the answer."""
+    rows = [(i, (("key", f"v{(i + 1) % 4}"), (f"k{i % 2}", f"v{i % 4}"))) for i in range(60)]
+    prompts = [ProbePrompt((i % 7, i % 5, 3 + i % 4), pairs, 3 + i % 4) for i, pairs in rows]
+    return ProbeData(tuple(prompts))
 
 
 # 2 layers gone by step 11 of 14, four sequences of 16 tokens a step

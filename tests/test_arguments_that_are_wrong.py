@@ -20,12 +20,12 @@ import jaxtyping
 import pytest
 import torch
 from conftest import make_model, random_tokens
-from minute import MINUTE, byte_tokenizer, minute_blocks, minute_gpt2
+from minute import MINUTE, byte_tokenizer, minute_blocks, minute_gpt2, probe_data
 from test_patching import make_pairs
 from transformers import Trainer, TrainerCallback
 
 import lnfree_interp
-from lnfree_interp import ProbeData, ProbePrompt, Reader, load_model
+from lnfree_interp import Reader, load_model
 from lnfree_interp.names import VALIDATION_TEXT
 from lnfree_interp.patching import Estimate
 from lnfree_interp.probe import Training
@@ -100,13 +100,6 @@ _LOGITS = torch.zeros(2, 3, 5)
 @cache
 def probe():
     return of("fit_probe")
-
-
-@cache
-def probe_data():
-    rows = [(i, (("key", f"v{(i + 1) % 4}"), (f"k{i % 2}", f"v{i % 4}"))) for i in range(60)]
-    prompts = [ProbePrompt((i % 7, i % 5, 3 + i % 4), pairs, 3 + i % 4) for i, pairs in rows]
-    return ProbeData(tuple(prompts))
 
 
 def probe_file() -> str:

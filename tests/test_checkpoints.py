@@ -361,7 +361,8 @@ def test_tokenizers_of_every_family(tmp_path, monkeypatch, model_type, bos):
 
 def write_gguf(file, directory, *, kind="F32", change=None, **metadata):
     """A Llama checkpoint as llama.cpp's converter writes it: q and k permuted, without a tokenizer."""
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     config = json.loads((directory / "config.json").read_text())
     quantised = getattr(gguf.GGMLQuantizationType, kind)
     writer = gguf.GGUFWriter(file, metadata.pop("architecture", "llama"))

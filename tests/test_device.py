@@ -10,12 +10,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_model, random_tokens
+from minute import probe_data
 from test_evaluate import ITEMS, Letters, uncovered
 from transformers import GPT2Config, GPT2LMHeadModel
 from virtual_device import DEVICE, MISSING, host_syncs, on_device, register
 
 import lnfree_interp
 from lnfree_interp import (
+    ProbeData,
     PromptPairs,
     Reader,
     ablate_cumulatively,
@@ -33,6 +35,7 @@ from lnfree_interp import (
     compare,
     compare_models,
     composition_scores,
+    concept_evidence,
     cross_entropy,
     direct_effect,
     direct_logit_attribution,
@@ -41,7 +44,9 @@ from lnfree_interp import (
     effect_on,
     entropy,
     evaluate_loss,
+    evaluate_probe,
     explain,
+    fit_probe,
     generate_samples,
     hellaswag,
     induction_pairs,
@@ -57,12 +62,14 @@ from lnfree_interp import (
     residual_norms,
     screen,
     screen_edges,
+    swap_concepts,
     token_losses,
     virtual_weights,
 )
 from lnfree_interp.finetune.export import export_ln_free
 from lnfree_interp.finetune.removable import collect_std, freeze, make_removable, removal_sites, update_averages
 from lnfree_interp.metrics import kl_from_clean, right_log_prob
+from lnfree_interp.probe import Training
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
@@ -184,6 +191,15 @@ def last_logit(logits):
     return logits[:, -1, 0]
 
 
+def probe_prompts(n):
+    return ProbeData(probe_data().prompts * n)
+
+
+def probed(model, n):
+    training = Training(hidden=4, epochs=1)
+    return fit_probe(model, probe_prompts(n), dim=16, mastered=False, training=training)
+
+
 def patching(function, **how):
     def run(model, n):
         chosen, metric = pairs(model, n), how.get("metric")
@@ -270,6 +286,11 @@ CASES = {
     "attention_patterns": lambda m, n: attention_patterns(m, tokens(m, n)),
     "token_losses": lambda m, n: token_losses(m, tokens(m, n)),
     "attribution_graph": lambda m, n: attribution_graph(m, tokens(m, 1)[0], 3, bos=False),
+    "fit_probe": lambda m, n: probed(m, n).tensors,
+    "evaluate_probe": lambda m, n: evaluate_probe(m, probed(m, 1), probe_prompts(n)),
+    "concept_evidence": lambda m, n: concept_evidence(m, probed(m, 1), (1, 2, 3), "v1", key="k0"),
+    "concept_evidence:encoder": lambda m, n: concept_evidence(m, probed(m, 1), (1, 2, 3), readout="encoder", key="k0"),
+    "swap_concepts": lambda m, n: swap_concepts(m, probed(m, 1), probe_prompts(1), layers=-1, n=4 * n),
     # What it cost is the device's own matter: it takes attention apart in other operations.
     "screen": lambda m, n: patching(screen, budget=3)(m, n).effect,
     "screen_edges": lambda m, n: patching(screen_edges, budget=4)(m, n).effect,
@@ -300,10 +321,6 @@ NO_DEVICE = {
     "logit_diff": "the metric of every patching case that names none",
     "recall_data": "texts",
     "analogy_data": "texts",
-    "fit_probe": "not run there yet",
-    "evaluate_probe": "not run there yet",
-    "concept_evidence": "not run there yet; made of attribution_to",
-    "swap_concepts": "not run there yet",
 }
 
 

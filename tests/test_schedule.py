@@ -210,7 +210,7 @@ def test_a_wrong_field_is_named(tmp_path, monkeypatch):
         ({"steps": 2.5}, "steps is 2.5, not a whole number"),
         ({"steps": True}, "steps is True, not a whole number"),
         ({"patience": "long"}, "patience is 'long', not a whole number or null"),
-        ({"gaps": [1, 2]}, "gaps is list, not an object of a number for each of ln_2, qk, v, ln_f"),
+        ({"gaps": [1, 2]}, "gaps is \\[1, 2\\], not an object of a number for each of ln_2, qk, v, ln_f"),
         ({"gaps": {"ln_2": 1}}, "gaps .* one per kind is needed"),
         ({"order": "qk"}, "order is 'qk', not a list of strings"),
         ({"pace": "slow"}, "pace is 'slow', not 'fixed' or 'adaptive'"),

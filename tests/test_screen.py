@@ -507,8 +507,8 @@ def test_what_is_left_when_all_is_drawn_but_one():
     [
         ({"budget": -1}, "budget is -1; budget must be a number of at least 0"),
         ({"budget": math.nan}, "budget is nan; budget must be a number of at least 0"),
-        ({"budget": "3"}, "budget must be a number of at least 0, not str"),
-        ({"budget": None}, "budget must be a number of at least 0, not NoneType"),
+        ({"budget": "3"}, "budget must be a number of at least 0, not '3'"),
+        ({"budget": None}, "budget must be a number of at least 0, not None"),
         ({"share": 1}, "share is 1; share must be a number of at least 0 and below 1"),
         ({"share": -0.1}, "share is -0.1; share must be a number of at least 0"),
         ({"flag": "smallest"}, "unknown flag 'smallest'; allowed are largest, reliability, correction, difference"),

@@ -46,7 +46,7 @@ class Reader:
     kind: str
     layer: int | None = None
     units: Places | None = None
-    vector: Tensor | None = None
+    vector: Any = None  # whatever holds numbers when it is made; then a Tensor
     site: str = "resid_pre"
     normalised: bool = False
     linear: bool = False
@@ -85,17 +85,17 @@ class Reader:
             head: one, several, or all (None).
             direction: [d_head], or [k, d_head] for several: <q, direction> is read; None: every coordinate.
         """
-        return cls("query", layer, head, _vector(direction))
+        return cls("query", layer, head, direction)
 
     @classmethod
     def key(cls, layer: int, head: Places | None = None, direction: Any = None) -> Reader:
         """Keys (`attn.hook_k`), as `query`; where there are fewer heads of keys, those are counted."""
-        return cls("key", layer, head, _vector(direction))
+        return cls("key", layer, head, direction)
 
     @classmethod
     def value(cls, layer: int, head: Places | None = None, direction: Any = None) -> Reader:
         """Values (`attn.hook_v`), as `key`."""
-        return cls("value", layer, head, _vector(direction))
+        return cls("value", layer, head, direction)
 
     @classmethod
     def direction(cls, layer: int | None, vector: Any, site: str = "resid_pre", *, normalised: bool = False) -> Reader:
@@ -117,7 +117,7 @@ class Reader:
             )
         if vector is None:
             raise ValueError("a direction wants a vector, [d_model] or [k, d_model], not None")
-        return cls("direction", layer, vector=_vector(vector), site=site, normalised=normalised)
+        return cls("direction", layer, vector=vector, site=site, normalised=normalised)
 
     @classmethod
     def logits(cls, targets: Targets | None = None, versus: Targets | None = None) -> Reader:

@@ -16,7 +16,7 @@ from ..models import as_model
 from ..results import name_of
 from .data import ProbeData, Splits, answer_tokens
 from .hyperprobe import HyperProbe
-from .streams import POOLINGS, check_clusters, observe, one_hot, pool_weights
+from .streams import POOLINGS, check_clusters, observe, one_hot, pooled
 from .symbols import Codebook, bind
 from .training import Training, bundle_loss, distance, encoder_of, train
 
@@ -116,28 +116,27 @@ def fit_probe(
     mean = x[:, rows].mean(1)
     centred = x - mean[:, None]
     scale = centred[:, rows].pow(2).mean((1, 2)).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
-    standard = centred / scale[:, None, None]
-    pooled = torch.einsum("lbd,lb->bd", standard, pool_weights(standard, pooling, clusters))
+    vectors, _ = pooled(centred / scale[:, None, None], pooling, clusters)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = encoder_of(model.cfg.d_model, book.dim, training).to(pooled.dtype)
-        linear = nn.Linear(model.cfg.d_model, len(classes)).to(pooled.dtype)
-    goal = targets(book, data).to(pooled)
-    of_encoder = (pooled[rows], goal[rows]), (pooled[stop], goal[stop])
+        encoder = encoder_of(model.cfg.d_model, book.dim, training).to(vectors.dtype)
+        linear = nn.Linear(model.cfg.d_model, len(classes)).to(vectors.dtype)
+    goal = targets(book, data).to(vectors)
+    of_encoder = (vectors[rows], goal[rows]), (vectors[stop], goal[stop])
     history = train(encoder, bundle_loss, *of_encoder, training, seed, progress, judge=distance)
     known = [i for i in stop if data.prompts[i].value in classes]
     number = torch.tensor([classes.index(p.value) if p.value in classes else -1 for p in data])
-    train(linear, F.cross_entropy, (pooled[rows], number[rows]), (pooled[known], number[known]), training, seed)
-    member = one_hot(number[rows], len(classes)).to(pooled)
+    train(linear, F.cross_entropy, (vectors[rows], number[rows]), (vectors[known], number[known]), training, seed)
+    member = one_hot(number[rows], len(classes)).to(vectors)
     shares = member / member.sum(0)
-    tuned, bias = _ridge(pooled[rows], seen.final[rows])
+    tuned, bias = _ridge(vectors[rows], seen.final[rows])
     tensors = {
         "mean": mean,
         "scale": scale,
         "linear.weight": linear.weight.detach(),
         "linear.bias": linear.bias.detach(),
-        "means": shares.T @ pooled[rows],
+        "means": shares.T @ vectors[rows],
         "raw_means": shares.T @ seen.raw[:, rows],
         "tuned.weight": tuned,
         "tuned.bias": bias,

@@ -20,7 +20,7 @@ from ..files import as_value_error, replace_file
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
 from .data import Splits
-from .streams import Prompt, observe, pool_weights
+from .streams import Prompt, observe, pooled
 from .symbols import Codebook, signs
 from .training import Training, encoder_of
 
@@ -194,9 +194,7 @@ def pool(
     probe: HyperProbe, streams: Float[Tensor, "layer batch d"]
 ) -> tuple[Float[Tensor, "batch d"], Float[Tensor, "layer batch"]]:
     """One vector for each prompt, and how much each layer counts in it."""
-    x = standard(probe, streams)
-    weights = pool_weights(x, probe.pooling, probe.clusters)
-    return torch.einsum("lbd,lb->bd", x, weights), weights
+    return pooled(standard(probe, streams), probe.pooling, probe.clusters)
 
 
 @torch.no_grad()

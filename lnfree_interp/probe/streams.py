@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..batching import Progress, Tokens, as_ids, check_tokens
+from ..batching import Progress, Tokens, as_ids, tokens_as_given
 from ..dla.readers import Reader
 from ..dla.reading import resolve
 from ..forward import run, unembed
@@ -61,12 +61,12 @@ def token_rows(model: LensModel, prompts: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of each prompt.
 
     Raises:
-        ValueError: as `check_tokens`.
+        ValueError: as `tokens_as_given`.
     """
     rows = []
     for prompt in prompts:
         ids = prompt if isinstance(prompt, str) else as_ids(prompt, "tokens")
-        tokens = check_tokens(model, ids[None] if isinstance(ids, Tensor) and ids.ndim == 1 else ids)
+        tokens = tokens_as_given(model, ids[None] if isinstance(ids, Tensor) and ids.ndim == 1 else ids)
         if len(tokens) != 1:
             raise ValueError(f"a probe reads one prompt at a time, not tokens of {len(tokens)}")
         rows.append(tokens[0].tolist())
@@ -132,9 +132,9 @@ def observe(
         raw = torch.stack([wide(seen[layer]) for layer in layers])
         read = torch.stack([wide(norm(seen[layer])) for norm, layer in zip(norms, layers)])
         lens = torch.stack([_logits(model, seen[layer], columns) for layer in layers])
-        parts = raw, read, wide(final), _logits(model, final, columns), lens
+        parts = [x.cpu() for x in (raw, read, wide(final), _logits(model, final, columns), lens)]
         for j, i in enumerate(some):
-            found[i] = tuple(x[..., j, :].cpu() for x in parts)
+            found[i] = tuple(x[..., j, :] for x in parts)
         if progress is not None:
             progress(len(found), len(rows))
     raw, read, final, logits, lens = (torch.stack(x, -2) for x in zip(*(found[i] for i in range(len(rows)))))
@@ -151,6 +151,14 @@ def _logits(model: LensModel, x: Float[Tensor, "batch d_model"], columns: Int[Te
 
 # ---------------------------------------------------------------------------------------------------------
 # One vector of several layers'
+
+
+def pooled(
+    x: Float[Tensor, "layer batch d"], pooling: str, clusters: int
+) -> tuple[Float[Tensor, "batch d"], Float[Tensor, "layer batch"]]:
+    """One vector for each prompt of its layers', and how much each layer counts in it."""
+    weights = pool_weights(x, pooling, clusters)
+    return torch.einsum("lbd,lb->bd", x, weights), weights
 
 
 def pool_weights(x: Float[Tensor, "layer batch d"], pooling: str, clusters: int) -> Float[Tensor, "layer batch"]:
