@@ -1,4 +1,4 @@
-"""Attention patterns as another package draws them: what it is given, and its page where it is installed."""
+"""Attention patterns as another package draws them: what it is given, and its page."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -42,6 +42,5 @@ def test_without_it(patterns, monkeypatch):
 
 
 def test_the_page_has_its_script_in_it(patterns):
-    pytest.importorskip("circuitsvis")
     page = patterns.circuitsvis(1)
     assert "AttentionHeads" in page and "L1H0" in page and 'from "https://' not in page

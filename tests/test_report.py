@@ -285,7 +285,8 @@ def test_no_text_breaks_a_page():
 
 
 def test_the_plotting_library_stands_beside_the_pages_once(tmp_path):
-    go = pytest.importorskip("plotly.graph_objects")
+    import plotly.graph_objects as go
+
     parts = [Part("F", figure=go.Figure(go.Bar(y=[1, 2]), {"width": 900}))]
 
     def write(**flags):

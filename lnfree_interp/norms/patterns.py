@@ -72,7 +72,7 @@ class AttentionPatterns(Result):
         """
         layer = whole(layer, "layer", least=0)
         try:
-            from circuitsvis.attention import attention_heads  # type: ignore[import-not-found]
+            from circuitsvis.attention import attention_heads
         except ModuleNotFoundError as error:
             if (error.name or "").partition(".")[0] != "circuitsvis":
                 raise
