@@ -266,8 +266,8 @@ def load_tokens(
     A `context` that was given and is longer than the model's is said on stderr.
 
     Args:
-        prepend_bos: whether each row begins with the BOS token; None: where the tokenizer's texts do, as
-            TransformerLens sets up most.
+        prepend_bos: whether each row begins with the BOS token; None: where the model's prompts do, as
+            `model.to_tokens` reads them.
 
     Returns:
         Int[Tensor, "batch pos"] on the model's device.
@@ -299,6 +299,8 @@ def token_rows(
     if context is not None and context > holds:
         remark(args, f"{name}: sequences of {holds} tokens, not {context}: its context holds no more")
     context = min(context or CONTEXT, model.cfg.n_ctx)
+    if prepend_bos is None and not getattr(model.cfg, "default_prepend_bos", True):
+        prepend_bos = False
     writes, path = distributed.local_rank() == 0, ""
     try:
         if writes:

@@ -154,6 +154,19 @@ def test_what_is_clipped_of_a_text_is_said(given, context, shape, said, tmp_path
     assert [*args.asked.notes.get("other than asked", [])] == printed.splitlines()
 
 
+@pytest.mark.parametrize("default", [True, False])
+@pytest.mark.parametrize("given", [None, True, False])
+def test_rows_of_text_begin_as_prompts_do(default, given, monkeypatch):
+    model = load_model("tiny-noLN")
+    monkeypatch.setattr(model.cfg, "default_prepend_bos", default)
+    args = cli.parser("dla", "").parse_args(["--tokens", "200"])
+    rows = cli.load_tokens(args, model, context=20, prepend_bos=given)
+    text = model.tokenizer("".join(cli.documents(args)))["input_ids"]
+    begins = given if given is not None else bool(model.to_tokens("a")[0, 0] == model.tokenizer.bos_token_id)
+    assert begins == (default if given is None else given) and bool((rows[:, 0] == text[0]).all()) == begins
+    assert rows[0, int(begins) :].tolist() == text[1 : 21 - begins]
+
+
 @pytest.mark.parametrize("name", ["graph", "patching"])
 def test_a_command_that_reads_no_text_has_no_flag_for_it(name, capsys):
     main = import_module(f"lnfree_interp.{name}.__main__").main
