@@ -52,20 +52,15 @@ def show(table, title: str | None = None) -> None:
     print(tidied(table).to_string(index=False, float_format=lambda x: f"{x:.4g}", na_rep=""))
 
 
-def save(out: Path, stem: str, table=None, figure=None) -> None:
-    """Write out/stem.csv and out/stem.html: beside, then renamed, so that neither is ever half-written.
+def save(out: Path, stem: str, table) -> None:
+    """Write out/stem.csv: beside, then renamed, so that it is never half-written.
 
     Raises:
         ValueError: the disk refuses.
     """
     _make(out)
-    if table is not None:
-        _write_table(table, out / f"{stem}.csv")
-    if figure is not None:
-        # The plotting library is linked, not embedded: 4 MB less per file.
-        replace_file(out / f"{stem}.html", lambda path: figure.write_html(path, include_plotlyjs="cdn"))
-    files = [f"{stem}.csv"] * (table is not None) + [f"{stem}.html"] * (figure is not None)
-    print(f"wrote {' and '.join(str(out / f) for f in files)}")
+    _write_table(table, out / f"{stem}.csv")
+    print(f"wrote {out / stem}.csv")
 
 
 def report(

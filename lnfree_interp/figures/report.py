@@ -170,9 +170,18 @@ def figure_element(figure, name: str) -> str:
     """
     import plotly.graph_objects as go
 
+    from .widths import page_script
+
     wide = go.Figure(figure).update_layout(autosize=True, width=None)
     config = {"responsive": True, "displaylogo": False}
-    drawn = wide.to_html(full_html=False, include_plotlyjs=False, config=config, div_id=name, default_width="100%")
+    drawn = wide.to_html(
+        full_html=False,
+        include_plotlyjs=False,
+        config=config,
+        div_id=name,
+        default_width="100%",
+        post_script=page_script(wide),
+    )
     return f"<div class='figure'>{drawn}</div>"
 
 
