@@ -209,7 +209,7 @@ def remove(source: Path, train: torch.Tensor, out: Path, schedule: RemovalSchedu
     from lnfree_interp.finetune import StatusLine, last_checkpoint, load_trainable, remove_layernorm
 
     model, tokenizer = load_trainable(str(source))
-    print(f"{out.name}: {schedule.describe(model.config.n_layer)}", flush=True)
+    print(f"{out.name}: {schedule.describe(model.config.num_hidden_layers)}", flush=True)
     remove_layernorm(
         model,
         tokenizer,

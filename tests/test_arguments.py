@@ -4,9 +4,7 @@ import copy
 import dataclasses
 import gzip
 import json
-import sys
 from functools import cache
-from pathlib import Path
 from unittest.mock import Mock, call
 
 import jaxtyping
@@ -636,25 +634,3 @@ def test_hellaswag_items_with_any_character(tmp_path):
         assert hellaswag_items(tmp_path / name) == items
     (tmp_path / "c.jsonl").write_text(text + '\n\n{"ctx": ', encoding="utf-8")
     refused(r"c\.jsonl, line 5: no JSON", hellaswag_items, tmp_path / "c.jsonl")
-
-
-def test_tokens_kept_by_the_training_script(tmp_path):
-    sys.path.insert(0, str(Path(__file__).parents[1] / "analyses"))
-    import train_tiny
-    from safetensors.torch import save_file
-
-    path = tmp_path / "tokens.safetensors"
-    train, val = (torch.randint(4096, (n, 256)) for n in (3, 2))
-    train_tiny.write_tokens(path, train, val)
-    assert_same(train_tiny.read_tokens(path), (train, val))
-    for stored, message in (
-        ({"train": train}, "holds no val blocks of 256 token ids"),
-        ({"train": train, "val": val[:, :9].contiguous()}, "holds no val blocks of 256"),
-        ({"train": train.float(), "val": val}, "holds no train blocks"),
-        ({"train": train[:0], "val": val}, "holds no train blocks"),
-        ({"train": train + 4096, "val": val}, "train: token id .* is outside the model's vocabulary of 4096"),
-    ):
-        save_file(stored, path)
-        refused(message, train_tiny.read_tokens, path)
-    path.write_bytes(b"junk")
-    refused("is no readable safetensors file", train_tiny.read_tokens, path)
