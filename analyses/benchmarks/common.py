@@ -69,10 +69,13 @@ def synchronise(device) -> None:
 
 
 def interleaved(ways: dict[str, Callable[[], object]], repeats: int, device="cpu") -> dict[str, list[float]]:
-    """Seconds of each way, run in turn `repeats` times after one unmeasured round."""
+    """Seconds of each way, run in turn `repeats` times after one unmeasured round; every second round goes backwards.
+
+    So that a machine that slows down as it runs favours none.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for round_ in range(repeats + 1):
-        for name, way in ways.items():
+        for name, way in list(ways.items())[:: -1 if round_ % 2 else 1]:
             synchronise(device)
             start = time.perf_counter()
             way()
