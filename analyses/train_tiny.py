@@ -323,6 +323,8 @@ def main() -> None:
     parser.add_argument("--family", choices=["gpt2", "llama"], default="gpt2", help="the models' blocks (gpt2)")
     steps = COURSE[-1][0]
     parser.add_argument("--pretrain-steps", type=cli.positive_int, default=steps, metavar="N", help=f"({steps:,})")
+    usual = RemovalSchedule.preset("tiny").steps
+    parser.add_argument("--removal-steps", type=cli.positive_int, default=usual, metavar="N", help=f"({usual:,})")
     parser.add_argument("--only", choices=["pretrain", "vanilla", "noLN", "embed"], help="one stage (default: all)")
     args = parser.parse_args()
 
@@ -344,7 +346,7 @@ def main() -> None:
     print(f"{train.numel():,} training tokens, {val.numel():,} validation tokens")
 
     name = "tiny" if args.family == "gpt2" else f"tiny-{args.family}"
-    source, schedule = args.out / name, RemovalSchedule.preset("tiny")
+    source, schedule = args.out / name, RemovalSchedule.preset("tiny").scaled(args.removal_steps)
     if args.only in (None, "pretrain") and not (source / "model.safetensors").exists():
         pretrain(train, val[:128], tokenizer, source, args)
     for kind, plan in (("vanilla", schedule.vanilla()), ("noLN", schedule)):
