@@ -187,6 +187,17 @@ def sensitivities_of(args) -> Sensitivities:
     return measured
 
 
+def loss_before(args) -> float:
+    """The untouched model's loss on the evaluation text (nats)."""
+    from train_run import evaluation_blocks, mean_loss
+
+    from lnfree_interp import load_model
+
+    model = load_model(args.model[0], device=args.device)
+    block = min(runs.base_schedule(args, steps_of(args)).block_size, model.cfg.n_ctx)
+    return mean_loss(model, evaluation_blocks(model.tokenizer, runs.texts(args)[1], block))
+
+
 def kept(args) -> list[str]:
     """Names of the variants that runs of this model were made of before, of any arguments."""
     found = set()
@@ -274,7 +285,8 @@ def claims(table: pd.DataFrame) -> list[Claim]:
     ]
 
 
-def figure(table: pd.DataFrame, title: str) -> go.Figure:
+def figure(table: pd.DataFrame) -> go.Figure:
+    """table: its first line is the preset in all its steps."""
     import plotly.graph_objects as go
 
     from lnfree_interp.figures.style import colour, styled
@@ -296,7 +308,7 @@ def figure(table: pd.DataFrame, title: str) -> go.Figure:
     fig.update_xaxes(title_text="LN-free minus control of the same steps (nats per token), each seed and mean")
     fig.update_yaxes(autorange="reversed", automargin=True)
     fig.update_layout(showlegend=False)
-    return styled(fig, title=title, height=160 + 26 * len(names))
+    return styled(fig, title="Removal with less data", height=160 + 26 * len(names))
 
 
 # -- the command
@@ -358,12 +370,13 @@ def run(args) -> common.Output:
     name = cli.display_name(model)
     caption = (
         f"{name}, {args.seeds} seeds; the preset in {steps} steps of {whole.tokens_per_step:,} tokens (dotted line), "
-        f"the others in {part.steps}; each gap is to the control of the same steps, data and seed; held-out text."
+        f"the others in {part.steps}; each gap is to the control of the same steps, data and seed; held-out text, "
+        f"on which the untouched model's loss is {loss_before(args):.4f}."
     )
-    return common.Output(table, figure(table, f"Removal with less data ({name})"), claims(table), caption)
+    return common.Output(table, None, claims(table), caption)
 
 
-ANALYSIS = common.Analysis(run, tokens=1, flags=flags, trains=True)
+ANALYSIS = common.Analysis(run, tokens=1, flags=flags, trains=True, draw=figure)
 main = ANALYSIS.main
 
 if __name__ == "__main__":

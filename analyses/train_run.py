@@ -33,7 +33,7 @@ def train(task) -> tuple[Run, Path, float]:
     if (directory / "final").exists() or (run.treatments and directory.exists()):
         shutil.rmtree(directory)
         resume = False
-    held_out = token_blocks(tokenizer, held_out, block, max_blocks=EVALUATED // block)
+    held_out = evaluation_blocks(tokenizer, held_out, block)
     diverged = ""
     try:
         remove_layernorm(
@@ -54,8 +54,8 @@ def train(task) -> tuple[Run, Path, float]:
         )
     except Diverged as error:
         diverged = str(error).split(":")[0]
-    loss = None if diverged else mean_loss(directory / "final", held_out, device)
-    planned = schedule.events(model.config.n_layer)
+    loss = None if diverged else mean_loss(load_model(str(directory / "final"), device=device), held_out)
+    planned = schedule.events(model.config.num_hidden_layers)
     state = None if diverged else state_in(directory / "final")
     result = {
         "variant": run.variant,
@@ -72,8 +72,13 @@ def train(task) -> tuple[Run, Path, float]:
     return run, directory, time.monotonic() - began
 
 
-def mean_loss(name, blocks: Tensor, device: str | None) -> float:
-    return evaluate_loss(load_model(str(name), device=device), blocks, worst=0, draws=1).mean
+def evaluation_blocks(tokenizer, documents: Sequence[str], block: int) -> Tensor:
+    """What losses at the end of runs are measured on."""
+    return token_blocks(tokenizer, documents, block, max_blocks=EVALUATED // block)
+
+
+def mean_loss(model, blocks: Tensor) -> float:
+    return evaluate_loss(model, blocks, worst=0, draws=1).mean
 
 
 class History(StatusLine):
