@@ -7,7 +7,8 @@
 
 An analysis is up to date if its script, its arguments, the models' files and the text are those its figure was made
 with. Those that train need --train FILE; without it what they wrote last is kept. --redraw measures nothing: every
-figure, those of real_model.py and screening.py too, is drawn anew from the tables that are there.
+figure, those of real_model.py and screening.py too, is drawn anew from the tables that are there: its pictures, and a
+page to hover and zoom, which is not kept in the repository.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 import common
 
 from lnfree_interp import cli
+from lnfree_interp.figures import report
 
 SCRIPTS = (
     "loss_table",
@@ -79,9 +81,9 @@ def arguments(analysis: common.Analysis, args: argparse.Namespace) -> list[str]:
 
 
 def recorded(out: Path, name: str) -> dict | None:
-    """What an analysis wrote last; None if it never ran or a file of it is gone."""
+    """What an analysis wrote last; None if it never ran or its table is gone."""
     path = out / f"{name}.json"
-    if not path.is_file() or not all((out / f"{name}.{suffix}").is_file() for suffix in ("csv", "html")):
+    if not path.is_file() or not (out / f"{name}.csv").is_file():
         return None
     return json.loads(path.read_text())
 
@@ -97,8 +99,8 @@ def status(analysis: common.Analysis, args: argparse.Namespace) -> str:
     return "up to date" if same and not args.force else "to run"
 
 
-def redraw(chosen: Sequence[str], out: Path) -> None:
-    """Every figure whose tables are in `out`, through one browser."""
+def drawn(chosen: Sequence[str], out: Path) -> dict[Path, object]:
+    """path without suffix -> figure: of all whose tables are in `out`."""
     import real_model_page
     import screening_page
 
@@ -109,13 +111,13 @@ def redraw(chosen: Sequence[str], out: Path) -> None:
     for name, page in (("real_model", real_model_page), ("screening", screening_page)):
         if set(chosen) == set(SCRIPTS) and (out / name).is_dir():
             figures |= {out / name / stem: figure for stem, figure in page.figures_of(out / name).items()}
-    common.save_figures(figures)
+    return figures
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.redraw:
-        redraw(args.only or SCRIPTS, args.out)
+        common.save_figures(drawn(args.only or SCRIPTS, args.out))  # through one browser
         write_index(args.out)
         return 0
     every = analyses()
@@ -146,19 +148,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 # ---------------------------------------------------------------------------------------------------------
 # index.html
 
+TITLE = "The papers' claims, checked"
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 960px;
-       margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2.4em; }
-table { border-collapse: collapse; width: 100%; font-size: 0.9em; margin: 1em 0; overflow-wrap: anywhere; }
-th, td { text-align: left; vertical-align: top; padding: 0.4em 0.7em; border-bottom: 1px solid #ddd; }
-img { max-width: 100%; }
-@media (max-width: 600px) { th, td { display: block; border: 0; padding: 0.1em 0; } tr { display: block;
-  border-bottom: 1px solid #ddd; padding: 0.4em 0; } tr:first-child { display: none; } }
- code { background: #f3f3f3; padding: 0.1em 0.3em; font-size: 0.9em; }
-.caption { color: #555; font-size: 0.9em; } .why { color: #555; }
 .yes, .no, .partly, .other { font-weight: 600; color: #555; }
 .yes { color: #00704a; } .no { color: #b34700; } .partly { color: #8a6d00; }
+table { width: 100%; overflow-wrap: anywhere; }
+@media (max-width: 600px) { th, td { display: block; border: 0; } tr:first-child { display: none; }
+  tr { display: block; border-bottom: 1px solid #ddd; padding: .4em 0; } }
 """
 
 
@@ -175,35 +171,32 @@ def index(records: Sequence[dict], out: Path) -> str:
     counts = {verdict: sum(c["agrees"] == verdict for c in claims) for verdict in common.AGREES}
     summary = ", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)
     parts = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
-        f"<title>The papers' claims, checked</title><style>{STYLE}</style>",
-        "<h1>The papers' claims, checked</h1>",
+        f"<h1>{TITLE}</h1>",
         "<p>P1: <a href='https://arxiv.org/abs/2409.13710'>arXiv 2409.13710</a>; P2: "
         "<a href='https://arxiv.org/abs/2507.02559'>arXiv 2507.02559</a>. Their figures are GPT-2's; ours are of "
         f"the models each command names, by default the small ones in this package. Agrees: {summary}.</p>",
     ]
-    for record in records:
-        parts.append(section(record, out))
-    return "\n".join(parts) + "</html>\n"
+    return report.page(TITLE, [*parts, *(section(record, out) for record in records)], style=STYLE)
 
 
 def section(record: dict, out: Path) -> str:
     e, name = html.escape, record["name"]
     rows = "".join(
         f"<tr><td>{e(c['statement'])}</td><td>{e(c['paper'])}</td>"
-        f"<td>{e(c['ours'])}{'<br><span class=why>' + e(c['why']) + '</span>' if c['why'] else ''}</td>"
+        f"<td>{e(c['ours'])}{'<br><span class=small>' + e(c['why']) + '</span>' if c['why'] else ''}</td>"
         f"<td class='{c['agrees'] if c['agrees'] in ('yes', 'no', 'partly') else 'other'}'>{c['agrees']}</td></tr>"
         for c in record["claims"]
     )
     narrow = f"<source media='(max-width: 600px)' srcset='{name}-narrow.png'>"
     shown = f"<picture>{narrow}<img src='{name}.png' alt='{e(record['title'])}'></picture>"
-    image = f"<a href='{name}.html'>{shown}</a>"
+    # Pages of figures are not kept with the tables and pictures: --redraw makes them.
+    links = [f"<a href='{name}.html'>interactive</a>"] * (out / f"{name}.html").is_file()
+    links += [f"<a href='{name}.csv'>table</a>"]
     return (
         f"<h2 id='{name}'>{e(record['title'])}</h2><p><code>{e(record['command'])}</code></p>"
         f"<table><tr><th>claim</th><th>paper</th><th>ours</th><th>agrees</th></tr>{rows}</table>"
-        f"{image if (out / f'{name}.png').is_file() else ''}"
-        f"<p class='caption'>{e(record['caption'])} "
-        f"<a href='{name}.html'>Interactive</a>, <a href='{name}.csv'>table</a>.</p>"
+        f"{shown if (out / f'{name}.png').is_file() else ''}"
+        f"<p class='small'>{e(record['caption'])} {', '.join(links).capitalize()}.</p>"
     )
 
 

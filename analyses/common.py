@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import html
 import inspect
 import json
 import sys
@@ -300,18 +299,16 @@ def read_table(path: Path):
 
 
 def save_figures(figures: Mapping[Path, object]) -> None:
-    """path without suffix -> figure: each as .html; where there is a browser, also .png and -narrow.png."""
+    """path without suffix -> figure: each as a page; where there is a browser, also .png and -narrow.png."""
     import plotly.graph_objects as go
 
+    from lnfree_interp.figures.report import figure_page, plotly_beside
     from lnfree_interp.figures.style import WIDTH
-    from lnfree_interp.figures.widths import narrow_figure, page_script
+    from lnfree_interp.figures.widths import narrow_figure
 
     drawn, written = {}, []
     for path, figure in figures.items():
-        # The plotting library is linked, not embedded: 4 MB less per file.
-        page = figure.to_html(include_plotlyjs="cdn", post_script=page_script(figure))
-        title = html.escape(" ".join(html.unescape(figure.layout.title.text or path.name).split("<br>")))
-        page = page.replace("<head>", f"<head><title>{title}</title>", 1)
+        page = figure_page(figure, plotly_beside(path.parent))
         written.append(path.with_name(f"{path.name}.html"))
         replace_file(written[-1], lambda beside, page=page: beside.write_text(page, encoding="utf-8"))
         drawn[path.with_name(f"{path.name}.png")] = go.Figure(figure).update_layout(width=WIDTH)

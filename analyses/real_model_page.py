@@ -296,8 +296,8 @@ def figures_of(out: Path) -> dict[str, go.Figure]:
 
 def body(t: dict[str, pd.DataFrame], about: About, folder: str) -> str:
     def shown(name: str, alt: str, table: str = "") -> str:
-        links = f"[Interactive]({folder}/{name}.html)" + (f", [table]({folder}/{table}.csv)" if table else "")
-        return f"[![{alt}]({folder}/{name}.png)]({folder}/{name}.html)\n\n{links}.\n"
+        link = f"\n[Table]({folder}/{table}.csv).\n" if table else ""
+        return f"![{alt}]({folder}/{name}.png)\n{link}"
 
     loss = t["loss"].iloc[0]
     verdicts = [[c.statement, c.paper, c.ours, c.agrees] for c in claims(t)]

@@ -22,7 +22,6 @@ ENOUGH = 0.05
 """The error left at which a screening is compared with running everything."""
 LOWEST, HIGHEST = 0.005, 2.0
 SEEN = {"recall": "recall of the largest cells", "error": "error left / effects"}
-MEASURES = {"recall": "recall of the top {k}", "error": "error left / effects"}
 
 
 def figure(table: pd.DataFrame, measure: str) -> go.Figure:
@@ -127,11 +126,8 @@ def body(table: pd.DataFrame, args, folder: str) -> str:
         ]
         header += ["all exact", "intervals hold (drawn)"]
         sections.append(f"## {model}, {of.prompts} {of.pairs} pairs\n\n{markdown(header, rows)}\n")
-    figures = "\n\n".join(
-        f"[![{m}]({folder}/{m}.png)]({folder}/{m}.html)\n\n[Interactive]({folder}/{m}.html), "
-        f"[table]({folder}/curves.csv)."
-        for m in MEASURES
-    )
+    pictures = [f"![{told[:1].upper()}{told[1:]} against forwards]({folder}/{m}.png)" for m, told in SEEN.items()]
+    figures = "\n\n".join([*pictures, f"All numbers: [table]({folder}/curves.csv)."])
     real = ""
     if args.real:
         real = f" Of {REAL} {args.real_layers} layers are looked at, and {args.edges} of its edges, drawn at random."
@@ -191,7 +187,7 @@ def said(short: pd.DataFrame) -> str:
 def figures_of(out: Path) -> dict[str, go.Figure]:
     """name -> figure, all drawn from the table in `out`."""
     table = common.read_table(out / "curves.csv")
-    return {measure: figure(table, measure) for measure in MEASURES}
+    return {measure: figure(table, measure) for measure in SEEN}
 
 
 def write(table: pd.DataFrame, args, out: Path, where: Path) -> None:

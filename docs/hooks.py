@@ -1,5 +1,7 @@
 """What the site is made of besides docs/*.md, put in as it is built: figures, tables, claims, flags, names, notebooks.
 
+Pictures of figures are links to pages of the figures, to hover and zoom, drawn from the tables.
+
 In a page stand comments, which a code host does not show:
 
     <!-- table: figures/x.csv | where measure=error, readout=logit | show model, value -->
@@ -22,14 +24,16 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
+import sys
+from collections.abc import Callable, Container, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
 import griffe
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
+from plotly.offline import get_plotlyjs
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "figures"
@@ -112,7 +116,7 @@ def claims(names: Sequence[str] = ()) -> str:
             [c["statement"], c["paper"], c["ours"] + (f"<br>*{c['why']}*" if c["why"] else ""), f"**{c['agrees']}**"]
             for c in record["claims"]
         ]
-        made = f"Made by `{record['command']}`; [table](../figures/{name}.csv), [interactive](../figures/{name}.html)."
+        made = f"Made by `{record['command']}`; [table](../figures/{name}.csv)."
         if not names:
             parts += [f"## {record['title']}", f"![{record['title']}](../figures/{name}.png)"]
         parts += [markdown_table(["claim", "paper", "ours", "agrees"], rows), f"{record['caption']} {made}"]
@@ -121,8 +125,6 @@ def claims(names: Sequence[str] = ()) -> str:
 
 def flags(name: str) -> str:
     """What lnfree NAME --help says."""
-    from importlib import import_module
-
     said = io.StringIO()
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, {"COLUMNS": "100"}))
@@ -252,26 +254,26 @@ def notebook_page(path: Path, execute: bool = EXECUTE) -> str:
 # What mkdocs calls
 
 
-def local_plotly(page: str, up: str) -> str:
-    """A figure's page with the plotting library beside the figures, not on some other host."""
-    script = f'<script src="{up}plotly.min.js"></script>'
-    return re.sub(r'<script[^>]*src="https://[^"]*plotly[^"]*"[^>]*></script>', script, page)
+def figure_pages() -> dict[str, str]:
+    """uri -> page, of every figure that is drawn from its tables; the plotting library is beside the figures."""
+    from lnfree_interp.figures.report import PLOTLY, figure_page
+
+    with mock.patch.object(sys, "path", [str(ROOT / "analyses"), *sys.path]):
+        every = import_module("all")
+        figures = every.drawn(every.SCRIPTS, FIGURES)
+    found = {}
+    for path, figure in figures.items():
+        up = "../" * (len(path.relative_to(FIGURES).parts) - 1)
+        script = f'<script charset="utf-8" src="{up}{PLOTLY}"></script>'
+        found[f"{path.relative_to(ROOT).as_posix()}.html"] = figure_page(figure, script)
+    return found
 
 
 def figure_files(config) -> list[File]:
-    found = []
-    for path in sorted(FIGURES.rglob("*")):
-        uri = path.relative_to(ROOT).as_posix()
-        if path.suffix in (".png", ".csv", ".js"):
-            found.append(File.generated(config, uri, abs_src_path=str(path)))
-        elif path.suffix == ".html" and path.name != "index.html":
-            up = "../" * (len(path.relative_to(FIGURES).parts) - 1)
-            found.append(File.generated(config, uri, content=local_plotly(path.read_text("utf-8"), up)))
-    spec = find_spec("plotly")
-    if spec and spec.origin and not (FIGURES / "plotly.min.js").exists():
-        library = Path(spec.origin).parent / "package_data" / "plotly.min.js"
-        found.append(File.generated(config, "figures/plotly.min.js", abs_src_path=str(library)))
-    return found
+    kept = [path for path in sorted(FIGURES.rglob("*")) if path.suffix in (".png", ".csv")]
+    found = [File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)) for path in kept]
+    found += [File.generated(config, uri, content=page) for uri, page in figure_pages().items()]
+    return [*found, File.generated(config, "figures/plotly.min.js", content=get_plotlyjs())]
 
 
 def on_config(config):
@@ -311,25 +313,27 @@ def on_page_markdown(markdown: str, page, **_) -> str:
     return filled(markdown).replace("](../figures/", f"]({up}figures/") if not up else filled(markdown)
 
 
-def with_narrow_pictures(content: str) -> str:
-    """Figures that have a picture for narrow pages beside them show that one there."""
+def with_figures(content: str, uris: Container[str]) -> str:
+    """Pictures of figures: another one on narrow pages, and a link to the figure's page, where there are such."""
 
     def shown(found: re.Match) -> str:
-        narrow = f"{found[2]}-narrow.png"
-        if not (FIGURES / narrow).is_file():
-            return found[0]
-        source = f'<source media="(max-width: 600px)" srcset="{found[1]}{narrow}">'
-        return f"<picture>{source}{found[0]}</picture>"
+        linked, image, folder, name = found.groups()
+        if f"figures/{name}-narrow.png" in uris:
+            source = f'<source media="(max-width: 600px)" srcset="{folder}{name}-narrow.png">'
+            image = f"<picture>{source}{image}</picture>"
+        if linked or f"figures/{name}.html" not in uris:
+            return (linked or "") + image
+        return f'<a href="{folder}{name}.html" title="Interactive">{image}</a>'
 
-    return re.sub(r'<img [^>]*?src="([^"]*?figures/)([^"]+)\.png"[^>]*>', shown, content)
+    return re.sub(r'(<a [^>]*>)?(<img [^>]*?src="([^"]*?figures/)([^"]+)\.png"[^>]*>)', shown, content)
 
 
-def on_page_content(content: str, **_) -> str:
-    """Pictures for narrow pages; formulas as MathML, which browsers draw by themselves."""
+def on_page_content(content: str, files, **_) -> str:
+    """Figures as they fit; formulas as MathML, which browsers draw by themselves."""
 
     def drawn(found: re.Match) -> str:
         display = "block" if found[1] == "div" else "inline"
         return convert(html.unescape(found[2]).strip(), display=display)
 
-    content = with_narrow_pictures(content)
+    content = with_figures(content, {file.src_uri for file in files})
     return re.sub(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', drawn, content, flags=re.S)

@@ -16,6 +16,8 @@ import screening
 import screening_page
 import smollm2
 
+from lnfree_interp.figures.report import PLOTLY
+
 
 def test_recall_and_error_of_effects():
     exact = torch.tensor([[[4.0, -3, 2, 1, 0, 0]], [[4.0, -3, 2, 1, 0, 0]]], dtype=torch.float64)
@@ -54,7 +56,7 @@ def test_the_page_of_a_small_run(tmp_path, monkeypatch):
     assert (table.error_low <= table.error + 1e-12).all() and (table.error <= table.error_high + 1e-12).all()
     page = (out / "screening.md").read_text()
     assert "## tiny-noLN, 3 induction pairs" in page and str(tmp_path) not in page and "nan" not in page
-    assert {f.name for f in out.iterdir()} == {"curves.csv", "recall.html", "error.html", "screening.md"}
+    assert {f.name for f in out.iterdir()} == {"curves.csv", "recall.html", "error.html", "screening.md", PLOTLY}
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
@@ -66,6 +68,6 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 def test_the_committed_page_is_whole_and_small():
     page = screening.PAGE.read_text()
     files = {common.FIGURES.parent / part.split(")")[0] for part in page.split("](../")[1:]}
-    assert len(files) == 5 and all(file.is_file() for file in files)
+    assert len(files) == 3 and all(file.is_file() for file in files)
     assert sum(file.stat().st_size for file in files) < 1_500_000
     assert page.count("\n## ") == 4 and "nan" not in page

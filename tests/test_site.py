@@ -97,8 +97,10 @@ def test_figures_of_notebooks_and_of_their_own_take_the_library_from_beside_them
     figure = {"data": [{"type": "bar", "y": [1, 2]}], "layout": {"width": 900}}
     shown = hooks.shown_output({"output_type": "display_data", "data": {"application/vnd.plotly.v1+json": figure}})
     assert "Plotly.newPlot" in shown and "https://" not in shown.replace("https://plot.ly", "") and "\n\n" not in shown
-    page = '<script charset="utf-8" src="https://cdn.plot.ly/plotly-4.1.1.min.js" integrity="x"></script><p>'
-    assert hooks.local_plotly(page, "../") == '<script src="../plotly.min.js"></script><p>'
+    pages = hooks.figure_pages()
+    assert len(pages) > 12 and all("Plotly.newPlot" in page for page in pages.values())
+    assert 'src="plotly.min.js"' in pages["figures/readers.html"]
+    assert 'src="../plotly.min.js"' in pages["figures/screening/recall.html"]
 
 
 @pytest.mark.slow
@@ -112,21 +114,20 @@ def test_a_notebook_is_shown_executed(tmp_path):
     assert "42" not in hooks.notebook_page(tmp_path / "one.ipynb", execute=False)
 
 
-def test_narrow_pages_show_the_narrow_pictures(figures):
-    (figures / "deep").mkdir()
-    for name in ("x-narrow.png", "deep/y-narrow.png"):
-        (figures / name).write_bytes(b"")
+def test_pictures_follow_narrow_pages_and_lead_to_figures():
+    uris = {"figures/x-narrow.png", "figures/deep/y-narrow.png", "figures/x.html", "figures/deep/y.html"}
     one, other = '<img alt="X" src="../figures/x.png" />', '<img alt="Y" src="figures/deep/y.png">'
-    shown = hooks.on_page_content(f"<p>{one}</p><a>{other}</a>")
+    shown = hooks.with_figures(f"<p>{one}</p><a href='y'>{other}</a>", uris)
     source = '<source media="(max-width: 600px)" srcset="{}-narrow.png">'
-    assert f"<p><picture>{source.format('../figures/x')}{one}</picture></p>" in shown
-    assert f"<a><picture>{source.format('figures/deep/y')}{other}</picture></a>" in shown
+    link = '<a href="../figures/x.html" title="Interactive">'
+    assert f"<p>{link}<picture>{source.format('../figures/x')}{one}</picture></a></p>" in shown
+    assert f"<a href='y'><picture>{source.format('figures/deep/y')}{other}</picture></a>" in shown
     alone = '<img alt="Z" src="../figures/z.png">'
-    assert hooks.on_page_content(alone) == alone
+    assert hooks.with_figures(alone, uris) == alone
 
 
 def test_formulas_are_drawn_by_the_browser():
-    shown = hooks.on_page_content('<p><span class="arithmatex">\\(a &lt; \\sum_c c\\)</span></p>')
+    shown = hooks.on_page_content('<p><span class="arithmatex">\\(a &lt; \\sum_c c\\)</span></p>', files=[])
     assert (shown.startswith("<p><math") and "arithmatex" not in shown and "&lt;" in shown) or "&#x0003C;" in shown
 
 

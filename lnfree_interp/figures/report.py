@@ -185,6 +185,16 @@ def figure_element(figure, name: str) -> str:
     return f"<div class='figure'>{drawn}</div>"
 
 
+def figure_page(figure, script: str) -> str:
+    """The page of a figure of plotly alone, called what the figure is.
+
+    Args:
+        script: `plotly_beside` or `plotly_within`.
+    """
+    title = html.unescape(str(figure.layout.title.text or "")).replace("<br>", " ")
+    return page(title, [script, figure_element(figure, "figure")])
+
+
 def plotly_beside(folder: Path) -> str:
     """The script element of pages in this folder: the library stands beside them, and is written if it does not yet.
 
