@@ -25,6 +25,7 @@ import json
 import os
 import re
 import sys
+import uuid
 from collections.abc import Callable, Container, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -204,10 +205,11 @@ def shown_output(output: Mapping) -> str:
     if "application/vnd.plotly.v1+json" in data:
         import plotly.io
 
+        from lnfree_interp.figures.report import figure_element
+
         figure = data["application/vnd.plotly.v1+json"]
         made = plotly.io.from_json(json.dumps({k: figure[k] for k in ("data", "layout")}), skip_invalid=True)
-        made.update_layout(autosize=True, width=None)
-        return plain_block(made.to_html(full_html=False, include_plotlyjs=False, config={"responsive": True}), "output")
+        return plain_block(figure_element(made, f"figure-{uuid.uuid4()}"), "output")
     if "image/png" in data:
         return f'<img alt="" src="data:image/png;base64,{"".join(data["image/png"].split())}">'
     if "text/markdown" in data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,14 @@ class Picture(str):
 
     def _repr_html_(self) -> str:
         return str(self)
+
+
+class Page(str):
+    """The HTML of a whole page, which a notebook shows in a frame."""
+
+    def _repr_html_(self) -> str:
+        frame = "width:100%;height:640px;border:1px solid #ccc"
+        return f"<iframe style='{frame}' sandbox='allow-scripts' srcdoc='{html.escape(self)}'></iframe>"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..statistics import ratio, ratio_interval, ratio_interval_of_two_ways
 from .result import LogitAttribution
 
 # The attention heads' labels, the components that P2 pools.
-HEADS = r"L\d+H\d+"
+HEADS = r"L(\d+)H(\d+)"
 # Sequences whose sums are held apart; of more, some share a place, so that memory does not grow with them.
 PLACES = 2**12
 

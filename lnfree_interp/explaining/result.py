@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import choice, text_or_none, whole
-from ..dla import LogitAttribution
+from ..dla import HEADS, LogitAttribution
 from ..results import Prompts, Result, drawing
 from ..statistics import ratio
 
@@ -61,7 +61,7 @@ class Explanation(Result):
         approximate, exact = self.head_attribution, self.head_effect
         if approximate is None or exact is None:
             approximate, exact = self.attribution, self.effect
-        heads = [i for i, label in enumerate(exact.labels) if re.fullmatch(r"L\d+H\d+", label)]
+        heads = [i for i, label in enumerate(exact.labels) if re.fullmatch(HEADS, label)]
         a, e = (x.values.detach().cpu().double().flatten(1) for x in (approximate, exact))
         if heads:
             a, e = a[heads], e[heads]
@@ -76,7 +76,7 @@ class Explanation(Result):
             return []
         numbers = zip(approximate.values.flatten().tolist(), exact.values.flatten().tolist())
         named = [(label, a, e) for label, (a, e) in zip(exact.labels, numbers)]
-        return [row for row in named if kind == "component" or re.fullmatch(r"L\d+H\d+", row[0])]
+        return [row for row in named if kind == "component" or re.fullmatch(HEADS, row[0])]
 
     def table(self):
         """One row per component, head and token: kind, name, attribution, effect (logits), the largest of each kind

@@ -15,6 +15,7 @@ from ..neurons import NeuronAblation
 from ..norms import AttentionSinks, ResidualNorms
 from ..patching import EdgeEffect, PatchingEffect, PatchingError, Screening
 from ..patching.shown import unit_of
+from ..results import Page
 from .edges import edge_heatmaps
 from .evaluate import loss_figure
 from .explanations import explanation_figure
@@ -106,8 +107,6 @@ def _screenings(results: Mapping[str, Screening], title: str | None = None) -> g
 
 
 def _graphs(results: Mapping[str, AttributionGraph]) -> Any:
-    from ..graph.result import Page
-
     return Page(graph_page(list(results.values())))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
@@ -11,7 +12,7 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 
 from ..batching import indices
-from ..dla import AttributionError, LogitAttribution, ReaderAttribution, ScoreAttribution
+from ..dla import HEADS, AttributionError, LogitAttribution, ReaderAttribution, ScoreAttribution
 from ..results import Prompts
 from .html import NEGATIVE, POSITIVE, most_of
 from .pictures import HEAD, largest, mean_of_pairs, tokens_at
@@ -80,9 +81,8 @@ def heads_of(values: Float[Tensor, "component ..."], labels: tuple[str, ...]) ->
     """
     cells = {}
     for value, label in zip(values.flatten(1).double().mean(1), labels):
-        layer, _, head = label.removeprefix("L").partition("H")
-        if layer.isdigit() and head.isdigit():
-            cells[int(layer), int(head)] = value
+        if head := re.fullmatch(HEADS, label):
+            cells[int(head[1]), int(head[2])] = value
     n_layers, n_heads = (max(index) + 1 for index in zip(*cells))
     grid = torch.stack([cells[i, j] for i in range(n_layers) for j in range(n_heads)])
     return grid.view(n_layers, n_heads).float()

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..evaluate import HellaSwag, LossEvaluation, LossTable, ModelComparison
+from ..probe.shares import share_interval
 from ..statistics import mean_interval
 from .style import MARK, band, colour, in_one, line, log_axis, styled, symbol
 
@@ -145,6 +146,8 @@ def hellaswag_figure(results: Mapping[str, HellaSwag]) -> go.Figure:
 def reliability_figure(result: ModelComparison) -> go.Figure:
     """Accuracy of the top token against its probability, and how many predictions each bin holds.
 
+    Bars are Wilson's 95% intervals, of as many predictions as there are: as if tokens were independent.
+
     Example:
         >>> from lnfree_interp import compare_models, load_model
         >>> models = {name: load_model(name) for name in ("tiny", "tiny-noLN")}
@@ -159,12 +162,15 @@ def reliability_figure(result: ModelComparison) -> go.Figure:
     centres = [(i + 0.5) / n_bins for i in range(n_bins)]
     for i, name in enumerate(result.names):
         label = f"{name} (calibration error {result.calibration_error[i].item():.4f})"
-        there = (result.bin_count[i] > 0).tolist()
-        points = zip(result.bin_confidence[i].tolist(), result.bin_accuracy[i].tolist(), there)
-        x, y = zip(*[(c, a) for c, a, occupied in points if occupied])
-        figure.add_trace(
-            go.Scatter(x=x, y=y, name=label, mode="lines+markers", line=line(i), legendgroup=name), row=1, col=1
+        count, confidence, right = (
+            x[i, result.bin_count[i] > 0].double().numpy()
+            for x in (result.bin_count, result.bin_confidence, result.bin_accuracy)
         )
+        ends = [share_interval(np.array([r * n]), np.array([n])) for n, r in zip(count, right)]
+        low, high = np.array(ends).T
+        bars = {"array": high - right, "arrayminus": right - low, "symmetric": False, "thickness": 1, "width": 0}
+        look = {"name": label, "mode": "lines+markers", "line": line(i), "legendgroup": name}
+        figure.add_trace(go.Scatter(x=confidence, y=right, error_y=bars, **look), row=1, col=1)
         share = (result.bin_count[i] / result.bin_count[i].sum()).tolist()
         bars = go.Bar(x=centres, y=share, marker={"color": colour(i)}, showlegend=False, legendgroup=name)
         figure.add_trace(bars, row=2, col=1)
@@ -173,5 +179,5 @@ def reliability_figure(result: ModelComparison) -> go.Figure:
     figure.update_traces(hovertemplate="probability %{x:.3f}: right %{y:.1%}", selector={"type": "scatter"})
     figure.update_traces(hovertemplate="probability %{x:.2f}: %{y:.2%} of predictions", selector={"type": "bar"})
     figure.update_xaxes(title_text="probability of the top token", range=[0, 1], row=2, col=1)
-    title = "Reliability: how often the likeliest token is right, by its probability"
+    title = "Reliability: how often the likeliest token is right, by its probability [95%, of independent tokens]"
     return styled(figure, title=title, height=520)

@@ -9,8 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..explaining.result import Explanation
-from .panels import plain
-from .style import COLOURS, WIDTH, styled
+from .style import COLOURS, WIDTH, plain, styled
 
 # Components that are drawn.
 TOP = 12

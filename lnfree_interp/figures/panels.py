@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..patching.shown import Panel
-from .html import bars, coloured_tokens, grid, note, visible
+from .html import bars, coloured_tokens, grid, note
 
 if TYPE_CHECKING:
     from ..graph import AttributionGraph
@@ -69,11 +69,6 @@ def graph_picture(graph: AttributionGraph) -> str:
 def _strongest(graph: AttributionGraph, k: int) -> list[str]:
     rows = graph.table(k)
     return [f"{a} → {b}: {entry:+.3g}" for a, b, entry in zip(rows["sender"], rows["receiver"], rows["entry"])]
-
-
-def plain(text: str) -> str:
-    """A text in a figure of plotly, which would read < and & as markup."""
-    return html.escape(visible(text, len(text)), quote=False)
 
 
 def side_by_side(results: Mapping[str, Any], most: int) -> str:

@@ -14,8 +14,7 @@ from torch import Tensor
 from ..patching import PatchingEffect, PatchingError
 from ..patching.shown import panel, unit_of
 from .dla import ranked
-from .panels import plain
-from .style import DIVERGING, in_one, line, styled
+from .style import DIVERGING, in_one, line, plain, styled
 
 # Pixels across for cells, on a page of 800.
 DRAWN_ON = 650
@@ -163,7 +162,7 @@ def effect_heatmaps(
     beyond = max(sizes.values()) > most
     # Space for titles and for tokens that stand on end, in pixels of the whole.
     each = max(130, 16 * len(layers))
-    longest = max(len(_short(label)) for label in labels)
+    longest = max(len(plain(label, 20)) for label in labels)
     bottom = (40 + min(6 * longest, 130)) if longest > 3 else 50
     height = 90 + bottom + len(methods) * each + (len(methods) - 1) * 45
     step = max(1, math.ceil((7 * longest + 8 if longest <= 3 else 14) * len(labels) * len(models) / DRAWN_ON))
@@ -196,9 +195,9 @@ def effect_heatmaps(
         figure.update_xaxes(
             tickmode="array",
             tickvals=ticks,
-            ticktext=[_short(labels[i]) for i in ticks],
+            ticktext=[plain(labels[i], 20) for i in ticks],
             tickangle=-90 if longest > 3 else 0,
-            title_text=None if told else axis,
+            title_text=None if told or at["row"] < len(methods) else axis,
             **at,
         )
         # The first layer at the top, where TransformerLens' demos have it.
@@ -214,7 +213,3 @@ def effect_heatmaps(
         figure.add_annotation(text=f"{axis}:{told}", font_size=12, **below, **on_page)
     figure = styled(figure, title=title, height=height)
     return figure.update_layout(margin={"b": bottom})
-
-
-def _short(label: str) -> str:
-    return plain(label if len(label) <= 20 else label[:19] + "…")

@@ -19,6 +19,9 @@ from ..files import replace_file
 
 PLOTLY = "plotly.min.js"
 ROWS = 100  # of a table, at most; all are in its .csv
+# How plotly's figures behave in a page: no button that sends what is shown to another host, none that does little.
+CONFIG = {"responsive": True, "displaylogo": False}
+CONFIG["modeBarButtons"] = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]
 STYLE = """
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #222; background: #fff; max-width: 1200px;
@@ -33,8 +36,10 @@ table { border-collapse: collapse; font-size: 13px; line-height: 1.35; }
 th, td { text-align: left; vertical-align: top; padding: .2em .5em; border-bottom: 1px solid #e4e4e4; }
 th { vertical-align: bottom; border-bottom: 1px solid #888; font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th.number { white-space: normal; }
 .wide { overflow-x: auto; } .small { color: #666; font-size: .87em; }
 .figure { width: 100%; margin: .8em 0; } img { max-width: 100%; }
+@media (hover: none) { .modebar { display: none; } } /* it would stand on the title all the time */
 """
 
 
@@ -173,11 +178,10 @@ def figure_element(figure, name: str) -> str:
     from .widths import page_script
 
     wide = go.Figure(figure).update_layout(autosize=True, width=None)
-    config = {"responsive": True, "displaylogo": False}
     drawn = wide.to_html(
         full_html=False,
         include_plotlyjs=False,
-        config=config,
+        config=CONFIG,
         div_id=name,
         default_width="100%",
         post_script=page_script(wide),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+
+from .html import visible
 
 # Okabe and Ito's palette: told apart with any colour vision.
 COLOURS = ("#555555", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -68,6 +72,7 @@ def styled(figure: go.Figure, *, title: str, height: int = 420) -> go.Figure:
     for annotation in panels:
         annotation.font.size = 13
     figure.update_yaxes(ticks="outside", ticklen=4, tickcolor="rgba(0,0,0,0)")  # labels keep clear of what is drawn
+    _stand(figure)
     _colour_bars(figure)
     if len(_entries(figure)) == 1:  # alone: no legend, and no dash that tells it from others
         figure.update_layout(showlegend=False)
@@ -104,6 +109,36 @@ def _colour_bars(figure: go.Figure) -> None:
     if figure.layout.coloraxis.colorbar.title.text is not None:
         figure.update_layout(coloraxis={"colorbar": look})
     figure.update_traces(colorbar=look, selector=lambda t: t.type == "heatmap" and t.colorbar.title.text is not None)
+
+
+def _stand(figure: go.Figure) -> None:
+    """Names below panels stand on end where they do not fit beside each other, no more of them than can be read."""
+    for axis in figure.select_xaxes():
+        names, (low, high) = names_along(figure, axis.plotly_name), axis.domain or (0, 1)
+        across = (WIDTH - 100) * (high - low)
+        if axis.ticktext is None and axis.tickangle is None and len(names) * (7 * longest(names) + 8) > across:
+            axis.update(tickangle=-90, tickvals=names[:: max(1, math.ceil(14 * len(names) / across))])
+
+
+def names_along(figure: go.Figure, axis: str) -> list[str]:
+    """The names that traces have along an axis such as "yaxis2".
+
+    Example:
+        >>> names_along(go.Figure(go.Bar(x=["a", "b", "a"], y=[1, 2, 3])), "xaxis")
+        ['a', 'b']
+    """
+    letter, found = axis[0], []
+    for trace in figure.data:
+        own = getattr(trace, letter, None)
+        if (getattr(trace, f"{letter}axis", None) or letter) == axis.replace("axis", "") and own is not None:
+            found += [value for value in own if isinstance(value, str)]
+    return list(dict.fromkeys(found))
+
+
+def longest(texts: Iterable[str]) -> int:
+    """Characters of the longest line of some texts of plotly."""
+    lines = (re.sub("<[^>]*>", "", line) for text in texts for line in text.split("<br>"))
+    return max((len(html.unescape(line)) for line in lines), default=1)
 
 
 def title_pad(lines: int) -> int:
@@ -149,12 +184,14 @@ def token_axis(strings: Sequence[str], positions: Sequence[int] | None = None, p
     return {"tickvals": list(where), "ticktext": texts, "tickangle": -90 if len(strings) > 8 else 0, "showgrid": False}
 
 
-def shown(token: str) -> str:
-    """A token's text in a figure, where < and & would be read as markup."""
-    from .html import visible
+def plain(text: str, most: int | None = None) -> str:
+    """A text in a figure of plotly, which would read < and & as markup; cut to so many characters."""
+    return html.escape(visible(text, len(text) if most is None else most), quote=False)
 
-    text = visible(token, 16).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return text.replace(" ", "\u00a0")  # blanks at the ends would be dropped
+
+def shown(token: str) -> str:
+    """A token's text in a figure, with the blanks at its ends, which would be dropped."""
+    return plain(token, 16).replace(" ", "\u00a0")
 
 
 def layer_axis(n: int) -> dict[str, Any]:

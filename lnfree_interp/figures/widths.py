@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import html
 import json
 import math
 import re
@@ -13,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from .style import PANEL_LINE, TITLE_LINE, WIDTH, legend_height, panel_titles, title_pad, wrapped
+from .style import PANEL_LINE, TITLE_LINE, WIDTH, legend_height, longest, names_along, panel_titles, title_pad, wrapped
 
 # Pixels of a page that is narrow, and up to which a page is one.
 NARROW, UP_TO = 400, 600
@@ -220,7 +219,7 @@ def _below(figure: go.Figure, layout: dict, x: str, across: int, shared: str | N
     title = _at(layout, f"{x}.title.text") or shared
     under = 4 if title is None else 30 + 16 * (len(_axis_title(title, across)) - 1)
     if _stands(layout, x, labels, across):
-        return min(240, 6 * _longest(labels)) + 12 + under
+        return min(240, 6 * longest(labels)) + 12 + under
     return 18 * (1 + max((label.count("<br>") for label in labels), default=0)) + 12 + under
 
 
@@ -228,33 +227,15 @@ def _labels(figure: go.Figure, layout: dict, x: str) -> list[str]:
     """The texts along an axis, if they are texts."""
     if texts := layout.get(x, {}).get("ticktext"):
         return [str(text) for text in texts]
-    return list(dict.fromkeys(value for value in _values(figure, x) if isinstance(value, str)))
-
-
-def _values(figure: go.Figure, axis: str) -> list:
-    """What traces have along an axis such as "yaxis2"."""
-    letter, found = axis[0], []
-    for trace in figure.data:
-        own = getattr(trace, letter, None)
-        if (getattr(trace, f"{letter}axis", None) or letter) == axis.replace("axis", "") and own is not None:
-            found += list(own)
-    return found
-
-
-def _longest(labels: Sequence[str]) -> int:
-    return max((len(_shown(part)) for label in labels for part in label.split("<br>")), default=1)
-
-
-def _shown(text: str) -> str:
-    return html.unescape(re.sub("<[^>]*>", "", text))
+    return names_along(figure, x)
 
 
 def _stands(layout: dict, x: str, labels: Sequence[str], across: int) -> bool:
     """Whether the labels of an axis stand on end: where they do on a wide page, or do not lie beside each other."""
     if layout.get(x, {}).get("tickangle") in (-90, 90):
         return True
-    longest = _longest(labels)
-    return longest > 3 and layout.get(x, {}).get("type") != "log" and len(labels) * (7 * longest + 8) > across
+    size = longest(labels)
+    return size > 3 and layout.get(x, {}).get("type") != "log" and len(labels) * (7 * size + 8) > across
 
 
 def _ticks(figure: go.Figure, layout: dict, x: str, across: int) -> dict[str, Any]:
@@ -269,7 +250,7 @@ def _ticks(figure: go.Figure, layout: dict, x: str, across: int) -> dict[str, An
             found |= {f"{x}.{name}": list(own[name])[::step] for name in ("tickvals", "ticktext")}
     if stands:
         found[f"{x}.tickangle"] = -90
-    step = math.ceil((14 if stands else 7 * _longest(labels) + 8) * len(labels) / across)
+    step = math.ceil((14 if stands else 7 * longest(labels) + 8) * len(labels) / across)
     if step > 1 and own.get("ticktext") and own.get("tickvals") is not None and own.get("type") != "log":
         found |= {f"{x}.{name}": list(own[name])[::step] for name in ("tickvals", "ticktext")}
     if title := _at(own, "title.text"):
@@ -289,8 +270,8 @@ def _axis_title(title: str, across: int) -> list[str]:
 
 def _names(figure: go.Figure, y: str) -> list[str]:
     """The names of an axis of rows, where some are long."""
-    names = list(dict.fromkeys(value for value in _values(figure, y) if isinstance(value, str)))
-    return names if max((len(_shown(part)) for name in names for part in name.split("<br>")), default=0) > NAME else []
+    names = names_along(figure, y)
+    return names if longest(names) > NAME else []
 
 
 def _rows(figure: go.Figure, y: str) -> dict[str, Any]:
@@ -312,7 +293,7 @@ def _left(figure: go.Figure) -> int:
     for trace in figure.data:
         y = trace.y if getattr(trace, "y", None) is not None else ()
         texts += [value for value in y if isinstance(value, str)]
-    return max(60, 7 * min(NAME, _longest(texts)) if texts else 0)
+    return max(60, 7 * min(NAME, longest(texts)) if texts else 0)
 
 
 def _colour_bar(figure: go.Figure) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..arguments import as_path, whole
-from ..results import Prompts, Result
+from ..results import Page, Prompts, Result
 from .prune import of_edges
 
 
@@ -31,14 +30,6 @@ class GraphNode:
     pos: int
     unit: int | None
     label: str
-
-
-class Page(str):
-    """The HTML of a whole page: text that a notebook shows as a frame."""
-
-    def _repr_html_(self) -> str:
-        frame = "width:100%;height:640px;border:1px solid #ccc"
-        return f"<iframe style='{frame}' sandbox='allow-scripts' srcdoc='{html.escape(self)}'></iframe>"
 
 
 @dataclass(frozen=True, repr=False)
