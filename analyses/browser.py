@@ -10,8 +10,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
-from pathlib import Path
 from threading import Timer
 from typing import Any, BinaryIO
 
@@ -30,7 +28,7 @@ _FLAGS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
-_LOADED = "new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', () => done()))"
+_PAGE = "document.write(`<!DOCTYPE html><body style='margin:0'><div id='plot'></div>`); document.close()"
 _DRAW = """
 Plotly.purge('plot');
 Plotly.newPlot('plot', FIGURE.data, FIGURE.layout, {displayModeBar: false})
@@ -58,12 +56,11 @@ def drawing(browser: str) -> Iterator[Callable[[Any], bytes]]:
         OSError: the browser has gone, or did not answer in time.
         KeyError: it refuses what is asked.
     """
+    from plotly.offline import get_plotlyjs
+
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, _started(browser, folder) as ask:
-        page = Path(folder) / "page.html"
-        library = Path(find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"
-        script = f"<script src='{library.as_uri()}'></script>"
-        page.write_text(f"<!DOCTYPE html><meta charset='utf-8'>{script}<body style='margin:0'><div id='plot'></div>")
-        target = ask("Target.createTarget", url=page.as_uri())["targetId"]
+        # An empty page that is filled by hand: there is no loading that could be waited for too early.
+        target = ask("Target.createTarget", url="about:blank")["targetId"]
         session = ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
         def run(script: str) -> None:
@@ -71,7 +68,8 @@ def drawing(browser: str) -> Iterator[Callable[[Any], bytes]]:
             if "exceptionDetails" in said:
                 raise OSError(f"the figure cannot be drawn: {said['exceptionDetails']}")
 
-        run(_LOADED)
+        run(_PAGE)
+        run(get_plotlyjs())
 
         def draw(figure: Any) -> bytes:
             size = {"width": figure.layout.width, "height": figure.layout.height}

@@ -66,6 +66,7 @@ def bins(result) -> pd.DataFrame:
 def draw(table: pd.DataFrame, bins: pd.DataFrame) -> go.Figure:
     from plotly.subplots import make_subplots
 
+    from lnfree_interp.figures.evaluate import share_bars
     from lnfree_interp.figures.style import MARK, colour, line, styled
 
     names = list(table.model)
@@ -77,7 +78,7 @@ def draw(table: pd.DataFrame, bins: pd.DataFrame) -> go.Figure:
         vertical_spacing=0.08,
         horizontal_spacing=0.19,
         specs=[[{}, {"rowspan": 2}], [{}, None]],
-        subplot_titles=("how often the top token is right", "Jensen-Shannon divergence (nats)", ""),
+        subplot_titles=("how often the top token is right [95%]", "Jensen-Shannon divergence (nats)", ""),
         shared_xaxes="columns",
     )
     fig.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=MARK, showlegend=False, hoverinfo="skip", row=1, col=1)
@@ -87,6 +88,7 @@ def draw(table: pd.DataFrame, bins: pd.DataFrame) -> go.Figure:
         there = of[of.predictions >= FEWEST]
         label = f"{name} (calibration error {table.ece[i]:.4f})"
         curve = {"x": there.confidence, "y": there.accuracy, "line": line(i), "mode": "lines+markers"}
+        curve["error_y"] = share_bars(list(there.accuracy), list(there.predictions))
         hover = "probability %{x:.3f}: right %{y:.1%}<extra>" + name + "</extra>"
         look = {"marker": {"size": 5}, "legendgroup": name, "hovertemplate": hover}
         fig.add_scatter(**curve, **look, name=label, row=1, col=1)
@@ -132,7 +134,7 @@ def run(args) -> common.Output:
         result = compare_models(models, tokens, n_bins=args.bins, seed=args.seed, progress=progress)
     said = [c for f in common.families(common.ln_free(models)) for c in claims(f, result.table())]
     caption = f"{tokens.numel():,} tokens of {common.source(args)}; {args.bins} bins, "
-    caption += f"those with at least {FEWEST} predictions drawn."
+    caption += f"those with at least {FEWEST} predictions drawn, with intervals as if tokens were independent."
     return common.Output(result.table(), None, said, caption, {"bins": bins(result)})
 
 

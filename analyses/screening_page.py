@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 REAL = "SmolLM2-135M"
 ENOUGH = 0.05
 """The error left at which a screening is compared with running everything."""
-LOWEST, HIGHEST = 0.005, 2.0
+LOWEST, HIGHEST, FEWEST = 0.005, 2.0, 0.5
 SEEN = {"recall": "recall of the largest cells", "error": "error left / effects"}
 
 
@@ -28,7 +28,7 @@ def figure(table: pd.DataFrame, measure: str) -> go.Figure:
     """A panel per model and site; forwards on the x axis, a line per method."""
     from plotly.subplots import make_subplots
 
-    from lnfree_interp.figures.style import COLOURS, MARK, styled
+    from lnfree_interp.figures.style import COLOURS, MARK, log_axis, styled
 
     models, sites, methods = (list(table[c].unique()) for c in ("model", "site", "method"))
     panels, told = [(model, site) for model in models for site in sites], SEEN[measure]
@@ -50,24 +50,25 @@ def figure(table: pd.DataFrame, measure: str) -> go.Figure:
             value, low, high = (line[f"{measure}{end}"] for end in ("", "_low", "_high"))
             if measure == "error":  # what is beyond the panel is drawn at its edge
                 value, low, high = (x.clip(LOWEST, HIGHEST) for x in (value, low, high))
-            hover = f"{method}: {told} %{{customdata:.3f}} at %{{x:.2f}} forwards<extra>{model}, {site}</extra>"
+            hover = f"{method}: {told} %{{customdata[0]:.3f}} at %{{customdata[1]:.2f}} forwards"
             fig.add_scatter(
-                x=line.forwards,
+                x=line.forwards.clip(lower=FEWEST),  # what costs next to nothing is at the edge
                 y=value,
                 error_y=common.bars(value, low, high) | {"width": 0, "thickness": 0.7},
-                customdata=line[measure],
+                customdata=line[[measure, "forwards"]],
                 name=method,
                 legendgroup=method,
                 mode="lines+markers",
                 marker={"size": 4},
                 line={"color": COLOURS[max(0, i - 1) % len(COLOURS)], "width": 1.5, "dash": "solid" if i else "dot"},
-                hovertemplate=hover,
+                hovertemplate=f"{hover}<extra>{model}, {site}</extra>",
                 row=row,
                 col=col,
             )
         if len(part):
             fig.add_vline(x=part.everything.iloc[0], line=MARK, row=row, col=col)
-        fig.update_xaxes(title_text="forwards", title_standoff=4, rangemode="tozero", nticks=5, row=row, col=col)
+        axis = log_axis((FEWEST, table.forwards.max()))
+        fig.update_xaxes(title_text="forwards", title_standoff=4, **axis, row=row, col=col)
         fig.update_yaxes(title_text=told if col == 1 else None, title_standoff=4, row=row, col=col)
     names = set()
     fig.for_each_trace(lambda t: t.update(showlegend=not (t.name in names or names.add(t.name))))

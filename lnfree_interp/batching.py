@@ -106,6 +106,8 @@ def as_ids(value: object, what: str) -> Int[Tensor, ...]:
         return torch.from_numpy(array.astype(np.int64))
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{wanted}, not {value.dtype}")
+    if value.layout != torch.strided or value.is_meta:
+        raise ValueError(f"{wanted}, not one that is {'without data' if value.is_meta else 'sparse'}")
     return value.long()
 
 

@@ -309,6 +309,8 @@ def test_what_are_no_tokens(model, name, as_users_have_it):
         ([[0.5, 1.0]], "tokens must be a tensor of token ids .*, not list of float64"),
         (torch.zeros(2, 3), "not torch.float32"),
         (torch.ones(2, 3, dtype=torch.bool), "not torch.bool"),
+        (torch.ones(2, 3, dtype=torch.long).to_sparse(), "not one that is sparse"),
+        (torch.ones(2, 3, dtype=torch.long, device="meta"), "not one that is without data"),
         (3.5, "not float"),
         (None, "not NoneType"),
         (model.tokenizer("It was"), "not BatchEncoding"),  # its keys are texts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -166,11 +166,8 @@ def reliability_figure(result: ModelComparison) -> go.Figure:
             x[i, result.bin_count[i] > 0].double().numpy()
             for x in (result.bin_count, result.bin_confidence, result.bin_accuracy)
         )
-        ends = [share_interval(np.array([r * n]), np.array([n])) for n, r in zip(count, right)]
-        low, high = np.array(ends).T
-        bars = {"array": high - right, "arrayminus": right - low, "symmetric": False, "thickness": 1, "width": 0}
         look = {"name": label, "mode": "lines+markers", "line": line(i), "legendgroup": name}
-        figure.add_trace(go.Scatter(x=confidence, y=right, error_y=bars, **look), row=1, col=1)
+        figure.add_trace(go.Scatter(x=confidence, y=right, error_y=share_bars(right, count), **look), row=1, col=1)
         share = (result.bin_count[i] / result.bin_count[i].sum()).tolist()
         bars = go.Bar(x=centres, y=share, marker={"color": colour(i)}, showlegend=False, legendgroup=name)
         figure.add_trace(bars, row=2, col=1)
@@ -181,3 +178,16 @@ def reliability_figure(result: ModelComparison) -> go.Figure:
     figure.update_xaxes(title_text="probability of the top token", range=[0, 1], row=2, col=1)
     title = "Reliability: how often the likeliest token is right, by its probability [95%, of independent tokens]"
     return styled(figure, title=title, height=520)
+
+
+def share_bars(shares: Sequence[float], counts: Sequence[float | int]) -> dict:
+    """plotly error bars of shares: Wilson's 95% intervals, as if all that was counted were independent.
+
+    Example:
+        >>> {name: [round(float(x), 2) for x in share_bars([0.5], [10])[name]] for name in ("array", "arrayminus")}
+        {'array': [0.26], 'arrayminus': [0.26]}
+    """
+    ends = [share_interval(np.array([share * n]), np.array([n])) for share, n in zip(shares, counts)]
+    low, high = np.array(ends).reshape(-1, 2).T
+    size = {"array": high - shares, "arrayminus": shares - low}
+    return {"type": "data", "symmetric": False, "thickness": 1, "width": 0, **size}
