@@ -38,13 +38,16 @@ SCRIPTS = (
     "confidence_neurons",
     "norms_and_sinks",
     "calibration",
+    "concepts",
     "removal_order",
     "data_efficiency",
 )
+# Hours of training, and not the papers' claims: run by themselves, shown and drawn with the others.
+ALONE = ("less_data",)
 
 
 def analyses() -> dict[str, common.Analysis]:
-    return {name: importlib.import_module(name).ANALYSIS for name in SCRIPTS}
+    return {name: importlib.import_module(name).ANALYSIS for name in (*SCRIPTS, *ALONE)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,15 +104,17 @@ def status(analysis: common.Analysis, args: argparse.Namespace) -> str:
 
 def drawn(chosen: Sequence[str], out: Path) -> dict[Path, object]:
     """path without suffix -> figure: of all whose tables are in `out`."""
+    import concepts
     import real_model_page
     import screening_page
 
-    every, figures = analyses(), {}
-    for name in chosen:
-        if recorded(out, name) and every[name].draw is not None:
-            figures[out / name] = every[name].redrawn(out)
+    every, figures, whole = analyses(), {}, set(chosen) == set(SCRIPTS)
+    for name in (*chosen, *(ALONE if whole else ())):
+        for folder in (out, out / concepts.REAL):
+            if recorded(folder, name) and every[name].draw is not None:
+                figures[folder / name] = every[name].redrawn(folder)
     for name, page in (("real_model", real_model_page), ("screening", screening_page)):
-        if set(chosen) == set(SCRIPTS) and (out / name).is_dir():
+        if whole and (out / name).is_dir():
             figures |= {out / name / stem: figure for stem, figure in page.figures_of(out / name).items()}
     return figures
 
@@ -159,7 +164,7 @@ table { width: 100%; overflow-wrap: anywhere; }
 
 
 def write_index(out: Path) -> None:
-    records = [r for name in SCRIPTS if (r := recorded(out, name))]
+    records = [r for name in (*SCRIPTS, *ALONE) if (r := recorded(out, name))]
     out.mkdir(parents=True, exist_ok=True)
     (out / "index.html").write_text(index(records, out), encoding="utf-8")
     print(f"wrote {out / 'index.html'}")
@@ -173,7 +178,8 @@ def index(records: Sequence[dict], out: Path) -> str:
     parts = [
         f"<h1>{TITLE}</h1>",
         "<p>P1: <a href='https://arxiv.org/abs/2409.13710'>arXiv 2409.13710</a>; P2: "
-        "<a href='https://arxiv.org/abs/2507.02559'>arXiv 2507.02559</a>. Their figures are GPT-2's; ours are of "
+        "<a href='https://arxiv.org/abs/2507.02559'>arXiv 2507.02559</a>; their figures are GPT-2's. P3: "
+        "<a href='https://arxiv.org/abs/2509.25045'>arXiv 2509.25045</a>. Ours are of "
         f"the models each command names, by default the small ones in this package. Agrees: {summary}.</p>",
     ]
     return report.page(TITLE, [*parts, *(section(record, out) for record in records)], style=STYLE)

@@ -15,6 +15,7 @@ import attribution_vs_activation
 import browser
 import calibration
 import common
+import concepts
 import confidence_neurons
 import data_efficiency
 import dla_vs_direct_effect
@@ -196,6 +197,66 @@ def test_calibration_claims():
     assert [c.agrees for c in calibration.claims(FAMILY, swapped)] == ["no", "no", "yes"]
 
 
+def concept_tables(probe, linear, wrong, swap, free):
+    """Yardsticks, edits and errors of a family and a real model "r"."""
+    splits = [(split, group) for split in concepts.SPLITS for group in ("all", "right", "wrong")]
+    yardsticks = dict.fromkeys(concepts.SIMPLE, 0.1) | {"model": 0.5, "linear probe": linear, "probe": probe}
+    rows = [
+        {"model": m, "yardstick": y, "split": s, "group": g, "n": 9, "value": value, "low": value - 0.05}
+        | {"high": value + 0.05, "similarity": 0.4, "bits": 0.9, "chance": 0.05, "trained_on": 9}
+        for m in "ocfr"
+        for y, rate in yardsticks.items()
+        for s, g in splits
+        for value in [wrong if (y, g) == ("probe", "wrong") else rate[m] if isinstance(rate, dict) else rate]
+    ]
+    edits = [
+        {"model": m, "point": point, "edit": edit, "who": who, "value": swap if edit == "swap" else 0.0}
+        for m in "ocfr"
+        for point in ("L1", "final")
+        for edit in ("swap", "remove", "random")
+        for who in ("model", "probe", "linear probe")
+    ]
+    errors = [
+        {"model": m, "readout": readout, "nmae": e, "low": 0.9 * e, "high": 1.1 * e}
+        for m, e in {"o": 0.3, "c": 0.3, "f": free, "r": 0.2}.items()
+        for readout in concepts.READOUTS
+    ]
+    return pd.DataFrame(rows), pd.DataFrame(edits), pd.DataFrame(errors)
+
+
+@pytest.mark.parametrize(
+    ("probe", "linear", "wrong", "swap", "free", "verdicts"),
+    [
+        ({m: 0.9 for m in "ocfr"}, 0.5, 0.6, 0.9, 0.0, ["yes", "yes", "yes", "yes", "yes", "yes", "yes"]),
+        ({m: 0.4 for m in "ocfr"}, 0.5, 0.06, 0.1, 0.1, ["no", "yes", "no", "no", "no", "yes", "partly"]),
+        (
+            {"o": 0.9, "c": 0.9, "f": 0.6, "r": 0.3},
+            0.7,
+            0.6,
+            0.9,
+            0.0,
+            ["partly", *["yes"] * 2, "partly", "yes", "no", "yes"],
+        ),
+    ],
+)
+def test_concept_claims(probe, linear, wrong, swap, free, verdicts):
+    found = concepts.claims(FAMILY, *concept_tables(probe, linear, wrong, swap, free))
+    assert [c.agrees for c in found] == verdicts
+    assert all("nan" not in c.ours + c.why for c in found)
+    assert f"; r {probe['r']:.0%} [" in found[0].ours and "L1" in found[4].why
+
+
+def test_a_real_models_tables_are_read_whole_or_not_at_all(tmp_path):
+    assert concepts.real_tables(tmp_path) == []
+    (tmp_path / concepts.REAL).mkdir()
+    for more in ("", "_swaps"):
+        (tmp_path / concepts.REAL / f"concepts{more}.csv").write_text("model,value\nr,1\n")
+    assert concepts.real_tables(tmp_path) == []
+    (tmp_path / concepts.REAL / "concepts_errors.csv").write_text("model,nmae\nr,2\n")
+    ((table, _, errors),) = concepts.real_tables(tmp_path)
+    assert table.value.tolist() == [1] and errors.nmae.tolist() == [2]
+
+
 def test_order_claims():
     seeds = 3
     worse = {v: [3.2, 3.21, 3.19] for v in (*removal_order.ORDERS, runs.CONTROL)} | {runs.PAPERS: [3.0, 3.01, 2.99]}
@@ -342,6 +403,18 @@ def test_runs_are_kept_and_order_is_compared(tmp_path, monkeypatch):
     there = [made[runs.PAPERS], made[runs.CONTROL]]
     assert training_curve.main(["--run", *there, "--out", str(tmp_path / "out")]) == 0
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "training_curve.csv"), curve, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_concepts_of_small_probes(tmp_path):
+    sizes = ["--n", "240", "--dim", "64", "--edits", "4", "--evidence", "2", "--device", "cpu"]
+    models = ["--model", "tiny-vanilla", "tiny-noLN"]
+    assert concepts.main([*models, *sizes, "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "concepts.json").read_text())
+    assert len(record["claims"]) == 7 and record["claims"][-1]["agrees"] == "yes"
+    errors = pd.read_csv(tmp_path / "concepts_errors.csv")
+    assert errors[errors.model == "tiny-noLN"].nmae.max() < 1e-4 < errors[errors.model == "tiny-vanilla"].nmae.min()
+    assert set(pd.read_csv(tmp_path / "concepts_swaps.csv").point) == {"L4", "L5", "L6", "L7", "final"}
 
 
 def llama_directory(path):

@@ -29,6 +29,7 @@ from lnfree_interp import (
 from lnfree_interp.probe import Training, hyperprobe
 from lnfree_interp.probe.data import SPLITS, Splits, answer_tokens
 from lnfree_interp.probe.evaluation import YARDSTICKS
+from lnfree_interp.probe.evidence import evidence_of_data, pooled_error
 from lnfree_interp.probe.fitting import targets
 from lnfree_interp.probe.reading import named
 from lnfree_interp.probe.shares import share_interval
@@ -495,6 +496,13 @@ BAD = [
     (lambda probe: concept_evidence(MODEL, probe, (1, 2), "key 0"), "no answer that the probe was trained on"),
     (lambda probe: concept_evidence(MODEL, probe, (1, 2), readout="both"), "unknown readout 'both'"),
     (lambda probe: swap_concepts(MODEL, probe, DATA, layers=0), "layer 0 is none that the probe reads"),
+    (lambda probe: swap_concepts(MODEL, probe, TOO_FEW), "no prompt with the answer 'value"),
+    (lambda probe: swap_concepts(MODEL, probe, DATA, n=0), "n"),
+    (lambda probe: concept_evidence(MODEL, probe, (1, 2), readout="encoder"), "give the key"),
+    (lambda probe: concept_evidence(MODEL, probe, (1, 2), "value 0", by="layer"), "unknown by 'layer'"),
+    (lambda probe: probe_of(MODEL, pooling="kmeans", clusters=0), "clusters"),
+    (lambda probe: probe_of(MODEL, dim=0), "dim"),
+    (lambda probe: probe.read(MODEL, (1, 2), keys="key 0"), "a list of concepts"),
     (lambda probe: HyperProbe.load("nothing.safetensors"), "cannot read probe nothing.safetensors"),
     (lambda probe: ProbeData.from_file("nothing.jsonl"), "nothing.jsonl"),
     (lambda probe: Training(dropout=1.0), "dropout"),
@@ -521,6 +529,19 @@ def test_a_line_that_is_no_prompt_is_named(line, tmp_path):
     with pytest.raises(ValueError, match=r"line 2") as raised:
         ProbeData.from_file(path)
     assert "\n" not in str(raised.value)
+
+
+def test_errors_of_several_prompts_are_pooled(random_model, probes):
+    model = random_model("LN")
+    probe = probes(model)
+    rows = hyperprobe.held_out(probe, DATA)[:3]
+    parts = evidence_of_data(model, probe, DATA, 3)
+    assert [part.concept for part in parts] == [DATA.prompts[i].value for i in rows]
+    error, low, high = pooled_error(parts)
+    sums = [[x.sum(1) for x in (part.values, part.effect)] for part in parts]
+    expected = sum((a - b).abs().sum() for a, b in sums) / sum(b.abs().sum() for _, b in sums)
+    assert error == pytest.approx(float(expected)) and low <= error <= high
+    assert math.isnan(pooled_error(parts[:1])[1]) and pooled_error(parts[:1])[0] == pytest.approx(parts[0].error)
 
 
 def test_a_file_of_another_kind_is_no_probe(tmp_path):

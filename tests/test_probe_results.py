@@ -1,6 +1,7 @@
 """What probes' results say and show, and the command."""
 
 import copy
+import json
 import pickle
 import re
 
@@ -136,6 +137,26 @@ def test_what_is_wrong_is_one_line(arguments, message, tmp_path, monkeypatch, ca
     assert main([*arguments, "--n", "24", "--device", "cpu"]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+FILES = {
+    "does not tell them apart": [("k", "running", " xq1"), ("k", "runner", " xq2")],
+    "two answers at least, not 'dog' alone": [("k", "dog", " dog")] * 3,
+    "holds no prompts": [],
+    "outside the model's vocabulary of 4096": [("k", "dog", 10**6), ("k", "house", " house")],
+    "begin with different tokens": [("k", "dog", " dog"), ("k", "dog", " house"), ("k", "house", " man")],
+    "1 to train on, with 1 answers": [("k", "dog", " dog"), ("k", "house", " house")],
+}
+
+
+@pytest.mark.parametrize("message", FILES)
+def test_files_that_are_wrong_are_one_line(message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "the old man", "pairs": [pair], "answer": answer} for *pair, answer in FILES[message]]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["--model", "tiny-noLN", "--task", "x.jsonl", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and [file.name for file in tmp_path.iterdir()] == ["x.jsonl"]
 
 
 def test_training_says_what_is_wrong():

@@ -33,7 +33,7 @@ def evaluation_figure(results: Mapping[str, ProbeEvaluation]) -> go.Figure:
         cols=len(splits),
         shared_yaxes=True,
         column_titles=[f"new {split}" for split in splits],
-        horizontal_spacing=0.03,
+        horizontal_spacing=0.05,
     )
     for i, (name, result) in enumerate(results.items()):
         for split in result.splits:
@@ -56,7 +56,7 @@ def evaluation_figure(results: Mapping[str, ProbeEvaluation]) -> go.Figure:
                 col=splits.index(split) + 1,
             )
     figure.add_vline(x=first.chance, line=MARK)
-    figure.update_xaxes(range=[0, 1], tickformat=".0%")
+    figure.update_xaxes(range=[0, 1.01], tickvals=[0, 0.5, 1], tickformat=".0%")
     figure.update_yaxes(autorange="reversed")
     figure.update_layout(barmode="group")
     height = 140 + 22 * len(first.yardsticks) * max(2, len(results))
@@ -112,7 +112,7 @@ def evidence_figure(results: Mapping[str, ConceptEvidence], *, top: int = 20) ->
         >>> [trace.name for trace in evidence_figure({"tiny-noLN": found}).data]
         ['attribution', 'exact effect']
     """
-    titles = [f"{name}: {result.concept}, error {result.error:.1%}" for name, result in results.items()]
+    titles = [f"{name}: {shown(result.concept)!r}, error {result.error:.1%}" for name, result in results.items()]
     figure = make_subplots(rows=1, cols=len(results), subplot_titles=titles, horizontal_spacing=0.12)
     n = 0
     for col, result in enumerate(results.values(), 1):
@@ -157,10 +157,9 @@ def swap_figure(results: Mapping[str, ConceptSwap]) -> go.Figure:
         rows=len(results),
         cols=len(edits),
         shared_yaxes=True,
-        column_titles=list(edits),
-        row_titles=list(results),
+        subplot_titles=[f"{name}: {edit}" for name in results for edit in edits],
         horizontal_spacing=0.03,
-        vertical_spacing=0.1,
+        vertical_spacing=0.2 / len(results),
     )
     for row, (model, result) in enumerate(results.items(), 1):
         rates = result.to_other.mean(-1)
@@ -182,5 +181,6 @@ def swap_figure(results: Mapping[str, ConceptSwap]) -> go.Figure:
                 )
     figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%")
     figure.update_xaxes(type="category")
-    title = "Answers that become the other concept once the stream is edited there"
-    return styled(figure, title=title, height=150 + 220 * len(results))
+    return styled(
+        figure, title="Answers that an edit of the stream makes the other concept", height=60 + 230 * len(results)
+    )

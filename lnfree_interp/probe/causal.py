@@ -23,8 +23,8 @@ from ..batching import Places, Progress, indices
 from ..lens import ModelOrName
 from ..models import as_model
 from ..results import Result, by, drawing, name_of
-from .data import SPLITS, ProbeData, answer_tokens
-from .hyperprobe import HyperProbe, check_model, linear_logits, observed, output, pool
+from .data import ProbeData, answer_tokens
+from .hyperprobe import HyperProbe, check_model, held_out, linear_logits, observed, output, pool
 from .shares import share_interval
 from .streams import Observed
 from .symbols import similarity, unbind
@@ -157,9 +157,7 @@ def swap_concepts(
     if missing:
         raise ValueError(f"the data have no prompt with the answer {missing[0]!r}, which the probe was trained on")
     columns = [tokens[name] for name in probe.answers]
-    rows = [i for i in probe.splits.rows(data, *SPLITS) if data.prompts[i].value in probe.answers]
-    if not rows:
-        raise ValueError("no held-out prompt has an answer that the probe was trained on")
+    rows = held_out(probe, data)
     seen = observed(probe, model, [data.prompts[i].prompt for i in rows], columns)
     original = torch.tensor([probe.answers.index(data.prompts[i].value) for i in rows])
     keys = probe.codebook.of([data.prompts[i].key for i in rows])

@@ -9,14 +9,16 @@ from ..figures.probe import evaluation_figure, evidence_figure, reading_figure, 
 from ..figures.report import Part
 from ..lens import LensModel
 from .causal import ConceptSwap, swap_concepts
-from .data import SPLITS, ProbeData
+from .data import ProbeData
 from .evaluation import ProbeEvaluation, evaluate_probe
-from .evidence import ConceptEvidence, concept_evidence
+from .evidence import ConceptEvidence, evidence_of_data, pooled_error
 from .fitting import fit_probe
-from .hyperprobe import HyperProbe
+from .hyperprobe import HyperProbe, held_out
 from .reading import ProbeReading
 from .tasks import analogy_data, recall_data
 from .training import Training
+
+_MEANS = "components, means over prompts (error of |attribution - effect|, size of |effect|)"
 
 
 def run(args) -> None:
@@ -26,6 +28,7 @@ def run(args) -> None:
     shown: dict[str, ConceptEvidence] = {}
     readings: dict[str, ProbeReading] = {}
     sums: dict[str, pd.DataFrame] = {}
+    errors: list[dict] = []
     for name, model in cli.models(args):
         data = _data(args, model)
         if data.left_out:
@@ -47,30 +50,27 @@ def run(args) -> None:
             found[name] = evaluate_probe(model, probe, data, progress=progress)
         with cli.bar(f"{name} edits", "run") as progress:
             edits[name] = swap_concepts(model, probe, data, n=args.edits, seed=args.seed, progress=progress)
-        held = [data.prompts[i] for i in probe.splits.rows(data, *SPLITS) if data.prompts[i].value in probe.answers]
-        parts = []
         with cli.bar(f"{name} evidence", "prompt") as progress:
-            for i, prompt in enumerate(held[: args.evidence]):
-                asked = {"concept": prompt.value, "readout": args.readout, "key": prompt.key}
-                parts.append(concept_evidence(model, probe, prompt.prompt, **asked))
-                progress(i + 1, min(args.evidence, len(held)))
+            parts = evidence_of_data(model, probe, data, args.evidence, readout=args.readout, progress=progress)
         shown[name], sums[name], probes[name] = parts[0], _mean(parts), probe
-        readings[name] = probe.read(model, held[0].prompt, [key for key, _ in held[0].pairs])
+        errors.append({"model": name} | _error(parts, args.seed))
+        one = data.prompts[held_out(probe, data)[0]]
+        readings[name] = probe.read(model, one.prompt, [key for key, _ in one.pairs])
     rates = _joined({name: _rates(result) for name, result in found.items()})
     moved = _joined({name: result.table() for name, result in edits.items()})
     evidence = _joined(sums)
     first = next(iter(readings.values()))
-    errors = pd.DataFrame([_error(name, table) for name, table in sums.items()])
+    error = pd.DataFrame(errors)
     sections = [
         Part("What was fitted", table=pd.DataFrame([_fitted(name, probe) for name, probe in probes.items()])),
         Part("Answers found among all answers (95% intervals over answers)", table=rates),
         Part(figure=evaluation_figure(found)),
-        Part("Answers that become the other concept once the stream is edited", table=_edits(moved)),
+        Part("Answers that become the other concept once the stream is edited, where most do", table=_edits(edits)),
         Part(figure=swap_figure(edits)),
-        Part(f"Evidence for the answer, {args.readout} readout: attribution against the exact effect", table=errors),
-        *[Part(f"{name}: components, mean over prompts", table=table.head(args.top)) for name, table in sums.items()],
+        Part(f"Evidence for the answer, {args.readout} readout: attribution against the exact effect", table=error),
+        *[Part(f"{name}: {_MEANS}", table=table.head(args.top)) for name, table in sums.items()],
         Part(f"Evidence for {next(iter(shown.values())).concept!r} in one prompt", figure=evidence_figure(shown)),
-        *[Part(f"{name}: {reading.summary()}", figure=reading_figure(reading)) for name, reading in readings.items()],
+        *[Part(f"One prompt {reading.summary()}", figure=reading_figure(reading)) for reading in readings.values()],
     ]
     args.asked.note("prompt", "".join(first.prompts.strings[0]))
     cells = _joined({name: result.table() for name, result in found.items()})
@@ -115,8 +115,19 @@ def _rates(result: ProbeEvaluation) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _edits(table: pd.DataFrame) -> pd.DataFrame:
-    return table[["model", "point", "edit", "who", "moved", "to_other", "low", "high", "together"]]
+def _edits(results: dict[str, ConceptSwap]) -> pd.DataFrame:
+    """Of each model, where a swap moves it the most: a row per edit, a column for each who answers."""
+    rows = []
+    for name, result in results.items():
+        table = result.table().set_index(["point", "edit", "who"])
+        swapped = table.xs(("swap", "model"), level=("edit", "who")).to_other
+        point = swapped.idxmax()
+        for edit in result.edits:
+            of = table.loc[point, edit]
+            row = {"model": name, "edited": point, "edit": edit}
+            row |= {who: f"{r.to_other:.1%} [{r.low:.1%}, {r.high:.1%}]" for who, r in of.iterrows()}
+            rows.append(row | {f"{who} with the model": f"{of.together[who]:.1%}" for who in result.who[1:]})
+    return pd.DataFrame(rows)
 
 
 def _mean(parts: list[ConceptEvidence]) -> pd.DataFrame:
@@ -130,10 +141,11 @@ def _mean(parts: list[ConceptEvidence]) -> pd.DataFrame:
     return table.loc[table.attribution.abs().sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
 
 
-def _error(name: str, table: pd.DataFrame) -> dict:
-    total = table["size"].sum()
-    error = table.error.sum() / total if total else 0.0
-    return {"model": name, "mean |attribution - effect| / mean |effect|": f"{error:.2%}", "components": len(table)}
+def _error(parts: list[ConceptEvidence], seed: int) -> dict:
+    error, low, high = pooled_error(parts, seed)
+    interval = f" [{low:.2%}, {high:.2%}]" if low == low else ""
+    said = {"sum |attribution - effect| / sum |effect|": f"{error:.2%}{interval}"}
+    return said | {"components": len(parts[0].labels), "prompts": len(parts)}
 
 
 def _joined(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:

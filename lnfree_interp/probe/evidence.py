@@ -8,23 +8,26 @@ up, the norm's scale held; what taking a component out does is `effect_on`, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..arguments import choice, text_or_none
-from ..batching import Tokens
+from ..batching import Progress, Tokens
 from ..dla import attribution_to, effect_on
 from ..dla.record import DECOMPOSITIONS, component_labels
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
 from ..results import Prompts, Result, drawing
 from ..results import by as shape_of
-from ..statistics import ratio
-from .hyperprobe import HyperProbe, answer_number, check_model, observed, pool
+from ..statistics import ratio, ratio_interval
+from .data import ProbeData
+from .hyperprobe import HyperProbe, answer_number, check_model, held_out, observed, pool
 from .reading import named
 from .streams import reader, token_rows
 
@@ -63,8 +66,7 @@ class ConceptEvidence(Result):
     @property
     def error(self) -> float:
         """How far the values are from the exact effects, over components: sum |values - effect| / sum |effect|."""
-        values, effect = (x.double().sum(1) for x in (self.values, self.effect))
-        return float(ratio((values - effect).abs().sum().numpy(), effect.abs().sum().numpy()))
+        return float(ratio(*_sizes(self)))
 
     def summary(self) -> str:
         """One line: of which concept, how much in all, the largest component, and the error."""
@@ -166,6 +168,41 @@ def concept_evidence(
         points=probe.points,
         prompts=Prompts.of(model, tokens),
     )
+
+
+def evidence_of_data(
+    model: LensModel,
+    probe: HyperProbe,
+    data: ProbeData,
+    n: int,
+    *,
+    readout: str = "linear",
+    progress: Progress | None = None,
+) -> list[ConceptEvidence]:
+    """The evidence for their answers in n held-out prompts at most, as `concept_evidence` has it."""
+    prompts = [data.prompts[i] for i in held_out(probe, data)[:n]]
+    parts = []
+    for prompt in prompts:
+        parts.append(concept_evidence(model, probe, prompt.prompt, prompt.value, readout=readout, key=prompt.key))
+        if progress is not None:
+            progress(len(parts), len(prompts))
+    return parts
+
+
+def pooled_error(parts: Sequence[ConceptEvidence], seed: int = 0) -> tuple[float, float, float]:
+    """The error of several prompts together, and its 95% interval over prompts: of at least two, else nan."""
+    differences, effects = np.array([_sizes(part) for part in parts]).T
+    error = float(ratio(differences.sum(), effects.sum()))
+    if len(parts) < 2:
+        return error, math.nan, math.nan
+    low, high = ratio_interval(differences, effects, seed=seed)
+    return error, float(low), float(high)
+
+
+def _sizes(found: ConceptEvidence) -> Float[np.ndarray, "two"]:
+    """Over components, sum |values - effect| and sum |effect|."""
+    values, effect = (x.double().sum(1) for x in (found.values, found.effect))
+    return torch.stack([(values - effect).abs().sum(), effect.abs().sum()]).numpy()
 
 
 def _key(probe: HyperProbe, prompt: Tokens, key: str | None) -> Tensor:

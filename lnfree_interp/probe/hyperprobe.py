@@ -19,7 +19,7 @@ from ..batching import Tokens
 from ..files import as_value_error, replace_file
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
-from .data import Splits
+from .data import SPLITS, ProbeData, Splits
 from .streams import Prompt, observe, pooled
 from .symbols import Codebook, signs
 from .training import Training, encoder_of
@@ -206,6 +206,18 @@ def output(probe: HyperProbe, pooled: Float[Tensor, "batch d"]) -> Float[Tensor,
 def linear_logits(probe: HyperProbe, pooled: Float[Tensor, "batch d"]) -> Float[Tensor, "batch answer"]:
     """The linear probe's logits of the answers."""
     return pooled @ probe.tensors["linear.weight"].T + probe.tensors["linear.bias"]
+
+
+def held_out(probe: HyperProbe, data: ProbeData) -> list[int]:
+    """The numbers of the prompts that are held out and whose answer was an answer in training, too.
+
+    Raises:
+        ValueError: there is none.
+    """
+    rows = [i for i in probe.splits.rows(data, *SPLITS) if data.prompts[i].value in probe.answers]
+    if not rows:
+        raise ValueError("no held-out prompt has an answer that the probe was trained on")
+    return rows
 
 
 def answer_number(probe: HyperProbe, concept: str) -> int:
