@@ -167,7 +167,8 @@ def reliability_figure(result: ModelComparison) -> go.Figure:
             for x in (result.bin_count, result.bin_confidence, result.bin_accuracy)
         )
         look = {"name": label, "mode": "lines+markers", "line": line(i), "legendgroup": name}
-        figure.add_trace(go.Scatter(x=confidence, y=right, error_y=share_bars(right, count), **look), row=1, col=1)
+        bars = share_bars(right.tolist(), count.tolist())
+        figure.add_trace(go.Scatter(x=confidence, y=right, error_y=bars, **look), row=1, col=1)
         share = (result.bin_count[i] / result.bin_count[i].sum()).tolist()
         bars = go.Bar(x=centres, y=share, marker={"color": colour(i)}, showlegend=False, legendgroup=name)
         figure.add_trace(bars, row=2, col=1)

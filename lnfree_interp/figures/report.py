@@ -20,8 +20,8 @@ from ..files import replace_file
 PLOTLY = "plotly.min.js"
 ROWS = 100  # of a table, at most; all are in its .csv
 # How plotly's figures behave in a page: no button that sends what is shown to another host, none that does little.
-CONFIG = {"responsive": True, "displaylogo": False}
-CONFIG["modeBarButtons"] = [["toImage", "zoom2d", "pan2d", "resetScale2d"]]
+CONFIG: dict[str, Any] = {"responsive": True, "displaylogo": False}
+CONFIG |= {"modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]]}
 STYLE = """
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; color: #222; background: #fff; max-width: 1200px;

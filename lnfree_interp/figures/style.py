@@ -7,6 +7,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import plotly.graph_objects as go
@@ -115,8 +116,9 @@ def _stand(figure: go.Figure) -> None:
     """Names below panels stand on end where they do not fit beside each other, no more of them than can be read."""
     for axis in figure.select_xaxes():
         names, (low, high) = names_along(figure, axis.plotly_name), axis.domain or (0, 1)
-        across = (WIDTH - 100) * (high - low)
-        if axis.ticktext is None and axis.tickangle is None and len(names) * (7 * longest(names) + 8) > across:
+        across, sizes = (WIDTH - 90) * (high - low), [longest([name]) for name in names]
+        widest = max((2.65 * (a + b) + 4 for a, b in pairwise(sizes)), default=0)  # halves of two neighbours
+        if axis.ticktext is None and axis.tickangle is None and widest * len(names) > across:
             axis.update(tickangle=-90, tickvals=names[:: max(1, math.ceil(14 * len(names) / across))])
 
 
