@@ -56,6 +56,9 @@ def claims(family: Family, table: pd.DataFrame, swaps: pd.DataFrame, errors: pd.
     def best(name: str) -> str:
         return max(SIMPLE, key=partial(rate, name))
 
+    def most(name: str, edit: str, who: str) -> float:
+        return float(edits[name].xs((edit, who), level=("edit", "who")).max())
+
     def error(name: str, readout: str) -> str:
         row = evidence.loc[(name, readout)]
         return f"{row.nmae:.2%}" if row.nmae < 1e-3 else f"{row.nmae:.0%} [{row.low:.0%}, {row.high:.0%}]"
@@ -64,7 +67,6 @@ def claims(family: Family, table: pd.DataFrame, swaps: pd.DataFrame, errors: pd.
         return "; ".join(f"{name} {say(name)}" for name in names)
 
     wrong = [rate(n, "probe", group="wrong", column="low") > rate(n, "probe", column="chance") for n in names]
-    moves = [edits[n, "final", "swap", "model"] > 0.5 > edits[n, "final", "random", "model"] for n in names]
     exact = evidence.nmae.xs("linear", level="readout")
     ends = [[rate(n, "probe", group="right", column=end) for end in ("low", "high")] for n in (c, f)]
     return [
@@ -93,26 +95,27 @@ def claims(family: Family, table: pd.DataFrame, swaps: pd.DataFrame, errors: pd.
             f"new prompts that the model gets wrong: {each(lambda n: shown(n, 'probe', group='wrong'))}",
             common.agreement(*wrong),
             f"A linear probe on them: {each(lambda n: shown(n, 'linear probe', group='wrong'))}. Of all answers the "
-            f"model prefers the right one on {each(lambda n: format(rate(n, 'model'), '.0%'))} of the new prompts.",
+            f"model prefers the right one on {each(lambda n: format(rate(n, 'model'), '.0%'))} of the new prompts. In "
+            "analogies a key has one value, which a probe can learn from other prompts and then read off the key; in "
+            "recall, which the embedded models do, it changes from prompt to prompt.",
         ),
         Claim(
             "Symbols read more than simpler readouts of the same streams do.",
             "not measured: no linear probe and no lens stands beside it",
             each(lambda n: f"probe {rate(n, 'probe'):.0%}, {best(n)} {rate(n, best(n)):.0%}"),
             common.agreement(*(rate(n, "probe") > rate(n, best(n)) for n in names)),
-            "The best of logistic regression, nearest mean, logit lens and tuned lens on new prompts. Of new answers, "
-            "which have no class, the tuned lens finds "
+            "The best of logistic regression, nearest mean, logit lens and tuned lens on new prompts. The encoder "
+            "alone is told of a prompt's other pair as well. Of new answers, which have no class, the tuned lens finds "
             f"{each(lambda n: format(rate(n, 'tuned lens', 'concepts'), '.0%'))}.",
         ),
         Claim(
-            "The model uses what is read: with another concept put in, it answers with that one.",
+            "Model and probe read the same: with another answer put into the stream, both give that one.",
             "not tested",
-            "final stream: "
-            + each(lambda n: ", ".join(f"{who} {edits[n, 'final', 'swap', who]:.0%}" for who in ("model", "probe"))),
-            common.agreement(*moves),
-            "Random vectors as long move the model to that concept in "
-            f"{each(lambda n: format(edits[n, 'final', 'random', 'model'], '.0%'))}; swaps before the final stream in "
-            f"at most {each(lambda n: before_final(swaps[swaps.model == n]))}.",
+            "at the layer where most do: "
+            + each(lambda n: ", ".join(f"{who} {most(n, 'swap', who):.0%}" for who in ("model", "probe"))),
+            common.agreement(*(min(most(n, "swap", who) for who in ("model", "probe")) > 0.5 for n in names)),
+            f"A linear probe: {each(lambda n: format(most(n, 'swap', 'linear probe'), '.0%'))}. Random vectors as long "
+            f"move the model to that answer in {each(lambda n: format(most(n, 'random', 'model'), '.0%'))} at most.",
         ),
         Claim(
             "Concepts are read as well without LayerNorm as with it.",
@@ -132,12 +135,6 @@ def claims(family: Family, table: pd.DataFrame, swaps: pd.DataFrame, errors: pd.
             f"Linear probe; the encoder, linear around each prompt: {each(lambda n: error(n, 'encoder'))}.",
         ),
     ]
-
-
-def before_final(swaps: pd.DataFrame) -> str:
-    """How often a swap moves the model before the final stream at most, and where."""
-    of = swaps[(swaps.edit == "swap") & (swaps.who == "model") & (swaps.point != "final")].set_index("point").value
-    return f"{of.max():.0%} ({of.idxmax()})" if of.max() else "0%"
 
 
 # ---------------------------------------------------------------------------------------------------------

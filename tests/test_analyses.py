@@ -243,7 +243,7 @@ def test_concept_claims(probe, linear, wrong, swap, free, verdicts):
     found = concepts.claims(FAMILY, *concept_tables(probe, linear, wrong, swap, free))
     assert [c.agrees for c in found] == verdicts
     assert all("nan" not in c.ours + c.why for c in found)
-    assert f"; r {probe['r']:.0%} [" in found[0].ours and "L1" in found[4].why
+    assert f"; r {probe['r']:.0%} [" in found[0].ours and f"r model {swap:.0%}, probe {swap:.0%}" in found[4].ours
 
 
 def test_a_real_models_tables_are_read_whole_or_not_at_all(tmp_path):

@@ -13,6 +13,7 @@ from test_results import Balanced
 from lnfree_interp import Codebook, concept_evidence, evaluate_probe, load_model, recall_data, swap_concepts
 from lnfree_interp.probe import Training
 from lnfree_interp.probe.__main__ import main
+from lnfree_interp.probe.command import _edits as told_edits
 from lnfree_interp.results import MOST_HTML, Result
 
 
@@ -68,6 +69,15 @@ def test_figures_hold_the_values(results):
     assert bars["exact effect"] == results["linear"].table().effect.head(3).tolist()
     heat = results["reading"].plot(key=0, top=4).data[0]
     assert len(heat.x) == 4 and max(max(row) for row in heat.z) <= 1
+
+
+def test_the_edits_that_are_told_of_are_where_the_model_moves_most(results):
+    swap, table = results["swap"], told_edits({"a": results["swap"], "b": results["swap"]})
+    point = int(swap.to_other[:, 0, 0].mean(-1).argmax())
+    assert table.model.tolist() == ["a"] * 3 + ["b"] * 3 and table.edited.tolist() == [swap.points[point]] * 6
+    rate, together = swap.to_other[point, 2, 1].mean().item(), swap.together[point, 2, 1].mean().item()
+    assert table.edit[2] == "random" and table["probe's"][2].startswith(f"{rate:.1%} [")
+    assert table["probe with the model"][2] == f"{together:.1%}"
 
 
 @pytest.mark.parametrize("arguments", [{"key": 9}, {"top": 0}])

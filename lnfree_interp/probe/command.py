@@ -65,7 +65,7 @@ def run(args) -> None:
         Part("What was fitted", table=pd.DataFrame([_fitted(name, probe) for name, probe in probes.items()])),
         Part("Answers found among all answers (95% intervals over answers)", table=rates),
         Part(figure=evaluation_figure(found)),
-        Part("Answers that become the other concept once the stream is edited, where most do", table=_edits(edits)),
+        Part("Answers that become the other concept, edited where a swap moves the model most", table=_edits(edits)),
         Part(figure=swap_figure(edits)),
         Part(f"Evidence for the answer, {args.readout} readout: attribution against the exact effect", table=error),
         *[Part(f"{name}: {_MEANS}", table=table.head(args.top)) for name, table in sums.items()],
@@ -119,13 +119,13 @@ def _edits(results: dict[str, ConceptSwap]) -> pd.DataFrame:
     """Of each model, where a swap moves it the most: a row per edit, a column for each who answers."""
     rows = []
     for name, result in results.items():
-        table = result.table().set_index(["point", "edit", "who"])
-        swapped = table.xs(("swap", "model"), level=("edit", "who")).to_other
-        point = swapped.idxmax()
+        table = result.table().set_index("who")
+        swapped = table[table.edit == "swap"].loc["model"]
+        point = swapped.point.iloc[swapped.to_other.argmax()]
         for edit in result.edits:
-            of = table.loc[point, edit]
+            of = table[(table.point == point) & (table.edit == edit)]
             row = {"model": name, "edited": point, "edit": edit}
-            row |= {who: f"{r.to_other:.1%} [{r.low:.1%}, {r.high:.1%}]" for who, r in of.iterrows()}
+            row |= {f"{who}'s": f"{r.to_other:.1%} [{r.low:.1%}, {r.high:.1%}]" for who, r in of.iterrows()}
             rows.append(row | {f"{who} with the model": f"{of.together[who]:.1%}" for who in result.who[1:]})
     return pd.DataFrame(rows)
 

@@ -199,7 +199,7 @@ def pooled_error(parts: Sequence[ConceptEvidence], seed: int = 0) -> tuple[float
     return error, float(low), float(high)
 
 
-def _sizes(found: ConceptEvidence) -> Float[np.ndarray, "two"]:
+def _sizes(found: ConceptEvidence) -> Float[np.ndarray, " two"]:
     """Over components, sum |values - effect| and sum |effect|."""
     values, effect = (x.double().sum(1) for x in (found.values, found.effect))
     return torch.stack([(values - effect).abs().sum(), effect.abs().sum()]).numpy()
