@@ -66,7 +66,7 @@ def claims(family: Family, table: pd.DataFrame, swaps: pd.DataFrame, errors: pd.
     def each(say: Callable[[str], str]) -> str:
         return "; ".join(f"{name} {say(name)}" for name in names)
 
-    wrong = [rate(n, "probe", group="wrong", column="low") > rate(n, "probe", column="chance") for n in names]
+    wrong = [rate(n, "probe", group="wrong", column="low") > rate(n, "constant", group="wrong") for n in names]
     exact = evidence.nmae.xs("linear", level="readout")
     ends = [[rate(n, "probe", group="right", column=end) for end in ("low", "high")] for n in (c, f)]
     return [
@@ -94,7 +94,8 @@ def claims(family: Family, table: pd.DataFrame, swaps: pd.DataFrame, errors: pd.
             "GPT-2 medium: 60% where 8% of its own next tokens are right",
             f"new prompts that the model gets wrong: {each(lambda n: shown(n, 'probe', group='wrong'))}",
             common.agreement(*wrong),
-            f"A linear probe on them: {each(lambda n: shown(n, 'linear probe', group='wrong'))}. Of all answers the "
+            f"A constant output on them: {each(lambda n: shown(n, 'constant', group='wrong'))}; a linear probe: "
+            f"{each(lambda n: shown(n, 'linear probe', group='wrong'))}. Of all answers the "
             f"model prefers the right one on {each(lambda n: format(rate(n, 'model'), '.0%'))} of the new prompts. In "
             "analogies a key has one value, which a probe can learn from other prompts and then read off the key; in "
             "recall, which the embedded models do, it changes from prompt to prompt.",

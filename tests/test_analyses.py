@@ -200,7 +200,12 @@ def test_calibration_claims():
 def concept_tables(probe, linear, wrong, swap, free):
     """Yardsticks, edits and errors of a family and a real model "r"."""
     splits = [(split, group) for split in concepts.SPLITS for group in ("all", "right", "wrong")]
-    yardsticks = dict.fromkeys(concepts.SIMPLE, 0.1) | {"model": 0.5, "linear probe": linear, "probe": probe}
+    yardsticks = dict.fromkeys(concepts.SIMPLE, 0.1) | {
+        "model": 0.5,
+        "constant": 0.05,
+        "linear probe": linear,
+        "probe": probe,
+    }
     rows = [
         {"model": m, "yardstick": y, "split": s, "group": g, "n": 9, "value": value, "low": value - 0.05}
         | {"high": value + 0.05, "similarity": 0.4, "bits": 0.9, "chance": 0.05, "trained_on": 9}
