@@ -301,9 +301,12 @@ def figure(table: pd.DataFrame) -> go.Figure:
             y=[name] * len(seeds),
             mode="markers",
             marker={"color": shade, "size": 8, "opacity": 0.55},
+            text=seeds,
+            hovertemplate="%{y}<br>%{text}: %{x:+.4f} nats<extra></extra>",
         )
         tick = {"color": shade, "size": 16, "symbol": "line-ns", "line": {"width": 3, "color": shade}}
-        fig.add_scatter(x=[line.gap], y=[name], mode="markers", marker=tick)
+        mean_of = "%{y}<br>mean: %{x:+.4f} nats<extra></extra>"
+        fig.add_scatter(x=[line.gap], y=[name], mode="markers", marker=tick, hovertemplate=mean_of)
     fig.add_vline(x=table.iloc[0].gap, line={"dash": "dot", "color": "#999999"})
     fig.update_xaxes(title_text="LN-free minus control of the same steps (nats per token), each seed and mean")
     fig.update_yaxes(autorange="reversed", automargin=True)

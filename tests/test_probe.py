@@ -32,9 +32,9 @@ from lnfree_interp.probe.evaluation import YARDSTICKS
 from lnfree_interp.probe.evidence import evidence_of_data, pooled_error
 from lnfree_interp.probe.fitting import targets
 from lnfree_interp.probe.reading import named
-from lnfree_interp.probe.shares import share_interval
 from lnfree_interp.probe.streams import norm_at, observe, pool_weights
 from lnfree_interp.probe.symbols import bind, bundle, expected_similarity, signs, similarity, unbind
+from lnfree_interp.shares import share_interval
 from lnfree_interp.weights import read_weights
 
 KEYS = [f"key {i}" for i in range(3)]

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from ..evaluate import HellaSwag, LossEvaluation, LossTable, ModelComparison
-from ..probe.shares import share_interval
+from ..shares import share_interval
 from ..statistics import mean_interval
 from .style import MARK, band, colour, in_one, line, log_axis, styled, symbol
 
@@ -188,7 +188,7 @@ def share_bars(shares: Sequence[float], counts: Sequence[float | int]) -> dict:
         >>> {name: [round(float(x), 2) for x in share_bars([0.5], [10])[name]] for name in ("array", "arrayminus")}
         {'array': [0.26], 'arrayminus': [0.26]}
     """
-    ends = [share_interval(np.array([share * n]), np.array([n])) for share, n in zip(shares, counts)]
+    ends = [share_interval(np.array([share * n]), np.array([float(n)])) for share, n in zip(shares, counts)]
     low, high = np.array(ends).reshape(-1, 2).T
     size = {"array": high - shares, "arrayminus": shares - low}
     return {"type": "data", "symmetric": False, "thickness": 1, "width": 0, **size}

@@ -23,9 +23,9 @@ from ..batching import Places, Progress, indices
 from ..lens import ModelOrName
 from ..models import as_model
 from ..results import Result, by, drawing, name_of
+from ..shares import share_interval
 from .data import ProbeData, answer_tokens
 from .hyperprobe import HyperProbe, check_model, held_out, linear_logits, observed, output, pool
-from .shares import share_interval
 from .streams import Observed
 from .symbols import similarity, unbind
 

@@ -22,10 +22,10 @@ from ..forward import unembed
 from ..lens import LensModel, ModelOrName
 from ..models import as_model
 from ..results import Result, by, drawing, name_of
+from ..shares import share_interval
 from .data import SPLITS, ProbeData, answer_tokens
 from .fitting import targets
 from .hyperprobe import HyperProbe, check_model, linear_logits, observed, output, pool
-from .shares import share_interval
 from .streams import Observed, by_length, token_rows
 from .symbols import Codebook, signs, similarity, unbind
 

@@ -1,4 +1,4 @@
-"""Intervals of shares of prompts, where prompts of one answer are not independent of each other."""
+"""Intervals of shares, where what is counted comes in clusters: prompts of one answer are not independent."""
 
 from __future__ import annotations
 
