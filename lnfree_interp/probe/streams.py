@@ -186,7 +186,9 @@ def pool_weights(x: Float[Tensor, "layer batch d"], pooling: str, clusters: int)
 def check_clusters(n_layers: int, clusters: int) -> None:
     """Raise ValueError where there are fewer layers than clusters."""
     if n_layers < clusters:
-        raise ValueError(f"pooling='kmeans' makes {clusters} clusters of {n_layers} layers: give more layers or fewer")
+        raise ValueError(
+            f"pooling='kmeans' makes {clusters} clusters of {n_layers} layers: give more layers or fewer clusters"
+        )
 
 
 def kmeans(x: Float[Tensor, "batch n d"], clusters: int, steps: int = 20) -> Int[Tensor, "batch n"]:
