@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import distributed
-from .names import display_name
+from .names import display_names
 
 # Settings of where and how a command runs: they decide nothing that it writes.
 ELSEWHERE = ("out", "device", "max_memory", "embed")
@@ -61,7 +61,7 @@ class Asked:
     @property
     def models(self) -> list[str]:
         models = self.settings["model"]
-        return [display_name(name) for name in (models if isinstance(models, list) else [models])]
+        return display_names(models if isinstance(models, list) else [models])
 
     @property
     def distinguishing(self) -> list[tuple[str, Any]]:

@@ -21,7 +21,8 @@ from .asked import parsed as parsed
 from .asked import remark, unused
 from .documents import Document, documents_of, hub_documents, kind_of, read_documents, read_text
 from .lens import LensModel
-from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, display_name, dtype_name, locate_checkpoint
+from .names import DTYPES, EMBEDDED, VALIDATION_TEXT, display_names, dtype_name, locate_checkpoint
+from .names import display_name as display_name
 from .outputs import report as report
 from .outputs import save as save
 from .outputs import show as show
@@ -228,11 +229,11 @@ def models(args: argparse.Namespace) -> Iterator[tuple[str, LensModel]]:
     """(display name, model) of each --model, one in memory at a time."""
     from .models import load_model
 
-    for name in args.model:
+    for name, called in zip(args.model, display_names(args.model)):
         say(f"loading {name} ...")
         model = load_model(name, device=args.device, dtype=args.dtype)
-        describe(args, display_name(name), model)
-        yield display_name(name), model
+        describe(args, called, model)
+        yield called, model
 
 
 def describe(args: argparse.Namespace, name: str, model: LensModel) -> None:

@@ -21,7 +21,7 @@ from .families import GPT2
 from .folding import fold
 from .gguf_files import is_gguf, open_gguf
 from .lens import LensModel, ModelOrName
-from .names import TOKENIZER_FILES, dtype_name, known_models, locate_checkpoint
+from .names import TOKENIZER_FILES, display_name, dtype_name, known_models, locate_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -135,7 +135,9 @@ def load_model(
     device, dtype = resolve_device(device), resolve_dtype(dtype)
     path = locate_checkpoint(name_or_path, revision)
     checkpoint = open_gguf(path) if is_gguf(path) else open_checkpoint(path)
-    name = str(name_or_path) if str(name_or_path) in known_models() else path.name
+    name = str(name_or_path)
+    if name not in known_models():
+        name = path.name if is_gguf(path) else display_name(name)
     tokenizer = load_tokenizer(checkpoint)
     model = build_model(checkpoint.fields, tokenizer, device=device, dtype=dtype, name=name)
     lens.fill(model, fold(checkpoint))

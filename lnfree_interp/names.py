@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +45,19 @@ def known_models() -> dict[str, Source]:
     return known
 
 
-def display_name(name: str) -> str:
-    """What a model is called in tables: a directory without those that it is in."""
-    return Path(name).name if Path(name).is_dir() else name
+def display_name(name: str | Path) -> str:
+    """What a model is called in tables: a directory without those that it is in, DIR/final of a fine-tuning run DIR."""
+    path = Path(name)
+    if not path.is_dir():
+        return str(name)
+    path = path.resolve()
+    return path.parent.name if path.name == "final" and path.parent.name else path.name
+
+
+def display_names(names: Sequence[str]) -> list[str]:
+    """The same of several models; as they were given where two would be called alike."""
+    short = [display_name(name) for name in names]
+    return [str(name) if short.count(called) > 1 else called for name, called in zip(names, short)]
 
 
 def available_models():

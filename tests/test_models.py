@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lnfree_interp import available_models, load_model, models
+from lnfree_interp import available_models, cli, load_model, models
 from lnfree_interp.checkpoints import open_checkpoint
-from lnfree_interp.names import CHECKPOINTS, EMBEDDED
+from lnfree_interp.names import CHECKPOINTS, EMBEDDED, display_name, display_names
 
 
 def random_checkpoint(directory, *, ln_free, seed=0, prefix=True, **fields):
@@ -181,6 +181,20 @@ def test_available_models():
     assert table.loc["pythia-1.4b", "source"] == "EleutherAI/pythia-1.4b"
     assert table.loc["smollm2-135m", ["source", "kind"]].tolist() == ["HuggingFaceTB/SmolLM2-135M", "original"]
     assert len(table) == 3 + 4 * 3 + 5 + 6 + 2
+
+
+def test_what_runs_left_is_called_by_the_run(tmp_path, monkeypatch):
+    for run in ("one", "two"):
+        random_checkpoint(tmp_path / run / "final", ln_free=False)
+    shutil.copytree(tmp_path / "one" / "final", tmp_path / "elsewhere" / "one")
+    one, two, other = (str(tmp_path / name) for name in ("one/final", "two/final", "elsewhere/one"))
+    assert load_model(two).cfg.model_name == "two"
+    assert display_names([one, two, "tiny"]) == ["one", "two", "tiny"]
+    assert display_names([one, two, other]) == [one, "two", other]
+    monkeypatch.chdir(one)
+    assert display_name(".") == "one" and display_name("../../elsewhere/one/") == "one"
+    args = cli.parser("dla", "").parse_args(["--model", one, two, "--device", "cpu"])
+    assert [name for name, _ in cli.models(args)] == ["one", "two"]
 
 
 @pytest.mark.parametrize("name", ["tiny-nolN", "gpt2-XL", "gpt3"])

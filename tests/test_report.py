@@ -121,11 +121,11 @@ def test_the_fingerprint_is_of_what_decides(tmp_path, monkeypatch):
     assert one != of("--model", "tiny", "--tokens", "64") != of("--model", "tiny", "--tokens", "65")
     assert one != arguments_of("norms", "--model", "tiny").asked.fingerprint
     for folder in ("a", "b"):
-        (tmp_path / folder / "final").mkdir(parents=True)
-    a, b = (arguments_of("dla", "--model", str(tmp_path / folder / "final")).asked for folder in "ab")
-    assert a.stem == b.stem == "dla-final" and a.fingerprint != b.fingerprint
+        (tmp_path / folder / "model").mkdir(parents=True)
+    a, b = (arguments_of("dla", "--model", str(tmp_path / folder / "model")).asked for folder in "ab")
+    assert a.stem == b.stem == "dla-model" and a.fingerprint != b.fingerprint
     monkeypatch.chdir(tmp_path)
-    assert of("--model", "a/final") == a.fingerprint  # the same place
+    assert of("--model", "a/model") == a.fingerprint  # the same place
 
 
 # ---------------------------------------------------------------------------------------------------------
