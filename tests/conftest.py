@@ -8,6 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # What tests start in processes of their own imports this package, not one that happens to be installed.
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+# The tests' tensors are small: handing them to several threads costs more than it gains, here and in those processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jaxtyping
 
@@ -34,9 +36,6 @@ if not lens.has_hooked_transformer():
         return masked_softmax(self, scores, dtype=torch.promote_types(scores.dtype, dtype or scores.dtype))
 
     AttentionBridge._masked_softmax = softmax_of_the_scores_precision
-
-# The tests' tensors are small: handing them to several threads costs more than it gains.
-torch.set_num_threads(1)
 
 NORMALIZATIONS = (None, "LNPre", "LN", "RMSPre", "RMS")
 

@@ -40,7 +40,7 @@ LAUNCHERS = {
 def launch(launcher: str, folder: Path, *parts: str, timeout: float = 300) -> None:
     """Do some parts in N processes, on the CPU and on one thread each; none outlives the time limit."""
     command = [sys.executable, "-m", *LAUNCHERS[launcher], __file__, str(folder), *parts]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     with (folder / f"{launcher}.log").open("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

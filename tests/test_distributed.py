@@ -280,7 +280,7 @@ def test_the_peak_does_not_grow_with_the_tokens(name, tmp_path):
 
 
 def start(command, **fields):
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | fields.pop("env", {})
+    env = os.environ | fields.pop("env", {})
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **fields)
 
 
