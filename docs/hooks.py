@@ -22,6 +22,7 @@ import csv
 import html
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -69,6 +70,18 @@ def number(text: str, percent: bool = False) -> str:
     return f"{value:,.0f}" if value.is_integer() and "e" not in text else f"{value:.4g}"
 
 
+def column(texts: Sequence[str], percent: bool = False) -> list[str]:
+    """The numbers of a column, all with as many decimals: the largest's of four digits, at most what is written."""
+    shown = [number(text, percent) for text in texts]
+    if not (fractions := [text for text in texts if re.fullmatch(r"-?\d+\.\d+", text)]) or percent:
+        return shown
+    written = max(len(text.partition(".")[2]) for text in fractions)
+    size = max(abs(float(text)) for text in fractions) or 1
+    decimals = min(written, max(0, 3 - math.floor(math.log10(size))))
+    plain = re.compile(r"-?\d+(\.\d+)?")
+    return [f"{float(text):.{decimals}f}" if plain.fullmatch(s) else s for text, s in zip(texts, shown, strict=True)]
+
+
 def with_interval(row: Mapping[str, str], percent: bool) -> str:
     value = next(row[name] for name in ("value", "nmae", "mean") if name in row)
     low, high = (number(row.get(name, ""), percent) for name in ("low", "high"))
@@ -93,8 +106,8 @@ def table(instruction: str) -> str:
         body = [[number(name), *(found.get((name, model), "") for model in models)] for name in names]
         return markdown_table(["", *(f"`{model}`" for model in models)], body)
     shown = [name.strip() for name in how["show"].split(",")] if "show" in how else list(rows[0])
-    numbers = [[number(row[name], percent) for name in shown] for row in rows]
-    return markdown_table([name.replace("_", " ") for name in shown], numbers)
+    columns = [column([row[name] for row in rows], percent) for name in shown]
+    return markdown_table([name.replace("_", " ") for name in shown], list(zip(*columns, strict=True)))
 
 
 def records() -> dict[str, dict]:

@@ -53,6 +53,23 @@ def test_numbers(text, said):
     assert hooks.number(text) == said
 
 
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        (["4.1415", "0.00951", "-1", ""], ["4.141", "0.010", "-1.000", ""]),
+        (["0.10404", "0.0083"], ["0.1040", "0.0083"]),
+        (["12.7", "1.2914", "tiny"], ["12.70", "1.29", "tiny"]),
+        (["0.0", "0.0"], ["0.0", "0.0"]),
+        (["120", "60"], ["120", "60"]),
+        (["570180", "0.5"], ["570,180", "0.5"]),
+        (["1e-07", "2.5"], ["1e-07", "2.5"]),
+        (["0.0625", "0.000"], ["0.0625", "0.0000"]),
+    ],
+)
+def test_numbers_of_a_column_have_the_same_decimals(texts, said):
+    assert hooks.column(texts) == said
+
+
 def test_claims(figures):
     claim = {"statement": "S|", "paper": "P", "ours": "O", "agrees": "no", "why": "W"}
     for name in ("zzz", "readers"):
