@@ -24,7 +24,7 @@ def commands(arguments):
     """Each command's own run, on its own arguments."""
     guard, asked = cli.guard, []
     cli.guard = lambda run, args, *_, **__: asked.append((run, args))
-    for name, flags in arguments.items():
+    for name, flags in arguments:
         import_module(f"lnfree_interp.{name}.__main__").main(flags)
     cli.guard = guard
     for run, args in asked:
