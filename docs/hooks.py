@@ -215,6 +215,8 @@ def shown_output(output: Mapping) -> str:
     if output["output_type"] == "stream":
         return fenced(output["text"], "text") if output["name"] == "stdout" else ""
     data = output.get("data", {})
+    if "application/vnd.jupyter.widget-view+json" in data:
+        return ""  # a bar of progress
     if "application/vnd.plotly.v1+json" in data:
         import plotly.io
 

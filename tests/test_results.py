@@ -223,6 +223,25 @@ def test_a_grid_holds_the_values(model):
     assert shown == pytest.approx(result.values.flatten().tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([0.753, -0.0001, 0.0], ["+0.75", "0.00", "0"]),
+        ([12.34, -1.0, 0.04], ["+12.3", "-1.0", "0.0"]),
+        ([456.7, 1.2], ["457", "1"]),
+        ([0.0042, 0.00123], ["0.0042", "0.0012"]),
+        ([1e-5, -3e-6], ["+1e-05", "-3e-06"]),
+        ([2e6, -3.0, math.inf, math.nan], ["+2e+06", "-3", "+inf", ""]),
+    ],
+)
+def test_numbers_in_cells_have_the_same_decimals(values, said):
+    names = [str(i) for i in range(len(values))]
+    grid = pictures.grid([values], ["row"], names, "logits")
+    assert re.findall(r">([^<>]*)</td>", grid) == said
+    assert grid.count("title='row, ") == len(values)  # the hover has all digits
+    assert all(f": {value:.4g} logits'" in grid for value in values)
+
+
 def test_a_text_holds_what_was_read_from_each_token(model):
     result = attribution_to(model, TEXT, Reader.logits(" the"), by="source")
     shown = [value for _, value in values_of(result.text())]

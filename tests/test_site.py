@@ -96,6 +96,13 @@ def test_every_public_name_has_a_page():
 OUTPUTS = [
     ({"output_type": "stream", "name": "stdout", "text": "hello"}, "````text\nhello\n````"),
     ({"output_type": "stream", "name": "stderr", "text": "a warning"}, ""),
+    (
+        {
+            "output_type": "display_data",
+            "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "Writing: 0%"},
+        },
+        "",
+    ),
     ({"output_type": "display_data", "data": {"image/png": "QUJD\n"}}, 'src="data:image/png;base64,QUJD"'),
     (
         {"output_type": "execute_result", "data": {"text/html": "<b>x</b>\n\n<i>", "text/plain": "x"}},

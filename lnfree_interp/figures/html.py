@@ -6,6 +6,7 @@ Widths follow the page; what would not fit is left out, and said to be.
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 
 # The ends of the diverging scale; its middle is white, so that nothing is drawn where nothing is.
@@ -125,7 +126,8 @@ def grid(
     """
     most = max(map(most_of, values), default=1.0) if most is None else most
     roomy = len(columns) <= NUMBERS or words is not None
-    lying = max((len(visible(c)) for c in columns), default=0) * len(columns) <= 90
+    longest = max((len(visible(c)) for c in columns), default=0)
+    lying = longest * len(columns) <= 90
     upright = "" if lying else "writing-mode:vertical-rl;transform:rotate(180deg);"
     signed = any(value < 0 for line in values for value in line)
 
@@ -134,12 +136,12 @@ def grid(
         if words is not None:
             inside = html.escape(visible(words[i][j], 12))
         elif roomy and value == value:
-            inside = _number(value, signed, 2)
+            inside = _decimal(value, signed, most)
         said = f"{visible(words[i][j])}: " if words is not None else ""
         where = html.escape(f"{rows[i]}, {visible(columns[j], 12)}: {said}{value:.4g} {unit}")
-        # Short: what the cells share is said of their row.
-        cut = ";overflow:hidden" if words is not None else ""
-        return f"<td style='{shade(value, most)};padding:0{cut}' title='{where}'>{inside}</td>"
+        # Short: what the cells share is said of their row, but for what notebooks say of cells themselves.
+        own = ";text-align:center" * bool(inside) + ";overflow:hidden" * (words is not None)
+        return f"<td style='{shade(value, most)};padding:0{own}' title='{where}'>{inside}</td>"
 
     head = "".join(
         f"<th style='padding:1px;font-weight:normal;font-size:11px;text-align:center;"
@@ -147,13 +149,13 @@ def grid(
         for c in columns
     )
     body = "".join(
-        f"<tr style='height:1.4em;text-align:center;font-size:11px;white-space:pre;color:#222'>"
+        f"<tr style='height:1.4em;font-size:11px;white-space:pre;color:#222'>"
         f"<th style='{_CELL};text-align:right;font-weight:normal;overflow:hidden;font-size:13px'>"
         f"{html.escape(visible(row))}</th>{''.join(cell(i, j) for j in range(len(columns)))}</tr>"
         for i, row in enumerate(rows)
     )
     first = min(12, max([len(visible(row)) for row in rows] + [len(corner), 3]))
-    each = 4.2 if roomy else 1.8
+    each = max(4.2 if roomy else 1.8, 0.5 * longest + 0.5 if lying else 0)
     left, wide = first * 0.62 + 1, first * 0.62 + 1 + each * len(columns)
     style = f"border-collapse:collapse;table-layout:fixed;width:100%;max-width:{wide:.1f}em"
     sizes = f"<colgroup><col style='width:{left:.1f}em'>{'<col>' * len(columns)}</colgroup>"
@@ -196,6 +198,15 @@ def most_of(values: Sequence[float | int]) -> float:
 
 def _number(value: float | int, signed: bool, digits: int = 4) -> str:
     return "0" if value == 0 else f"{value:+.{digits}g}" if signed else f"{value:.{digits}g}"
+
+
+def _decimal(value: float | int, signed: bool, most: float | int) -> str:
+    """With the decimals that the largest needs for two digits, above 1 for three; what rounds to 0 has no sign."""
+    decimals = max(0, (3 if most > 1 else 2) - math.ceil(math.log10(most)))
+    if value == 0 or decimals > 4 or abs(value) >= 1e5:
+        return _number(value, signed, 2)
+    said = f"{value:+.{decimals}f}" if signed else f"{value:.{decimals}f}"
+    return said.lstrip("+-") if float(said) == 0 else said
 
 
 def _hover(label: str, value: float | int, unit: str) -> str:

@@ -15,7 +15,8 @@ from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
 
 from ..arguments import as_path, kind, one_of, switch, whole
 from ..batching import as_ids
@@ -381,7 +382,7 @@ def remove_layernorm(
         if isinstance(callback, StatusLine):
             callback.record = record
             trainer.remove_callback(PrinterCallback)
-            trainer.remove_callback(ProgressCallback)
+            trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in notebooks another than elsewhere
     _train(trainer, checkpoint, out, removal)
 
     final = export_ln_free(model, config) if schedule.order else plain_model(config, plain_state(model))
