@@ -154,7 +154,7 @@ def grid(
         f"{html.escape(visible(row))}</th>{''.join(cell(i, j) for j in range(len(columns)))}</tr>"
         for i, row in enumerate(rows)
     )
-    first = min(12, max([len(visible(row)) for row in rows] + [len(corner), 3]))
+    first = min(18, max([len(visible(row)) for row in rows] + [len(corner), 3]))
     each = max(4.2 if roomy else 1.8, 0.5 * longest + 0.5 if lying else 0)
     left, wide = first * 0.62 + 1, first * 0.62 + 1 + each * len(columns)
     style = f"border-collapse:collapse;table-layout:fixed;width:100%;max-width:{wide:.1f}em"
