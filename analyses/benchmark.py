@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sequences", type=cli.positive_int, help="of a step of finetune (4, on a GPU 8)")
     parser.add_argument("--quick", action="store_true", help="a small part, to see that it runs")
     parser.add_argument("--csv", type=Path, help="also write the table here")
     args = parser.parse_args()
