@@ -39,6 +39,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.benchmark == "neurons" and args.shape == "smollm2":
         parser.error("--shape smollm2 is not for neurons, which are measured on GPT-2's MLPs and LayerNorm")
+    if args.sequences and (args.benchmark != "finetune" or args.quick):
+        parser.error("--sequences is for finetune alone, and not with --quick, which takes one of 128 tokens")
     cli.say("loading PyTorch ...")
     import torch
 

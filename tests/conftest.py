@@ -9,7 +9,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # What tests start in processes of their own imports this package, not one that happens to be installed.
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 # The tests' tensors are small: handing them to several threads costs more than it gains, here and in those processes.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import jaxtyping
 

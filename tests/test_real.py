@@ -41,7 +41,6 @@ LAYERS = (0, 14, 29)
 
 @pytest.fixture(scope="module")
 def file():
-    pytest.importorskip("gguf")
     try:
         return smollm2.fetched()
     except (ValueError, OSError) as error:
