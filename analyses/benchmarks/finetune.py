@@ -24,7 +24,7 @@ from lnfree_interp.finetune.removable import (
 )
 from lnfree_interp.finetune.trainable import ready
 
-from .common import LOGITS, interleaved, median, peak_memory
+from .common import interleaved, median, peak_memory
 from .shapes import SHAPES
 
 # Way -> kinds that are frozen, whether treatments are on, whether the auxiliary loss is: the stages of a schedule.
@@ -70,6 +70,10 @@ def run(args) -> pd.DataFrame:
 
     expected, found = step(plain), step(removed, ())
     assert (expected - found).abs() <= 1e-6 * expected, f"losses are {expected} and {found}"
+    step(removed, *WAYS["all frozen"])
+    for model in (plain, removed):
+        gradient = least_probability(model, tokens[:1]) / tokens.numel()
+        assert gradient >= torch.finfo(torch.float32).tiny, f"the logits' gradient has numbers as small as {gradient}"
     ways = {"plain": lambda: step(plain)}
     ways |= {name: lambda state=state: step(removed, *state) for name, state in WAYS.items()}
     ways["plain, again"] = lambda: step(plain)
@@ -92,11 +96,17 @@ def run(args) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def model_of(shape: str, n_layers: int | None = None):
-    """A model of transformers of a shape with random weights, its stream of the size of 1 and its logits of `LOGITS`.
+def least_probability(model, tokens) -> float:
+    return model(tokens).logits.softmax(-1).min().item()
 
-    As transformers initialises it, with a stream of 0.02, it would explode once frozen, and with numbers that are
-    denormal a CPU takes ten times as long.
+
+@torch.no_grad()
+def model_of(shape: str, n_layers: int | None = None):
+    """A model of transformers of a shape with random weights, its stream and its logits of the size of 1.
+
+    As transformers initialises it, with a stream of 0.02, it would explode once frozen. The unembedding being the
+    embedding, a token's own logit is about `d_model ** 0.5` times the others' size: with logits of a trained model's
+    size the others' probabilities are denormal numbers, with which a CPU is slow, and more of them once frozen.
     """
     fields = SHAPES[shape]
     common = {"vocab_size": fields["d_vocab"], "max_position_embeddings": fields["n_ctx"], "eos_token_id": 0}
@@ -108,5 +118,5 @@ def model_of(shape: str, n_layers: int | None = None):
         llama = {"num_key_value_heads": fields["n_key_value_heads"], "intermediate_size": fields["d_mlp"]}
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common, **llama, tie_word_embeddings=True))
     model.get_input_embeddings().weight.normal_()
-    final_norm(model).weight.fill_(LOGITS * fields["d_model"] ** -0.5)
+    final_norm(model).weight.fill_(fields["d_model"] ** -0.5)
     return model
