@@ -75,10 +75,15 @@ def test_a_dry_run_of_a_run_that_is_there(files, tmp_path, capsys):
     assert "holds a run of 5 steps, with 1 checkpoints" in said["output"]
 
 
-def test_a_place_to_write_is_looked_for(files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dry_run.os, "access", lambda path, mode: False)
-    assert status_of(words(files, tmp_path, dry_run="", no_timing="", out=tmp_path / "a" / "b")) == 2
-    assert f"--out {tmp_path / 'a' / 'b'}: cannot write in {tmp_path}\n" in capsys.readouterr().err
+@pytest.mark.parametrize("place, why", [("file/a", "Not a directory"), ("/proc/a", "No such file or directory")])
+def test_a_place_to_write_is_looked_for(files, tmp_path, capsys, place, why):
+    """In earnest, as a run would find it: permissions alone say yes to root, and of what cannot hold files."""
+    (tmp_path / "file").touch()
+    place = tmp_path / place
+    if not place.parent.exists():
+        pytest.skip(f"no {place.parent} here")
+    assert status_of(words(files, tmp_path, dry_run="", no_timing="", out=place)) == 2
+    assert f"--out {place}: cannot write in {place.parent}: {why}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("removable", [False, True])

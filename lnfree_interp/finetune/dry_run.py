@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -180,8 +180,11 @@ def disk_line(model: PreTrainedModel, out: Path, save_total_limit: int) -> str:
         ValueError: nothing can be written there.
     """
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out}: cannot write in {nearest}")
+    try:  # In earnest: what os.access says of root, or of a file system as odd as /proc, says little.
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot write in {nearest}: {error.strerror}") from None
     weights = sum(p.numel() for p in model.parameters()) * 4
     # The newest, the newest good one, and the one that is being written.
     at_once, each = max(2, save_total_limit) + 2, 3 * weights
