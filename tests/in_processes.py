@@ -178,7 +178,6 @@ def sharded(folder: Path, kind: str, rank: int) -> None:
 
 
 def main(folder: str, *parts: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=180))
     rank, at = dist.get_rank(), Path(folder)
     for part in parts:

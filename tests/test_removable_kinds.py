@@ -79,7 +79,6 @@ def test_how_a_step_is_cut_changes_nothing(kind, frozen, massive):
 def in_two_processes(rank, kind, directory):
     """A step on half of the batch of each, weights sharded; what comes out is checked by the test."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29511 + list(KINDS).index(kind))}
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     from torch.distributed.fsdp import fully_shard
 
