@@ -33,14 +33,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sequences", type=cli.positive_int, help="of a step of finetune (4, on a GPU 8)")
     parser.add_argument("--quick", action="store_true", help="a small part, to see that it runs")
     parser.add_argument("--csv", type=Path, help="also write the table here")
     args = parser.parse_args()
     if args.benchmark == "neurons" and args.shape == "smollm2":
         parser.error("--shape smollm2 is not for neurons, which are measured on GPT-2's MLPs and LayerNorm")
-    if args.sequences and (args.benchmark != "finetune" or args.quick):
-        parser.error("--sequences is for finetune alone, and not with --quick, which takes one of 128 tokens")
     cli.say("loading PyTorch ...")
     import torch
 

@@ -1,6 +1,8 @@
 """python -m lnfree_interp.finetune --dry-run: what a run would take, and nothing written."""
 
+import errno
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,15 +77,24 @@ def test_a_dry_run_of_a_run_that_is_there(files, tmp_path, capsys):
     assert "holds a run of 5 steps, with 1 checkpoints" in said["output"]
 
 
-@pytest.mark.parametrize("place, why", [("file/a", "Not a directory"), ("/proc/a", "No such file or directory")])
-def test_a_place_to_write_is_looked_for(files, tmp_path, capsys, place, why):
-    """In earnest, as a run would find it: permissions alone say yes to root, and of what cannot hold files."""
+def test_a_place_to_write_is_tried(files, tmp_path, capsys, monkeypatch):
+    """And nothing is left there; what cannot hold files is refused in the words of a run."""
     (tmp_path / "file").touch()
-    place = tmp_path / place
-    if not place.parent.exists():
-        pytest.skip(f"no {place.parent} here")
-    assert status_of(words(files, tmp_path, dry_run="", no_timing="", out=place)) == 2
-    assert f"--out {place}: cannot write in {place.parent}: {why}\n" in capsys.readouterr().err
+
+    def refusal(place: Path) -> str:
+        assert status_of(words(files, tmp_path, dry_run="", no_timing="", out=place)) == 2
+        return capsys.readouterr().err
+
+    for place, why in (tmp_path / "file" / "a" / "b", "Not a directory"), (Path("/proc/no/such"), "No such file"):
+        assert f"cannot use {place}: {why}" in refusal(place)
+
+    def full(dir):
+        assert dir == tmp_path
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(dry_run.tempfile, "TemporaryFile", full)
+    assert f"cannot use {tmp_path / 'a' / 'b'}: Read-only file system\n" in refusal(tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("removable", [False, True])

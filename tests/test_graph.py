@@ -249,9 +249,7 @@ def test_what_is_read_is_what_transformer_lens_computes(any_block):
     graph = attribution_graph(model, tokens, 7, versus=3, share=1.0, max_neurons=50)
     read = {}
     gated = read_weights(model).layers[0].W_gate is not None
-    pre = "mlp.hook_pre_linear" if gated and "blocks.0.mlp.hook_pre_linear" in model.hook_dict else "mlp.hook_pre"
-    if gated and pre == "mlp.hook_pre":
-        pytest.skip("this model has no hook where the linear part of a gated MLP is")
+    pre = "mlp.hook_pre_linear" if gated else "mlp.hook_pre"
     hooks = {f"blocks.{i}.{pre}": (lambda x, i=i: read.__setitem__(i, x)) for i in range(model.cfg.n_layers)}
     through_hooks.run(model, tokens[None], None, 0, hooks, None)
     neurons = [i for i, node in enumerate(graph.nodes) if node.kind == "neuron"]

@@ -44,7 +44,7 @@ def run(args) -> pd.DataFrame:
     mean is what ratios are to: what the two differ by is the machine's doing.
     """
     on_gpu = args.device.startswith("cuda")
-    batch, pos = (1, 128) if args.quick else (args.sequences or (8 if on_gpu else 4), 1024)
+    batch, pos = (1, 128) if args.quick else (8 if on_gpu else 4, 1024)
     plain = model_of(args.shape, n_layers=2 if args.quick else None).to(args.device).train()
     ready(plain)
     removed = make_removable(copy.deepcopy(plain), eot=0)
@@ -72,8 +72,8 @@ def run(args) -> pd.DataFrame:
     assert (expected - found).abs() <= 1e-6 * expected, f"losses are {expected} and {found}"
     step(removed, *WAYS["all frozen"])
     for model in (plain, removed):
-        gradient = least_probability(model, tokens[:1]) / tokens.numel()
-        assert gradient >= torch.finfo(torch.float32).tiny, f"the logits' gradient has numbers as small as {gradient}"
+        least = least_probability(model, tokens[:1]) / tokens.numel()
+        assert least >= torch.finfo(torch.float32).tiny, f"the logits' gradient has numbers as small as {least}"
     ways = {"plain": lambda: step(plain)}
     ways |= {name: lambda state=state: step(removed, *state) for name, state in WAYS.items()}
     ways["plain, again"] = lambda: step(plain)

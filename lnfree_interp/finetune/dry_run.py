@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..data import token_blocks
 from ..distributed import world_size
 from ..documents import documents_of, files_of
+from ..files import as_value_error
 from ..models import resolve_device
 from ..schedule import RemovalSchedule
 from .distillation import distilled_losses, make_teacher
@@ -180,11 +181,8 @@ def disk_line(model: PreTrainedModel, out: Path, save_total_limit: int) -> str:
         ValueError: nothing can be written there.
     """
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
-    try:  # In earnest: what os.access says of root, or of a file system as odd as /proc, says little.
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as error:
-        raise ValueError(f"--out {out}: cannot write in {nearest}: {error.strerror}") from None
+    with as_value_error(f"use {out}"), tempfile.TemporaryFile(dir=nearest):
+        pass  # in earnest: permissions say yes to root, and of /proc
     weights = sum(p.numel() for p in model.parameters()) * 4
     # The newest, the newest good one, and the one that is being written.
     at_once, each = max(2, save_total_limit) + 2, 3 * weights

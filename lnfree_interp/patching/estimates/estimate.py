@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from ..sites import SITES
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(ABC):
     """An estimate of activation patching from gradients; its fields are its options.
 
     With d = activation of the patching run - activation of the patched run, g the metric's gradient and H its Hessian
@@ -42,13 +43,13 @@ class Estimate:
         """The weights that the runs go through, given the model's."""
         return weights
 
+    @abstractmethod
     def effects(self, case: Case, budget: int) -> tuple[Tensor, Tensor | None]:
         """Effects [prompt, layer, unit(, pos)] up to the last position read; and their reliability, where it tells.
 
         Args:
             budget: bytes to stay within, roughly.
         """
-        raise NotImplementedError
 
     def check_switches(self) -> None:
         """Raise ValueError unless every field is True or False."""
